@@ -1,0 +1,115 @@
+"""Device mesh, the one table of logical axis names, and host arrays to global arrays.
+
+The mesh always exists and always has three explicit axes, also on one device:
+`slice` (replicas over the slow network), `data` (batch; weights in FSDP fashion) and `model` (tensor parallel).
+Weights and activations name their axes by what they mean; `spec` turns the names into a PartitionSpec.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("slice", "data", "model")
+
+# logical axis -> mesh axes; the single source for weights, activations and comments
+AXES = {
+    "batch": ("slice", "data"),
+    "embed": ("data",),
+    "heads": ("model",),
+    "kv_heads": ("model",),
+    "mlp": ("model",),
+    "vocab": ("model",),
+    "tokens": (),
+    "frames": (),
+    "samples": (),
+    "head_dim": (),
+    "mel": (),
+    "channels": (),
+    "layers": (),
+}
+
+
+def make_mesh(slice: int = 1, data: int = 1, model: int = 1, devices=None) -> Mesh:
+    """Builds the `slice x data x model` mesh of explicit axes and makes it the current one.
+
+    Args:
+        slice: replicas over the slow network.
+        data: chips over which batch and weights are split.
+        model: chips over which heads, MLP and vocabulary are split.
+        devices: the devices to use; the first `slice * data * model` of `jax.devices()` if None.
+
+    Raises:
+        ValueError: if fewer devices exist than the mesh needs.
+    """
+    count = slice * data * model
+    devices = list(jax.devices() if devices is None else devices)
+    if len(devices) < count:
+        raise ValueError(
+            f"mesh {slice}x{data}x{model} needs {count} devices, found {len(devices)}; "
+            "lower one of slice, data, model"
+        )
+    mesh = jax.make_mesh(
+        (slice, data, model), MESH_AXES, (AxisType.Explicit,) * 3, devices=devices[:count]
+    )
+    jax.set_mesh(mesh)
+    return mesh
+
+
+def ensure_mesh() -> Mesh:
+    """The current mesh; a 1x1x1 mesh is made and set if there is none."""
+    mesh = jax.sharding.get_mesh()
+    return make_mesh() if mesh.empty else mesh
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """PartitionSpec of an array whose axes have these logical names (None: not split).
+
+    Raises:
+        ValueError: on an unknown name, or if two axes would use the same mesh axis.
+    """
+    used: set[str] = set()
+    parts = []
+    for name in names:
+        if name is None:
+            parts.append(None)
+            continue
+        if name not in AXES:
+            raise ValueError(f"unknown axis name {name!r}; known: {', '.join(sorted(AXES))}")
+        axes = AXES[name]
+        if used & set(axes):
+            raise ValueError(f"axes {names} use a mesh axis twice; leave one of them None")
+        used |= set(axes)
+        parts.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return PartitionSpec(*parts)
+
+
+def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This host's rows of a batch as global arrays, first axis split over `slice` and `data`.
+
+    Args:
+        batch: dict of host arrays; every array has the rows of this process on its first axis.
+    """
+    mesh = ensure_mesh()
+
+    def one(x: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, spec("batch", *([None] * (np.ndim(x) - 1))))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return {name: one(x) for name, x in batch.items()}
+
+
+def replicate(tree):
+    """A pytree of host or device arrays, copied whole to every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(ensure_mesh(), PartitionSpec()))
+
+
+def start_hosts() -> None:
+    """Joins the hosts of a multi-host job; does nothing on a single host. Call first thing in main."""
+    import os
+
+    markers = ("TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "MEGASCALE_NUM_SLICES")
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    several = len(hosts) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    several = several or any(m in os.environ for m in markers[1:2] + markers[3:])
+    if several and not jax.distributed.is_initialized():
+        jax.distributed.initialize()

@@ -1,0 +1,27 @@
+"""Shared test set-up: eight fake CPU devices, float32 products, absl flags parsed, fixed mesh."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import absl.flags  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "float32")
+if not absl.flags.FLAGS.is_parsed():
+    absl.flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
+
+
+@pytest.fixture(autouse=True)
+def mesh():
+    """A 1x1x1 mesh, set before every test."""
+    from deepasmr_jax import sharding
+
+    return sharding.make_mesh()
