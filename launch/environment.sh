@@ -1,0 +1,30 @@
+# Sourced by demo.sh and test.sh: finds a Python, makes the environment, installs the package quietly.
+
+venv="${DEEPASMR_VENV:-.venv}"
+
+# Prints the first Python of version 3.11 or later.
+find_python() {
+  local candidate
+  for candidate in ${DEEPASMR_PYTHON:-} python3.12 python3.13 python3.11 python3 python; do
+    if command -v "$candidate" >/dev/null &&
+      "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "no Python 3.11 or later with venv was found; install one (Debian: apt install python3-venv)" \
+    "or name it: DEEPASMR_PYTHON=/path/to/python3" >&2
+  return 1
+}
+
+# make_environment SPEC: an environment in $venv that has the package of this folder with these extras.
+make_environment() {
+  if [ ! -x "$venv/bin/python" ]; then
+    local python
+    python="$(find_python)"
+    echo "making an environment in $venv with $("$python" --version) ..."
+    "$python" -m venv "$venv"
+  fi
+  echo "installing (a minute or two the first time) ..."
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$1"
+}
