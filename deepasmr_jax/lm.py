@@ -1,0 +1,806 @@
+"""Speech language model: text ids and a speech prompt in, 25 Hz speech tokens out.
+
+A Qwen2.5-style decoder (RMS norm, grouped-query attention with q/k/v bias, rotary positions, SwiGLU) with the
+backbone's text table, a speech table and a speech head, in the sequence layout of CosyVoice2:
+`[sos] text_1..text_m [task] s_1..s_n [end]`, targets on speech and end only.
+Sources: Qwen2.5 (Yang et al., 2024); CosyVoice 2 (Du et al., 2024), sections 2.3 and 2.4; the layout, the ids
+and repetition-aware sampling match the public CosyVoice2 release.
+
+Letters: B rows, N positions, S cache length, H query heads, K key/value heads, E head size, D width,
+F MLP width, V speech rows (codes and three special ids), L layers.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from deepasmr_jax import nn, sharding
+from deepasmr_jax.sharding import spec
+
+# kinds of a position in a packed row
+PAD, SOS, TEXT, TASK, SPEECH = range(5)
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and training choices of the speech language model.
+
+    Ids of the speech table: 0..num_codes-1 codes, then `end_id`, one reserved id and `fill_id`.
+
+    Raises:
+        ValueError: on sizes that do not fit together.
+    """
+
+    text_vocab: int
+    width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    num_codes: int = 6561  # 3^8 codes of the S3 tokenizer
+    rope_base: float = 1e6
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    dtype: str = "float32"  # operands of matrix products: float32 or bfloat16
+    remat: str = "full"  # what the backward pass keeps of a layer: none (all), dots, full (nothing)
+    z_loss: float = 0.0  # weight of logsumexp(logits)^2
+    label_smoothing: float = 0.0
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"{self.num_kv_heads} key/value heads do not divide {self.num_heads} query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r} is unknown; use one of {', '.join(REMAT)}")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing {self.label_smoothing} is outside [0, 1)")
+
+    @property
+    def num_speech_rows(self) -> int:
+        """Rows of the speech table and of the head: codes, end, reserved, fill."""
+        return self.num_codes + 3
+
+    @property
+    def end_id(self) -> int:
+        """Id that ends the speech (6561 for 6561 codes)."""
+        return self.num_codes
+
+    @property
+    def fill_id(self) -> int:
+        """Id of the filler of interleaved streaming (6563 for 6561 codes); never a target here."""
+        return self.num_codes + 2
+
+
+def qwen2_0p5b(**changes) -> Config:
+    """Speech model on the Qwen2.5-0.5B backbone (494,032,768 parameters without the speech parts)."""
+    sizes = dict(text_vocab=151936, width=896, num_layers=24, num_heads=14, num_kv_heads=2, head_dim=64)
+    return Config(**(sizes | dict(mlp_width=4864, dtype="bfloat16") | changes))
+
+
+def cosyvoice2(**changes) -> Config:
+    """The language model of CosyVoice2-0.5B: the same backbone, 6561 codes; 505,803,812 parameters."""
+    return qwen2_0p5b(**(dict(num_codes=6561) | changes))
+
+
+def mini(text_vocab: int, **changes) -> Config:
+    """The built-in model: 4.7 M parameters in the layers, 8.1 M with the speech table and head."""
+    sizes = dict(width=256, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=768)
+    return Config(**(dict(text_vocab=text_vocab, rope_base=1e4, remat="none") | sizes | changes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a speech token is drawn; the defaults are those of CosyVoice2.
+
+    Raises:
+        ValueError: on a value outside its range.
+    """
+
+    top_p: float = 0.8  # tokens are kept while the mass before them is below this
+    top_k: int = 25  # and at most this many
+    window: int = 10  # generated tokens looked back on for repetitions
+    tau: float = 0.1  # share of the window at which a token counts as repeated
+    temperature: float = 1.0
+    greedy: bool = False  # each draw takes the most probable token instead
+    min_ratio: float = 2.0  # least speech tokens per target text token
+    max_ratio: float = 20.0  # most speech tokens per target text token
+    repetition_aware: bool = True  # redraw a repeated token; usually switched off together with greedy
+
+    def __post_init__(self):
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p {self.top_p} is outside (0, 1]")
+        if self.top_k < 1 or self.window < 1:
+            raise ValueError(f"top_k {self.top_k} and window {self.window} must be at least 1")
+        if self.tau <= 0.0 or self.temperature <= 0.0:
+            raise ValueError(f"tau {self.tau} and temperature {self.temperature} must be above 0")
+        if not 0.0 <= self.min_ratio <= self.max_ratio:
+            raise ValueError(
+                f"min_ratio {self.min_ratio} and max_ratio {self.max_ratio}: need 0 <= min <= max"
+            )
+
+    @property
+    def repeat_limit(self) -> int:
+        """Least number of occurrences in the window at which a token is redrawn."""
+        return math.ceil(self.window * self.tau - 1e-6)  # 10 * 0.7 is above 7 in floating point
+
+    def limits(self, num_text_tokens: int) -> tuple[int, int]:
+        """(least, most) number of speech tokens for a target text of this many tokens."""
+        return math.floor(self.min_ratio * num_text_tokens), math.floor(self.max_ratio * num_text_tokens)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@dataclasses.dataclass
+class Cache:
+    """Keys (after rotary) and values of all positions so far; entry s of a row is its position s.
+
+    keys, values: one [B, S, K, E] float32 array per layer. Separate arrays, because a slice of one stacked
+    array would be copied at every token.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+
+def make_cache(cfg: Config, keys: list[jax.Array], values: list[jax.Array], size: int) -> Cache:
+    """Cache of `size` positions that starts with these keys and values, [B, N, K, E] per layer."""
+
+    def grow(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)))
+
+    return Cache(tuple(grow(k) for k in keys), tuple(grow(v) for v in values))
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions; q, k, v have biases, o has none."""
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        options = dict(rngs=rngs, dtype=cfg.dtype, init=jax.nn.initializers.normal(cfg.init_std))
+        inner, kv_inner = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        self.q = nn.Linear(cfg.width, inner, ("embed", "heads"), **options)
+        self.k = nn.Linear(cfg.width, kv_inner, ("embed", "kv_heads"), **options)
+        self.v = nn.Linear(cfg.width, kv_inner, ("embed", "kv_heads"), **options)
+        self.o = nn.Linear(inner, cfg.width, ("heads", "embed"), use_bias=False, **options)
+        self.cfg = cfg
+
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, N, D], positions [B, N], mask [B, N, N] (True = allowed) -> [B, N, D]."""
+        cfg = self.cfg
+        q = nn.rotary(nn.split_heads(self.q(x), cfg.num_heads), positions, cfg.rope_base)
+        k = nn.rotary(nn.split_heads(self.k(x), cfg.num_kv_heads, "kv_heads"), positions, cfg.rope_base)
+        v = nn.split_heads(self.v(x), cfg.num_kv_heads, "kv_heads")
+        return self.o(nn.merge_heads(nn.attention(q, k, v, mask)))
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and gated MLP, each after an RMS norm and added to its input."""
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(cfg.init_std)
+        self.attn_norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
+        self.attn = Attention(cfg, rngs=rngs)
+        self.mlp_norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
+        self.mlp = nn.SwiGLU(cfg.width, cfg.mlp_width, rngs=rngs, dtype=cfg.dtype, init=init)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, N, D], positions [B, N], mask [B, N, N] -> [B, N, D]."""
+        x = x + self.attn(self.attn_norm(x), positions, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class SpeechLM(nnx.Module):
+    """Tables, stacked layers (first axis L), final norm and speech head.
+
+    text_table [text_vocab, D], marker_table [2, D] (start, task), speech_table [V, D]: float32.
+    """
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(cfg.init_std)
+
+        def table(rows: int) -> nnx.Param:
+            shape = (rows, cfg.width)
+            return nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=spec(None, "embed")))
+
+        self.text_table = table(cfg.text_vocab)
+        self.marker_table = table(2)
+        self.speech_table = table(cfg.num_speech_rows)
+        self.layers = jax.vmap(lambda r: Block(cfg, rngs=r))(rngs.split(cfg.num_layers))
+        self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
+        # rows are whole on every chip: codes + 3 has few divisors and the head is 1 % of the true-size model
+        self.head = nn.Linear(
+            cfg.width, cfg.num_speech_rows, ("embed", None), rngs=rngs, dtype=cfg.dtype, init=init
+        )
+
+
+def init(cfg: Config, key: jax.Array) -> SpeechLM:
+    """Random model, split over the current mesh.
+
+    Raises:
+        ValueError: if the mesh does not divide the heads, the width or the MLP.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shape = sharding.ensure_mesh().shape if mesh.empty else mesh.shape
+    for name, size, axis in (
+        ("key/value heads", cfg.num_kv_heads, "model"),
+        ("MLP width", cfg.mlp_width, "model"),
+        ("width", cfg.width, "data"),
+    ):
+        if size % shape[axis]:
+            raise ValueError(
+                f"mesh axis {axis} of size {shape[axis]} does not divide {size} ({name}); "
+                f"use a divisor of {size}"
+            )
+    return SpeechLM(cfg, rngs=nnx.Rngs(params=key))
+
+
+def embed(model: "SpeechLM | DecodeWeights", tokens: jax.Array, kinds: jax.Array) -> jax.Array:
+    """Input vectors of a sequence that mixes markers, text and speech.
+
+    Args:
+        model: the module or its decode weights.
+        tokens: [B, N] int32, text id or speech id by kind; ignored for markers and padding.
+        kinds: [B, N] int32, one of PAD, SOS, TEXT, TASK, SPEECH; padding gives zeros.
+
+    Returns:
+        [B, N, D] float32.
+    """
+    out = PartitionSpec(*nn.axes_of(tokens), None)
+
+    def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+        # gathered whole first: looking up in a split table makes XLA replicate the activations instead
+        table = jax.sharding.reshard(table, PartitionSpec(None, None))
+        return table.at[ids].get(mode="clip", out_sharding=out)
+
+    x = jnp.zeros((), jnp.float32)
+    for table, ids, is_kind in (
+        (model.text_table, tokens, kinds == TEXT),
+        (model.speech_table, tokens, kinds == SPEECH),
+        (model.marker_table, (kinds == TASK).astype(jnp.int32), (kinds == SOS) | (kinds == TASK)),
+    ):
+        x = jnp.where(is_kind[..., None], rows(table[...], ids), x)
+    return x
+
+
+def hidden(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Array:
+    """Final hidden states of packed rows; segments of a row do not see each other.
+
+    Args:
+        model: the module.
+        cfg: its settings.
+        batch: `tokens`, `kinds`, `segment_ids`, `positions`, each [B, N] int32 (see `loss`).
+
+    Returns:
+        [B, N, D] float32, after the final norm.
+    """
+    positions, segments = batch["positions"], batch["segment_ids"]
+    mask = (segments[:, :, None] == segments[:, None, :]) & (positions[:, :, None] >= positions[:, None, :])
+
+    def body(x, layer):
+        return layer(x, positions, mask), None
+
+    if cfg.remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[cfg.remat])
+    x, _ = jax.lax.scan(body, embed(model, batch["tokens"], batch["kinds"]), model.layers)
+    return model.norm(x)
+
+
+def logits(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Array:
+    """Speech logits [B, N, V] float32 of packed rows; arguments as in `hidden`."""
+    return model.head(hidden(model, cfg, batch))
+
+
+def loss(
+    model: SpeechLM, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Cross-entropy of speech and end tokens, summed.
+
+    Args:
+        model: the module.
+        cfg: its settings.
+        batch: each [B, N] int32: `tokens` (text or speech id), `kinds` (0 padding, 1 start, 2 text, 3 task,
+            4 speech), `segment_ids` (0 padding), `positions` (from 0 in each segment), `targets` (speech id
+            or end id; -1 ignored). Position i predicts `targets[i]`, which is the token at i + 1.
+        key: not used; the loss is deterministic.
+
+    Returns:
+        (sum in nats, count of targets, aux); aux holds (sum, count) of `nll_nats` (without smoothing and
+        z-loss), `accuracy` (most probable token is the target) and `end_nll_nats` (end targets only).
+    """
+    del key
+    targets = batch["targets"]
+    scores = logits(model, cfg, batch)
+    valid = (targets >= 0).astype(jnp.float32)
+    is_end = (targets == cfg.end_id).astype(jnp.float32)
+    log_total = jax.nn.logsumexp(scores, axis=-1)
+    nll = log_total - _pick(scores, targets)
+    total = nll
+    if cfg.label_smoothing:
+        uniform = log_total - jnp.mean(scores, axis=-1)
+        total = (1.0 - cfg.label_smoothing) * nll + cfg.label_smoothing * uniform
+    if cfg.z_loss:
+        total = total + cfg.z_loss * jnp.square(log_total)
+    is_right = (jnp.argmax(scores, axis=-1) == targets).astype(jnp.float32)
+    count = jnp.sum(valid)
+    aux = {
+        "nll_nats": (jnp.sum(nll * valid), count),
+        "accuracy": (jnp.sum(is_right * valid), count),
+        "end_nll_nats": (jnp.sum(nll * is_end), jnp.sum(is_end)),
+    }
+    return jnp.sum(total * valid), count, aux
+
+
+def _pick(scores: jax.Array, ids: jax.Array) -> jax.Array:
+    """Entry `ids` [B, N] of the last axis of `scores` [B, N, V]; 0 where the id is out of range."""
+    is_id = jnp.arange(scores.shape[-1]) == ids[..., None]
+    return jnp.sum(jnp.where(is_id, scores, 0.0), axis=-1)
+
+
+def log_probs(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Array:
+    """Mean log-probability of each row's targets.
+
+    Args:
+        model: the module.
+        cfg: its settings.
+        batch: as in `loss`, with one sequence per row. Only positions with a target (>= 0) count.
+
+    Returns:
+        [B] float32, nats per target; 0 for a row without targets.
+    """
+    targets = batch["targets"]
+    scores = logits(model, cfg, batch)
+    valid = (targets >= 0).astype(jnp.float32)
+    log_p = (_pick(scores, targets) - jax.nn.logsumexp(scores, axis=-1)) * valid
+    return jnp.sum(log_p, axis=-1) / jnp.maximum(jnp.sum(valid, axis=-1), 1.0)
+
+
+def dpo_loss(
+    model: SpeechLM,
+    reference: SpeechLM,
+    cfg: Config,
+    batch: dict[str, dict[str, jax.Array]],
+    key: jax.Array | None = None,
+    beta: float = 0.01,
+    sft_weight: float = 1.0,
+) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Preference loss on pairs of sequences, joined with the cross-entropy of the chosen one.
+
+    Per pair: `-log sigmoid(beta * ((c - c_ref) - (r - r_ref))) + sft_weight * (-c)` with `c`, `r` the mean
+    log-probabilities (`log_probs`) of the chosen and the rejected sequence.
+
+    Args:
+        model: the module in training.
+        reference: the frozen copy of its start.
+        cfg: settings of both.
+        batch: {"chosen": rows, "rejected": rows}, each as in `log_probs`; row i of both is one pair.
+        key: not used.
+        beta: sharpness of the preference.
+        sft_weight: weight of the chosen sequence's cross-entropy; 0 gives plain DPO.
+
+    Returns:
+        (sum over pairs, number of pairs, aux); aux holds (sum, count) of `dpo_nats`, `chosen_nll_nats`,
+        `margin_nats` (difference of the two log-ratios) and `preferred` (share of pairs with margin > 0).
+
+    Source: Rafailov et al. (2023), equation 7; lengths averaged, beta 0.01 and joint form as in CosyVoice2.
+    """
+    del key
+    chosen = log_probs(model, cfg, batch["chosen"])
+    rejected = log_probs(model, cfg, batch["rejected"])
+    chosen_ref = jax.lax.stop_gradient(log_probs(reference, cfg, batch["chosen"]))
+    rejected_ref = jax.lax.stop_gradient(log_probs(reference, cfg, batch["rejected"]))
+    margin = (chosen - chosen_ref) - (rejected - rejected_ref)
+    dpo = -jax.nn.log_sigmoid(beta * margin)
+    count = jnp.float32(chosen.shape[0])
+    aux = {
+        "dpo_nats": (jnp.sum(dpo), count),
+        "chosen_nll_nats": (jnp.sum(-chosen), count),
+        "margin_nats": (jnp.sum(margin), count),
+        "preferred": (jnp.sum((margin > 0).astype(jnp.float32)), count),
+    }
+    return jnp.sum(dpo - sft_weight * chosen), count, aux
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["text_table", "marker_table", "speech_table", "layers", "norm", "head", "head_bias"],
+    meta_fields=[],
+)
+@dataclasses.dataclass
+class DecodeWeights:
+    """The weights in the form decoding wants: one buffer per layer and product, not split over `data`.
+
+    text_table, marker_table, speech_table: as in `SpeechLM`, float32.
+    layers: per layer a dict of attn_norm [D], qkv [D, K, H/K + 2, E] (query heads of a group, then its key
+        and value), qkv_bias [K, H/K + 2, E], o [K, H/K, E, D], mlp_norm [D], gate_up [D, 2, F], down [F, D];
+        matrices in `cfg.dtype`, the rest float32.
+    norm: [D]; head: [D, V] in `cfg.dtype`; head_bias: [V].
+    """
+
+    text_table: jax.Array
+    marker_table: jax.Array
+    speech_table: jax.Array
+    layers: tuple[dict[str, jax.Array], ...]
+    norm: jax.Array
+    head: jax.Array
+    head_bias: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def unstack(model: SpeechLM, cfg: Config) -> DecodeWeights:
+    """Decode weights of a model; make them once when many requests follow.
+
+    Args:
+        model: the module.
+        cfg: its settings.
+    """
+    group = cfg.num_heads // cfg.num_kv_heads
+    kv, size, width = cfg.num_kv_heads, cfg.head_dim, cfg.width
+
+    def grouped(x: jax.Array, *shape: int) -> jax.Array:
+        """Kernel [D, heads*E] or bias [heads*E] in this shape, the split over `model` now on the kv heads."""
+        names = ["kv_heads" if at == x.ndim - 1 else None for at in range(len(shape))]
+        return x.reshape(shape, out_sharding=spec(*names))
+
+    def layer(index: int) -> dict[str, jax.Array]:
+        block = jax.tree.map(lambda x: jax.sharding.reshard(x[index], _without_data(x, 1)), model.layers)
+        attn, mlp = block.attn, block.mlp
+        parts = ((attn.q, group), (attn.k, 1), (attn.v, 1))
+        kernels = [grouped(m.kernel[...], width, kv, n, size) for m, n in parts]
+        biases = [grouped(m.bias[...], kv, n, size) for m, n in parts]
+        out = attn.o.kernel[...].reshape(
+            (kv, group, size, width), out_sharding=spec("kv_heads", None, None, None)
+        )
+        return {
+            "attn_norm": block.attn_norm.scale[...],
+            "qkv": jnp.concatenate(kernels, axis=2).astype(cfg.dtype),
+            "qkv_bias": jnp.concatenate(biases, axis=1),
+            "o": out.astype(cfg.dtype),
+            "mlp_norm": block.mlp_norm.scale[...],
+            "gate_up": jnp.stack([mlp.gate.kernel[...], mlp.up.kernel[...]], axis=1).astype(cfg.dtype),
+            "down": mlp.down.kernel[...].astype(cfg.dtype),
+        }
+
+    def whole(param: nnx.Param) -> jax.Array:
+        return jax.sharding.reshard(param[...], _without_data(param[...], 0))
+
+    return DecodeWeights(
+        text_table=whole(model.text_table),
+        marker_table=whole(model.marker_table),
+        speech_table=whole(model.speech_table),
+        layers=tuple(layer(index) for index in range(cfg.num_layers)),
+        norm=whole(model.norm.scale),
+        head=whole(model.head.kernel).astype(cfg.dtype),
+        head_bias=whole(model.head.bias),
+    )
+
+
+def _without_data(x: jax.Array, first: int) -> PartitionSpec:
+    """Split of `x` from axis `first` on, with `data` taken out."""
+    return PartitionSpec(*("model" if axis == "model" else None for axis in nn.axes_of(x)[first:]))
+
+
+def decode(weights: DecodeWeights, cfg: Config, x: jax.Array, positions: jax.Array, mask: jax.Array, attend):
+    """All layers, unrolled, on the fused weights.
+
+    Args:
+        weights: from `unstack`.
+        cfg: settings of the model.
+        x: [B, N, D] float32 input vectors.
+        positions: [B, N] int32.
+        mask: [B or 1, N, S] bool, True where attention is allowed.
+        attend: function of (layer index, k, v [B, N, K, E]) that returns the keys and values to look at,
+            each [B, S, K, E].
+
+    Returns:
+        [B, N, D] float32, after the final norm.
+    """
+    group, size = cfg.num_heads // cfg.num_kv_heads, cfg.head_dim
+    rows = nn.axes_of(x)[0]
+    whole, heads = PartitionSpec(rows, None, None), PartitionSpec(rows, None, "model", None)
+    grouped = PartitionSpec(*heads, None)
+    for index, w in enumerate(weights.layers):
+        y = nn.rms_norm(x, w["attn_norm"], cfg.norm_eps)
+        qkv = nn.product("bnd,dkge->bnkge", y, w["qkv"], cfg.dtype, grouped) + w["qkv_bias"]
+        q = qkv[:, :, :, :group].reshape((*x.shape[:2], cfg.num_heads, size), out_sharding=heads)
+        q = nn.rotary(q, positions, cfg.rope_base)
+        k = nn.rotary(qkv[:, :, :, group], positions, cfg.rope_base)
+        keys, values = attend(index, k, qkv[:, :, :, group + 1])
+        y = nn.attention(q, keys, values, mask)
+        y = y.reshape((*x.shape[:2], cfg.num_kv_heads, group, size), out_sharding=grouped)
+        x = x + nn.product("bnkge,kged->bnd", y, w["o"], cfg.dtype, whole)
+        y = nn.rms_norm(x, w["mlp_norm"], cfg.norm_eps)
+        split = PartitionSpec(rows, None, None, "model")
+        y = nn.product("bnd,dgf->bngf", y, w["gate_up"], cfg.dtype, split)
+        y = jax.nn.silu(y[:, :, 0]) * y[:, :, 1]
+        x = x + nn.product("bnf,fd->bnd", y, w["down"], cfg.dtype, whole)
+    return nn.rms_norm(x, weights.norm, cfg.norm_eps)
+
+
+def prefill(
+    weights: DecodeWeights, cfg: Config, tokens: jax.Array, kinds: jax.Array, lengths: jax.Array, size: int
+) -> tuple[jax.Array, Cache]:
+    """Runs the sequence so far and fills the cache.
+
+    Args:
+        weights: from `unstack`.
+        cfg: settings of the model.
+        tokens: [B, N] int32, each row's sequence at the left.
+        kinds: [B, N] int32, PAD after the end of a row.
+        lengths: [B] int32, number of valid positions, at least 1.
+        size: positions of the cache, at least N.
+
+    Returns:
+        (logits [B, V] float32 after the last valid position of each row, the cache).
+    """
+    num = tokens.shape[1]
+    kept = []
+
+    def attend(index, k, v):
+        kept.append((k, v))
+        return k, v
+
+    order = jnp.arange(num)
+    # padding is on the right, so a causal mask already hides it from every valid position
+    mask = (order[:, None] >= order)[None]
+    x = decode(weights, cfg, embed(weights, tokens, kinds), order[None], mask, attend)
+    last = jax.vmap(lambda row, n: jax.lax.dynamic_index_in_dim(row, n - 1, 0, keepdims=False))(x, lengths)
+    return _head(weights, cfg, last), make_cache(cfg, *zip(*kept, strict=True), size)
+
+
+def decode_step(
+    weights: DecodeWeights, cfg: Config, tokens: jax.Array, positions: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """One speech token per row through the model.
+
+    Args:
+        weights: from `unstack`.
+        cfg: settings of the model.
+        tokens: [B] int32 speech ids.
+        positions: [B] int32, place of each token in its row; below the cache size.
+        cache: state before this token; it is replaced by the result.
+
+    Returns:
+        (logits [B, V] float32 for the next token, cache).
+    """
+    write = jax.vmap(lambda rows, new, at: jax.lax.dynamic_update_slice(rows, new, (at, 0, 0)))
+    keys, values = list(cache.keys), list(cache.values)
+
+    def attend(index, k, v):
+        keys[index] = write(keys[index], k, positions)
+        values[index] = write(values[index], v, positions)
+        return keys[index], values[index]
+
+    kinds = jnp.full_like(tokens, SPEECH)
+    mask = jnp.arange(cache.keys[0].shape[1]) <= positions[:, None, None]
+    x = embed(weights, tokens[:, None], kinds[:, None])
+    x = decode(weights, cfg, x, positions[:, None], mask, attend)
+    return _head(weights, cfg, x[:, 0]), Cache(tuple(keys), tuple(values))
+
+
+def _head(weights: DecodeWeights, cfg: Config, x: jax.Array) -> jax.Array:
+    """Speech logits [B, V] of hidden states [B, D]."""
+    return nn.product("bd,dv->bv", x, weights.head, cfg.dtype, nn.like(x, None)) + weights.head_bias
+
+
+def sample_token(scores: jax.Array, recent: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draws one token, avoiding repetition.
+
+    A token is drawn from the `top_k` most probable, cut where the mass before a token reaches `top_p` (the
+    token that crosses it is kept). If it stands at least `repeat_limit` times in `recent`, it is excluded and
+    the draw is repeated from the whole distribution.
+
+    Args:
+        scores: [V] float32 logits, -inf where forbidden.
+        recent: [window] int32, the last generated tokens in any order, -1 where there is none.
+        key: one key.
+        sampling: settings.
+
+    Returns:
+        int32 scalar.
+
+    Source: VALL-E 2 (Chen et al., 2024), section 4.1; excluding the repeated token is the public CosyVoice
+    code since February 2026.
+    """
+    scores = scores / sampling.temperature
+    first_key, second_key = jax.random.split(key)
+
+    def draw(x: jax.Array, key: jax.Array) -> jax.Array:
+        return jnp.argmax(x) if sampling.greedy else jax.random.categorical(key, x)
+
+    best, ids = jax.lax.top_k(scores, min(sampling.top_k, scores.shape[0]))
+    mass = jnp.exp(best - jax.nn.logsumexp(scores))
+    before = jnp.concatenate([jnp.zeros(1), jnp.cumsum(mass)[:-1]])
+    token = ids[draw(jnp.where(before < sampling.top_p, best, -jnp.inf), first_key)]
+    if not sampling.repetition_aware:
+        return token
+    is_repeated = jnp.sum(recent == token) >= sampling.repeat_limit
+    other = draw(jnp.where(jnp.arange(scores.shape[0]) == token, -jnp.inf, scores), second_key)
+    return jnp.where(is_repeated, other.astype(token.dtype), token)
+
+
+def layout(
+    text_ids: jax.Array, text_length: jax.Array, prompt_tokens: jax.Array, prompt_length: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`[sos] text [task] prompt` of one row without the gaps that padding leaves between them.
+
+    Args:
+        text_ids: [N] int32, valid up to `text_length`.
+        text_length: int32 scalar.
+        prompt_tokens: [N'] int32, valid up to `prompt_length`.
+        prompt_length: int32 scalar.
+
+    Returns:
+        (tokens [2 + N + N'], kinds of the same shape, number of valid positions).
+    """
+    at = jnp.arange(2 + text_ids.shape[0] + prompt_tokens.shape[0])
+    task = text_length + 1
+    length = task + 1 + prompt_length
+    kinds = jnp.where(at < task, TEXT, SPEECH)
+    kinds = jnp.where(at == 0, SOS, jnp.where(at == task, TASK, kinds))
+    kinds = jnp.where(at < length, kinds, PAD)
+    tokens = jnp.zeros_like(at)
+    for source, start, kind in ((text_ids, 1, TEXT), (prompt_tokens, task + 1, SPEECH)):
+        if source.shape[0]:
+            tokens = jnp.where(kinds == kind, source.at[at - start].get(mode="clip"), tokens)
+    return tokens, kinds, length
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "tokens", "lengths", "is_done", "recent", "scores", "cache"],
+    meta_fields=[],
+)
+@dataclasses.dataclass
+class State:
+    """What the decoding loop carries.
+
+    step: int32 scalar, tokens drawn so far per row.
+    tokens: [B, max_new] int32, result; 0 after a row's end.
+    lengths: [B] int32, valid tokens of each row.
+    is_done: [B] bool, the row met its end token or its limit.
+    recent: [B, window] int32, ring of the last drawn tokens, -1 where empty.
+    scores: [B, V] float32, logits for the next token.
+    cache: keys and values of all positions so far.
+    """
+
+    step: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    is_done: jax.Array
+    recent: jax.Array
+    scores: jax.Array
+    cache: Cache
+
+
+def generate(
+    model: SpeechLM | DecodeWeights,
+    cfg: Config,
+    sampling: Sampling,
+    text_ids: jax.Array,
+    text_lengths: jax.Array,
+    prompt_tokens: jax.Array,
+    prompt_lengths: jax.Array,
+    min_lengths: jax.Array,
+    max_lengths: jax.Array,
+    keys: jax.Array,
+    max_new: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Speech tokens for a batch of texts, each continuing a speech prompt; one compiled program.
+
+    A row depends on its own arguments and key only: not on padding, on its neighbours or on the batch size.
+    The rows are split over the mesh if it divides them and repeated on every chip otherwise.
+
+    Args:
+        model: the module, or its `unstack`ed weights (saves the copy at each call).
+        cfg: settings of the model.
+        sampling: how tokens are drawn; its ratios are not used here (see `Sampling.limits`).
+        text_ids: [B, N] int32, prompt text then target text, padded with anything.
+        text_lengths: [B] int32.
+        prompt_tokens: [B, N'] int32 speech tokens of the prompt, padded with anything; N' may be 0.
+        prompt_lengths: [B] int32.
+        min_lengths: [B] int32; the end, reserved and fill ids are forbidden before this many tokens.
+        max_lengths: [B] int32; a row stops after this many tokens, and after `max_new` at the latest.
+        keys: [B] random keys, one per row.
+        max_new: columns of the result, static.
+
+    Returns:
+        (tokens [B, max_new] int32, codes below `num_codes` and 0 after the end of a row; lengths [B] int32).
+
+    Raises:
+        ValueError: if the arguments do not have the same number of rows, or max_new is below 1.
+
+    The public code forbids only the end id before the minimum; here all three ids that stop a row are, so
+    that the minimum holds.
+    """
+    sharding.ensure_mesh()
+    rows = text_ids.shape[0]
+    named = dict(text_lengths=text_lengths, prompt_tokens=prompt_tokens, prompt_lengths=prompt_lengths)
+    named |= dict(min_lengths=min_lengths, max_lengths=max_lengths, keys=keys)
+    for name, x in named.items():
+        if x.shape[0] != rows:
+            raise ValueError(f"{name} has {x.shape[0]} rows, text_ids has {rows}; give one entry per row")
+    if max_new < 1:
+        raise ValueError(f"max_new is {max_new}; at least 1 is needed")
+    weights = model if isinstance(model, DecodeWeights) else unstack(model, cfg)
+    return _generate(weights, cfg, sampling, text_ids, *named.values(), max_new)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "max_new"))
+def _generate(
+    weights: DecodeWeights,
+    cfg: Config,
+    sampling: Sampling,
+    text_ids: jax.Array,
+    text_lengths: jax.Array,
+    prompt_tokens: jax.Array,
+    prompt_lengths: jax.Array,
+    min_lengths: jax.Array,
+    max_lengths: jax.Array,
+    keys: jax.Array,
+    max_new: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The compiled program of `generate`."""
+    num_rows = text_ids.shape[0]
+    shape = jax.sharding.get_abstract_mesh().shape
+    split = spec("batch") if num_rows % (shape["slice"] * shape["data"]) == 0 else PartitionSpec(None)
+
+    def place(x: jax.Array) -> jax.Array:
+        return jax.sharding.reshard(x, PartitionSpec(*split, *(None,) * (x.ndim - 1)))
+
+    keys, min_lengths = place(keys), place(min_lengths)
+    max_lengths = jnp.minimum(place(max_lengths), max_new)
+    tokens, kinds, lengths = jax.vmap(layout)(
+        place(text_ids), place(text_lengths), place(prompt_tokens), place(prompt_lengths)
+    )
+    scores, cache = prefill(weights, cfg, tokens, kinds, lengths, tokens.shape[1] + max_new)
+    is_stop = jnp.arange(cfg.num_speech_rows) >= cfg.num_codes
+
+    def draw(scores, recent, key, least, step):
+        scores = jnp.where(is_stop & (step < least), -jnp.inf, scores)
+        return sample_token(scores, recent, jax.random.fold_in(key, step), sampling)
+
+    def body(state: State) -> State:
+        step = state.step
+        draw_rows = jax.vmap(draw, in_axes=(0, 0, 0, 0, None))
+        token = draw_rows(state.scores, state.recent, keys, min_lengths, step)
+        is_done = state.is_done | (token >= cfg.num_codes)
+        token = jnp.where(is_done, 0, token)
+        new_lengths = jnp.where(is_done, state.lengths, step + 1)
+        place_in_ring = step % sampling.window
+        scores, cache = decode_step(weights, cfg, token, lengths + step, state.cache)
+        return State(
+            step=step + 1,
+            tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, step)),
+            lengths=new_lengths,
+            is_done=is_done | (step + 1 >= max_lengths),
+            recent=jax.lax.dynamic_update_slice(state.recent, token[:, None], (0, place_in_ring)),
+            scores=scores,
+            cache=cache,
+        )
+
+    start = State(
+        step=jnp.int32(0),
+        tokens=place(jnp.zeros((num_rows, max_new), jnp.int32)),
+        lengths=place(jnp.zeros(num_rows, jnp.int32)),
+        is_done=max_lengths <= 0,
+        recent=place(jnp.full((num_rows, sampling.window), -1, jnp.int32)),
+        scores=scores,
+        cache=cache,
+    )
+    end = jax.lax.while_loop(lambda s: (s.step < max_new) & jnp.any(~s.is_done), body, start)
+    return end.tokens, end.lengths

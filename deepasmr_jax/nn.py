@@ -1,0 +1,233 @@
+"""Layers shared by the transformers of the package: linear, RMS norm, rotary positions, attention, SwiGLU.
+
+Mixed precision, in one place: weights and activations are float32; a product casts only its two operands to
+`dtype` and accumulates in float32. Norms, softmax and rotary angles are float32 whatever `dtype` is.
+Sharding: kernels are split as their axis names say (`sharding.AXES`); an activation keeps the split of its
+leading axes and has its last axis split only where the kernel's output axis is on `model`.
+
+Letters: B rows, N query positions, S key positions, H query heads, K key/value heads, E head size,
+D width, F MLP width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from deepasmr_jax.sharding import AXES, spec
+
+MASKED = -1e30  # score of a forbidden pair: finite, so that a row with no allowed key gives no NaN
+
+
+def axes_of(x: jax.Array) -> tuple:
+    """Mesh axes of each axis of `x` (None: not split), as known at trace time."""
+    parts = tuple(jax.typeof(x).sharding.spec)
+    return parts + (None,) * (x.ndim - len(parts))
+
+
+def like(x: jax.Array, *names: str | None) -> PartitionSpec:
+    """Split of an array that has all axes of `x` but the last, then axes with these logical names.
+
+    Only `model` names split an activation: a width named "embed" is split in weights and whole here.
+    """
+    tail = spec(*(name if name and AXES[name] == ("model",) else None for name in names))
+    return PartitionSpec(*axes_of(x)[:-1], *tail)
+
+
+def like_vector(name: str | None) -> PartitionSpec:
+    """Split of a bias or gain along an activation axis of this name: over `model` or not at all."""
+    return spec(name if name and AXES[name] == ("model",) else None)
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis: `x @ kernel + bias`.
+
+    Weights: kernel [in, out] float32, bias [out] float32 (only with `use_bias`).
+
+    Args:
+        in_features: size of the last axis of the input.
+        out_features: size of the last axis of the output.
+        axes: logical names of the kernel's two axes, such as ("embed", "mlp"); None is an unsplit axis.
+        rngs: source of the initial weights; the stream `params` is used.
+        use_bias: adds a bias that starts at zero.
+        dtype: type of the operands of the product; the result is float32.
+        init: initializer of the kernel.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str | None, str | None] = (None, None),
+        *,
+        rngs: nnx.Rngs,
+        use_bias: bool = True,
+        dtype: str = "float32",
+        init=jax.nn.initializers.lecun_normal(),
+    ):
+        shape = (in_features, out_features)
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=spec(*axes)))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32, out_sharding=like_vector(axes[1])))
+        self.use_bias = use_bias
+        self.out_axis = axes[1]
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] any float type -> [..., out] float32; the leading axes keep their split."""
+        out = like(x, self.out_axis)
+        y = product("...i,io->...o", x, self.kernel[...], self.dtype, out)
+        return y + self.bias[...] if self.use_bias else y
+
+
+def product(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding: PartitionSpec) -> jax.Array:
+    """Einsum of two arrays with operands in `dtype`, accumulated and returned in float32."""
+    return jnp.einsum(
+        equation,
+        x.astype(dtype),
+        y.astype(dtype),
+        preferred_element_type=jnp.float32,
+        out_sharding=out_sharding,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32.
+
+    Weights: scale [D] float32, starts at one.
+    """
+
+    def __init__(self, width: int, *, eps: float = 1e-6):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32, out_sharding=spec(None)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] any float type -> [..., D] float32."""
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """RMS norm of the last axis with a given gain [D]; float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+
+
+class SwiGLU(nnx.Module):
+    """Gated MLP `down(silu(gate(x)) * up(x))` without biases; the hidden axis is split over `model`."""
+
+    def __init__(
+        self,
+        width: int,
+        mlp_width: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: str = "float32",
+        init=jax.nn.initializers.lecun_normal(),
+    ):
+        options = dict(rngs=rngs, use_bias=False, dtype=dtype, init=init)
+        self.gate = Linear(width, mlp_width, ("embed", "mlp"), **options)
+        self.up = Linear(width, mlp_width, ("embed", "mlp"), **options)
+        self.down = Linear(mlp_width, width, ("mlp", "embed"), **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] float32."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = False) -> jax.Array:
+    """Rotates pairs of channels of every head by an angle that grows with the position.
+
+    Pair i turns by `positions * base^(-2i/E)`. Angles are float32: positions above 256 are not exact in
+    bfloat16.
+
+    Args:
+        x: [B, N, H, E], E even.
+        positions: [B, N] (or [1, N]) int32 or float32.
+        base: wavelength base, such as 10000 or 1000000.
+        interleaved: pairs are (2i, 2i+1) instead of (i, i + E/2).
+
+    Returns:
+        [B, N, H, E], type of `x`.
+
+    Raises:
+        ValueError: if E is odd.
+
+    Source: RoFormer (Su et al., 2021), section 3.2; the half-split pairing is that of Llama and Qwen.
+    """
+    size = x.shape[-1]
+    if size % 2:
+        raise ValueError(f"rotary positions need an even head size, found {size}")
+    frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies  # [B, N, 1, E/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    full = x.astype(jnp.float32)
+    first, second = (full[..., ::2], full[..., 1::2]) if interleaved else jnp.split(full, 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        pairs = jnp.stack(turned, axis=-1)
+        return jnp.reshape(pairs, x.shape, out_sharding=PartitionSpec(*axes_of(x))).astype(x.dtype)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def split_heads(x: jax.Array, num_heads: int, name: str = "heads") -> jax.Array:
+    """[..., H*E] -> [..., H, E]; the head axis takes over the split over `model`.
+
+    Raises:
+        ValueError: if the last axis is not a multiple of `num_heads`.
+    """
+    if x.shape[-1] % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide a width of {x.shape[-1]}")
+    shape = (*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+    return jnp.reshape(x, shape, out_sharding=like(x, name, None))
+
+
+def merge_heads(x: jax.Array, name: str = "heads") -> jax.Array:
+    """[..., H, E] -> [..., H*E], split over `model` as whole heads."""
+    out = PartitionSpec(*axes_of(x)[:-2], *spec(name))
+    return jnp.reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]), out_sharding=out)
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    dtype: str = "float32",
+) -> jax.Array:
+    """Scaled dot-product attention with grouped query heads; query head h reads key head h // (H/K).
+
+    Products take operands in `dtype` (float32 by default: on CPU bfloat16 is slower here, and a TPU rounds
+    the operands itself); the softmax is float32. A query whose keys are all forbidden gets their plain
+    average; such rows are padding.
+
+    Args:
+        q: [B, N, H, E].
+        k: [B, S, K, E], K divides H.
+        v: [B, S, K, E].
+        mask: [B, N, S], [B, 1, S] or [1, N, S] bool, True where attention is allowed; None allows all.
+        scale: factor of the scores; 1/sqrt(E) if None.
+        dtype: type of the operands of both products.
+
+    Returns:
+        [B, N, H, E] float32.
+
+    Raises:
+        ValueError: if K does not divide H.
+    """
+    num_heads, num_kv_heads, size = q.shape[2], k.shape[2], q.shape[3]
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_kv_heads} key/value heads do not divide {num_heads} query heads")
+    batch, tokens, heads, _ = axes_of(q)
+    scale = size**-0.5 if scale is None else scale
+    group = num_heads // num_kv_heads
+    grouped = PartitionSpec(batch, tokens, heads, None, None)
+    q = jnp.reshape(q * scale, (*q.shape[:2], num_kv_heads, group, size), out_sharding=grouped)
+    scores = product("bnkge,bske->bkgns", q, k, dtype, PartitionSpec(batch, heads, None, tokens, None))
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1)
+    out = product("bkgns,bske->bnkge", weights, v, dtype, grouped)
+    shape = (*out.shape[:2], num_heads, size)
+    return out.reshape(shape, out_sharding=PartitionSpec(batch, tokens, heads, None))

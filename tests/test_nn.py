@@ -1,0 +1,163 @@
+"""Shared layers against plain NumPy, and on every mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepasmr_jax import nn, sharding
+
+MESHES = [(1, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def softmax(x):
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return x / x.sum(axis=-1, keepdims=True)
+
+
+def test_linear_is_the_affine_map_of_the_last_axis():
+    linear = nn.Linear(6, 4, rngs=nnx.Rngs(params=0))
+    linear.bias[...] = jnp.arange(4.0)
+    x = normal(2, 3, 6)
+    np.testing.assert_allclose(linear(x), x @ np.asarray(linear.kernel[...]) + np.arange(4.0), atol=1e-6)
+
+
+def test_linear_without_bias_has_one_weight():
+    linear = nn.Linear(6, 4, rngs=nnx.Rngs(params=0), use_bias=False)
+    assert [x.shape for x in jax.tree.leaves(linear)] == [(6, 4)]
+
+
+def test_mixed_precision_rounds_the_operands_and_nothing_else():
+    linear = nn.Linear(64, 4, rngs=nnx.Rngs(params=0), use_bias=False, dtype="bfloat16")
+    x = normal(8, 64)
+    rounded = [np.asarray(jnp.bfloat16(a).astype(jnp.float32)) for a in (x, linear.kernel[...])]
+    y = linear(x)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, rounded[0] @ rounded[1], atol=1e-5)
+    assert not np.allclose(y, x @ np.asarray(linear.kernel[...]), atol=1e-5)
+
+
+def test_rms_norm_is_float32_and_matches_its_formula():
+    norm = nn.RMSNorm(8, eps=1e-6)
+    norm.scale[...] = jnp.arange(1.0, 9.0)
+    x = normal(3, 8)
+    expected = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * np.arange(1, 9)
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-5)
+    assert norm(jnp.bfloat16(x)).dtype == jnp.float32
+
+
+def test_swiglu_matches_its_formula():
+    mlp = nn.SwiGLU(6, 10, rngs=nnx.Rngs(params=0))
+    x = normal(2, 3, 6)
+    gate, up, down = (np.asarray(m.kernel[...]) for m in (mlp.gate, mlp.up, mlp.down))
+    a = x @ gate
+    np.testing.assert_allclose(mlp(x), (a / (1 + np.exp(-a)) * (x @ up)) @ down, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_turns_each_pair_by_its_angle(interleaved):
+    x, positions = normal(2, 5, 3, 8), np.array([[0, 1, 2, 3, 4], [7, 300, 1023, 4001, 32000]])
+    angles = positions[..., None] * 1e4 ** (-np.arange(0, 8, 2) / 8)
+    pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + 4) for i in range(4)]
+    expected = np.empty_like(x)
+    for i, (a, b) in enumerate(pairs):
+        cos, sin = np.cos(angles[..., i])[..., None], np.sin(angles[..., i])[..., None]
+        expected[..., a] = x[..., a] * cos - x[..., b] * sin
+        expected[..., b] = x[..., b] * cos + x[..., a] * sin
+    # angle rounding in float32 at position 32000 is 1e-3 radians
+    np.testing.assert_allclose(nn.rotary(x, positions, 1e4, interleaved), expected, atol=5e-3)
+    np.testing.assert_allclose(nn.rotary(x, positions, 1e4, interleaved)[0], expected[0], atol=1e-5)
+
+
+def test_rotary_of_bfloat16_input_keeps_exact_angles():
+    x = jnp.bfloat16(normal(1, 1, 1, 64))
+    positions = np.array([[1001]])  # 1000 in bfloat16
+    exact = nn.rotary(x.astype(jnp.float32), positions, 1e4)
+    np.testing.assert_allclose(nn.rotary(x, positions, 1e4).astype(jnp.float32), exact, atol=0.02)
+
+
+def test_rotary_refuses_an_odd_head():
+    with pytest.raises(ValueError, match="found 7"):
+        nn.rotary(normal(1, 2, 1, 7), np.zeros((1, 2)), 1e4)
+
+
+def test_attention_matches_numpy_with_grouped_heads_and_mask():
+    q, k, v = normal(2, 5, 6, 4), normal(2, 7, 2, 4, seed=1), normal(2, 7, 2, 4, seed=2)
+    mask = np.random.default_rng(3).random((2, 5, 7)) < 0.6
+    mask[:, :, 0] = True
+    out = nn.attention(q, k, v, mask)
+    for h in range(6):
+        scores = np.where(mask, np.einsum("bne,bse->bns", q[:, :, h], k[:, :, h // 3]) / 2, -np.inf)
+        expected = np.einsum("bns,bse->bne", softmax(scores), v[:, :, h // 3])
+        np.testing.assert_allclose(out[:, :, h], expected, atol=1e-5)
+
+
+def test_attention_of_a_row_without_allowed_keys_is_finite_also_in_the_gradient():
+    q, k, v = normal(1, 2, 2, 4), normal(1, 3, 2, 4, seed=1), normal(1, 3, 2, 4, seed=2)
+    mask = np.array([[[True, True, True], [False, False, False]]])
+    grads = jax.grad(lambda q: nn.attention(q, k, v, mask).sum())(q)
+    assert np.isfinite(grads).all()
+
+
+def test_attention_refuses_heads_that_do_not_group():
+    with pytest.raises(ValueError, match="4 key/value heads do not divide 6"):
+        nn.attention(normal(1, 2, 6, 4), normal(1, 2, 4, 4), normal(1, 2, 4, 4))
+
+
+class Block(nnx.Module):
+    """One layer of everything."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nn.RMSNorm(16)
+        self.q = nn.Linear(16, 32, ("embed", "heads"), rngs=rngs)
+        self.kv = nn.Linear(16, 16, ("embed", "kv_heads"), rngs=rngs)
+        self.o = nn.Linear(32, 16, ("heads", "embed"), rngs=rngs)
+        self.mlp = nn.SwiGLU(16, 32, rngs=rngs)
+
+    def __call__(self, x, positions):
+        y = self.norm(x)
+        q = nn.rotary(nn.split_heads(self.q(y), 4), positions, 1e4, interleaved=True)
+        kv = nn.split_heads(self.kv(y), 2, "kv_heads")
+        mask = positions[:, :, None] >= positions[:, None, :]
+        x = x + self.o(nn.merge_heads(nn.attention(q, kv, kv, mask)))
+        return x + self.mlp(x)
+
+
+def stack(key):
+    return jax.vmap(lambda r: Block(rngs=r))(nnx.Rngs(params=key).split(2))
+
+
+def energy(layers, x, positions):
+    out, _ = jax.lax.scan(lambda x, layer: (layer(x, positions), None), x, layers)
+    return jnp.mean(out**2)
+
+
+@pytest.mark.parametrize("num_rows, meshes", [(8, MESHES), (3, [MESHES[0], MESHES[3]])])
+def test_scanned_layers_give_the_same_loss_and_gradient_on_every_mesh(num_rows, meshes):
+    x, positions = normal(num_rows, 6, 16), np.tile(np.arange(6, dtype=np.int32), (num_rows, 1))
+    place = sharding.put if num_rows == 8 else sharding.replicate  # 3 rows are repeated on every device
+    results = []
+    for shape in meshes:
+        sharding.make_mesh(*shape)
+        layers = jax.block_until_ready(jax.jit(stack)(jax.random.key(0)))
+        batch = place(dict(x=x, positions=positions))
+        value, grads = jax.jit(jax.value_and_grad(energy))(layers, batch["x"], batch["positions"])
+        results.append((float(value), jax.tree.map(np.asarray, jax.device_get(grads))))
+    for value, grads in results[1:]:
+        assert value == pytest.approx(results[0][0], rel=1e-5)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(results[0][1]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_are_split_as_their_axis_names_say():
+    sharding.make_mesh(2, 2, 2)
+    block = Block(rngs=nnx.Rngs(params=0))
+    assert nn.axes_of(block.q.kernel[...]) == ("data", "model")
+    assert nn.axes_of(block.o.kernel[...]) == ("model", "data")
+    assert nn.axes_of(block.q.bias[...]) == ("model",)
+    assert nn.axes_of(block.o.bias[...]) == (None,)
