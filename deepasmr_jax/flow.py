@@ -1,0 +1,695 @@
+"""Flow-matching decoder: speech tokens and a prompt's mel to the mel of the whole utterance.
+
+The network is DeepASMR's acoustic decoder: a Transformer of the E2 TTS family with U-Net skips, with speech
+tokens in place of text (E2 TTS, Eskimez et al., 2024, as released in F5-TTS, Chen et al., 2024). It predicts
+the velocity of a straight path from noise (t = 0) to mel (t = 1); training is infilling as in Voicebox (Le et
+al., 2023).
+
+Batch keys of `loss`: speech_tokens [B, N] int32; num_tokens [B] int32; mel [B, T, M] float32 log-mel, T the
+frames of N tokens; prompt_frames [B] int32 (0: the loss draws an infilling span).
+Letters: B rows, N tokens, T mel frames, M mel bins, P positions (T / patch_frames, rounded up), D width,
+H heads, E head size, L layers.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from deepasmr_jax import nn
+from deepasmr_jax.sharding import AXES, spec
+
+TIME_FEATURES = 256  # sinusoids of the flow time, E2 TTS
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+METHODS = ("euler", "midpoint")
+# Steps kept for a small budget, in units of 1/32 and before the cosine warp (F5-TTS, "empirically pruned")
+PRUNED_STEPS = {
+    5: (0, 2, 4, 8, 16, 32),
+    6: (0, 2, 4, 6, 8, 16, 32),
+    7: (0, 2, 4, 6, 8, 16, 24, 32),
+    10: (0, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32),
+    12: (0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32),
+    16: (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes and training settings of the flow decoder.
+
+    Attributes:
+        mel_bins: M.
+        frames_per_token: mel frames per speech token as (numerator, denominator): (2, 1) at 50 Hz,
+            (441, 128) for 22.05 kHz / 256, (15, 4) for 24 kHz / 256.
+        mel_mean, mel_std: scalars that make the log-mel about zero mean and unit variance inside the network.
+        patch_frames: mel frames side by side in one position of the Transformer.
+        num_codes: size of the speech-token vocabulary; the table has one filler row more, at index 0.
+        token_width: size of a token's embedding.
+        width, num_layers, num_heads, head_dim, mlp_ratio: the Transformer; num_layers is even.
+        rotary_heads: heads that see rotary positions; None is all of them, 1 is the released E2 TTS.
+        rotary_base: wavelength base of the rotary positions.
+        conv_kernel, conv_groups: the convolutional position term.
+        qk_norm: RMS norm of every query and key head before the rotary positions.
+        dropout: after attention and inside the MLP, in training only.
+        sigma_min: noise left at t = 1.
+        drop_audio: probability that a training row loses its mel condition.
+        drop_both: probability that a training row loses mel condition and tokens (the guidance branch).
+        span_min: least fraction of the frames that an infilling span covers; the most is 1.
+        dtype: type of the operands of matrix products.
+        attention_dtype: the same for the two products inside attention.
+        remat: "none", "full" (recompute each layer in the backward pass) or "dots" (keep matrix products).
+        unroll: layers per iteration of the loop over layers; 1 compiles fastest.
+    """
+
+    mel_bins: int = 80
+    frames_per_token: tuple[int, int] = (2, 1)
+    mel_mean: float = 0.0
+    mel_std: float = 1.0
+    patch_frames: int = 1
+    num_codes: int = 6561
+    token_width: int = 512
+    width: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    rotary_heads: int | None = None
+    rotary_base: float = 10000.0
+    conv_kernel: int = 31
+    conv_groups: int = 16
+    qk_norm: bool = False
+    dropout: float = 0.0
+    sigma_min: float = 1e-6  # CosyVoice2; Voicebox 1e-5, F5/E2 0
+    drop_audio: float = 0.3  # F5/E2
+    drop_both: float = 0.2  # F5/E2
+    span_min: float = 0.7  # F5/E2, Voicebox
+    dtype: str = "bfloat16"
+    attention_dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "frames_per_token", tuple(int(n) for n in self.frames_per_token))
+        if len(self.frames_per_token) != 2 or min(self.frames_per_token) < 1:
+            raise ValueError(
+                f"frames_per_token is {self.frames_per_token}; give two positive integers, (2, 1)"
+            )
+        if self.num_layers < 2 or self.num_layers % 2:
+            raise ValueError(
+                f"num_layers is {self.num_layers}; the U-Net skips need an even number, at least 2"
+            )
+        if self.width % self.conv_groups:
+            raise ValueError(f"conv_groups {self.conv_groups} does not divide width {self.width}; change one")
+        if self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel is {self.conv_kernel}; it must be odd")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        if self.patch_frames < 1:
+            raise ValueError(f"patch_frames is {self.patch_frames}; it must be at least 1")
+        if self.mel_std <= 0:
+            raise ValueError(f"mel_std is {self.mel_std}; it must be positive")
+        for name in ("drop_audio", "drop_both", "dropout", "span_min", "sigma_min"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
+
+
+def deepasmr(**changes) -> Config:
+    """24 layers of width 1024 on 80-band mel at 50 Hz: the decoder of DeepASMR, 336,9 M parameters.
+
+    The normalisation is about that of LJSpeech in Matcha-TTS; set it to the corpus where that is known.
+    """
+    return dataclasses.replace(Config(mel_mean=-5.5, mel_std=2.1, dropout=0.1), **changes)
+
+
+def e2tts_base(**changes) -> Config:
+    """The shape of the released E2TTS_Base, 333,470,444 parameters.
+
+    Its characters take the place of speech tokens: one per frame, -1 (filler) after the end of the text.
+    """
+    base = Config(
+        mel_bins=100, frames_per_token=(1, 1), num_codes=2545, token_width=100, rotary_heads=1, sigma_min=0.0
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def mini(**changes) -> Config:
+    """The built-in model: width 256, 6 layers, one position per token of two 20 ms frames."""
+    base = Config(
+        mel_mean=-5.5, mel_std=2.1, patch_frames=2, token_width=128, width=256, num_layers=6, num_heads=4
+    )
+    return dataclasses.replace(base, **changes)
+
+
+class ScaleNorm(nnx.Module):
+    """`x / |x| * sqrt(D) * scale`: RMS norm with no constant inside the root, as in E2 TTS; float32."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width, jnp.float32, out_sharding=spec(None)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] float32; a zero vector stays zero."""
+        square = jnp.sum(x * x, axis=-1, keepdims=True)
+        # the bound is on the square: E2 TTS bounds the length by 1e-12
+        return x * (jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * x.shape[-1] ** 0.5) * self.scale[...]
+
+
+class GroupedConv(nnx.Module):
+    """Grouped 1-d convolution with zero padding that keeps the length.
+
+    Weights: kernel [K, D/G, D] for K taps and G groups, bias [D]; both replicated.
+    """
+
+    def __init__(self, width: int, kernel: int, groups: int, *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        shape = (kernel, width // groups, width)
+        self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=spec(None, None, None)))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32, out_sharding=spec(None)))
+        self.groups = groups
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, P, D] -> [B, P, D] float32."""
+        return grouped_conv(x, self.kernel[...], self.groups) + self.bias[...]
+
+
+def grouped_conv(x: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
+    """Grouped convolution along the second axis, zero padding, same length; each device does its own rows.
+
+    Left to the partitioner, XLA gathers the whole batch on every device (openxla/xla issue 47945), and with
+    the model axis above 1 the gradient of the kernel is wrong (seen with jax 0.10.2).
+
+    Args:
+        x: [B, P, C] float32, split over `batch`.
+        kernel: [K, C/G, D] float32 of K taps, odd, and G groups; replicated.
+        groups: G.
+
+    Returns:
+        [B, P, D] float32, split over `batch`.
+    """
+    rows = spec("batch", None, None)
+
+    def local(x, kernel):
+        return _local_conv(x, jax.lax.pcast(kernel, AXES["batch"], to="varying"), groups)
+
+    local = jax.shard_map(local, in_specs=(rows, PartitionSpec()), out_specs=rows)
+    return local(jax.sharding.reshard(x, rows), kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _local_conv(x, kernel, groups):
+    """`_conv` with its own kernel gradient on CPU, where XLA's is 13 x slower than the forward pass."""
+    return _conv(x, kernel, groups)
+
+
+def _conv(x, kernel, groups):
+    pad = kernel.shape[0] // 2
+    numbers = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1,), [(pad, pad)], dimension_numbers=numbers, feature_group_count=groups
+    )
+
+
+def _local_conv_forward(x, kernel, groups):
+    return _conv(x, kernel, groups), (x, kernel)
+
+
+def _local_conv_backward(groups, saved, dy):
+    x, kernel = saved
+    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, groups), x)(dy)
+
+    def by_transpose(x, dy):
+        return jax.linear_transpose(lambda kernel: _conv(x, kernel, groups), kernel)(dy)[0]
+
+    def by_convolution(x, dy):  # rows and channels change places, and dy is a kernel of P taps
+        num_rows, length, _ = x.shape
+        x = jnp.einsum("bpgc->cpgb", x.reshape(num_rows, length, groups, -1))
+        pad = kernel.shape[0] // 2
+        dkernel = jax.lax.conv_general_dilated(
+            x.reshape(-1, length, groups * num_rows),
+            jnp.einsum("bpd->pbd", dy),
+            (1,),
+            [(pad, pad)],
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=groups,
+        )
+        return jnp.einsum("ckd->kcd", dkernel)
+
+    return dx, jax.lax.platform_dependent(x, dy, cpu=by_convolution, default=by_transpose)
+
+
+_local_conv.defvjp(_local_conv_forward, _local_conv_backward)
+
+
+class Attention(nnx.Module):
+    """Bidirectional self-attention with biases and interleaved rotary positions."""
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        inner = cfg.num_heads * cfg.head_dim
+        make = functools.partial(nn.Linear, rngs=rngs, dtype=cfg.dtype)
+        self.query = make(cfg.width, inner, ("embed", "heads"))
+        self.key = make(cfg.width, inner, ("embed", "heads"))
+        self.value = make(cfg.width, inner, ("embed", "heads"))
+        self.out = make(inner, cfg.width, ("heads", "embed"))
+        if cfg.qk_norm:
+            self.query_norm = nn.RMSNorm(cfg.head_dim)
+            self.key_norm = nn.RMSNorm(cfg.head_dim)
+
+    def __call__(self, x: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
+        """[B, P, D] and the valid positions [B, P] -> [B, P, D] float32."""
+        q, k, v = (nn.split_heads(f(x), cfg.num_heads) for f in (self.query, self.key, self.value))
+        if cfg.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        positions = jnp.arange(x.shape[1])[None]
+
+        def rotate(y):
+            turned = nn.rotary(y, positions, cfg.rotary_base, interleaved=True)
+            if cfg.rotary_heads is None:
+                return turned
+            return jnp.where((jnp.arange(cfg.num_heads) < cfg.rotary_heads)[:, None], turned, y)
+
+        y = nn.attention(rotate(q), rotate(k), v, mask[:, None], dtype=cfg.attention_dtype)
+        return self.out(nn.merge_heads(y))
+
+
+class Block(nnx.Module):
+    """Pre-norm Transformer layer; in the upper half it first merges the skip of its partner."""
+
+    def __init__(self, cfg: Config, has_skip: bool, *, rngs: nnx.Rngs):
+        if has_skip:
+            self.skip = nn.Linear(
+                2 * cfg.width, cfg.width, ("embed", None), rngs=rngs, use_bias=False, dtype=cfg.dtype
+            )
+        self.attention_norm = ScaleNorm(cfg.width)
+        self.attention = Attention(cfg, rngs=rngs)
+        self.mlp_norm = ScaleNorm(cfg.width)
+        hidden = cfg.mlp_ratio * cfg.width
+        self.mlp_in = nn.Linear(cfg.width, hidden, ("embed", "mlp"), rngs=rngs, dtype=cfg.dtype)
+        self.mlp_out = nn.Linear(hidden, cfg.width, ("mlp", "embed"), rngs=rngs, dtype=cfg.dtype)
+
+    def __call__(self, x, mask, cfg: Config, skip=None, key=None) -> jax.Array:
+        """[B, P, D] (and the skip, same shape) -> [B, P, D] float32."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        if skip is not None:
+            x = self.skip(jnp.concatenate([x, skip], axis=-1))
+        x = x + _dropout(self.attention(self.attention_norm(x), mask, cfg), cfg.dropout, keys[0])
+        hidden = jax.nn.gelu(self.mlp_in(self.mlp_norm(x)), approximate=True)
+        return x + self.mlp_out(_dropout(hidden, cfg.dropout, keys[1]))
+
+
+class Decoder(nnx.Module):
+    """Velocity network: noisy mel, condition mel, tokens and flow time to a velocity.
+
+    `down` stacks layers 1..L/2. `up` stacks the others so that up[l] merges the input of down[l]: it runs
+    from its last entry to its first, and the layer numbered l = L/2+1..L (from 1) is up[L - l].
+    """
+
+    def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
+        table = jax.nn.initializers.normal(1.0)  # as torch's embedding; the input projection scales it
+        shape = (cfg.num_codes + 1, cfg.token_width)
+        # replicated: 6562 rows divide by no mesh, and the table is 1 % of the weights
+        self.token_table = nnx.Param(table(rngs.params(), shape, jnp.float32, out_sharding=spec(None, None)))
+        frame = cfg.patch_frames * cfg.mel_bins
+        self.input = nn.Linear(
+            2 * frame + cfg.token_width, cfg.width, (None, "embed"), rngs=rngs, dtype=cfg.dtype
+        )
+        self.conv_first = GroupedConv(cfg.width, cfg.conv_kernel, cfg.conv_groups, rngs=rngs)
+        self.conv_second = GroupedConv(cfg.width, cfg.conv_kernel, cfg.conv_groups, rngs=rngs)
+        self.time_in = nn.Linear(TIME_FEATURES, cfg.width, (None, "embed"), rngs=rngs)
+        self.time_out = nn.Linear(cfg.width, cfg.width, ("embed", None), rngs=rngs)
+        half = cfg.num_layers // 2
+        self.down = jax.vmap(lambda r: Block(cfg, False, rngs=r))(rngs.split(half))
+        self.up = jax.vmap(lambda r: Block(cfg, True, rngs=r))(rngs.split(half))
+        self.norm = ScaleNorm(cfg.width)
+        self.output = nn.Linear(
+            cfg.width, frame, ("embed", None), rngs=rngs, dtype=cfg.dtype, init=jax.nn.initializers.zeros
+        )
+
+    def embed_time(self, t: jax.Array) -> jax.Array:
+        """Flow time [B] in [0, 1] -> [B, D] float32."""
+        half = TIME_FEATURES // 2
+        frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+        angles = 1000.0 * t[:, None] * frequencies
+        features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        return self.time_out(jax.nn.silu(self.time_in(features)))
+
+    def embed_input(self, x, condition, tokens, mask) -> jax.Array:
+        """Patched mels [B, P, F], token embeddings [B, P, token_width], mask [B, P] -> [B, P, D] float32."""
+        x = self.input(jnp.concatenate([x, condition, tokens], axis=-1))
+        valid = mask[..., None]
+        y = _mish(self.conv_first(jnp.where(valid, x, 0.0)))
+        y = _mish(self.conv_second(jnp.where(valid, y, 0.0)))
+        return x + y
+
+    def layers(self, x, mask, cfg: Config, key=None) -> jax.Array:
+        """All layers with their skips: [B, P, D] -> [B, P, D] float32, before the last norm."""
+        half = cfg.num_layers // 2
+        use_dropout = key is not None and cfg.dropout > 0
+        down_keys, up_keys = jax.random.split(key, (2, half)) if use_dropout else (None, None)
+
+        def down(x, layer_and_key):
+            layer, key = layer_and_key
+            return layer(x, mask, cfg, key=key), x
+
+        def up(x, layer_skip_and_key):
+            layer, skip, key = layer_skip_and_key
+            return layer(x, mask, cfg, skip, key), None
+
+        if cfg.remat != "none":
+            down, up = (jax.checkpoint(f, policy=REMAT_POLICIES[cfg.remat]) for f in (down, up))
+        x, skips = jax.lax.scan(down, x, (self.down, down_keys), unroll=cfg.unroll)
+        x, _ = jax.lax.scan(up, x, (self.up, skips, up_keys), reverse=True, unroll=cfg.unroll)
+        return x
+
+    def __call__(self, x, condition, tokens, t, mask, cfg: Config, key=None) -> jax.Array:
+        """Velocity of normalised mel.
+
+        Args:
+            x: [B, T, M] float32, the state at time t.
+            condition: [B, T, M] float32, mel where it is known, 0 elsewhere.
+            tokens: [B, P, token_width] float32, from `embed_tokens`.
+            t: [B] float32 in [0, 1].
+            mask: [B, P] bool, the valid positions.
+            cfg: the module's config.
+            key: dropout key; None for none.
+
+        Returns:
+            [B, T, M] float32.
+        """
+        num_frames = x.shape[1]
+        x = self.embed_input(_patch(x, cfg), _patch(condition, cfg), tokens, mask)
+        x = jnp.concatenate([self.embed_time(t)[:, None], x], axis=1)
+        first = jnp.ones_like(mask[:, :1])
+        x = self.layers(x, jnp.concatenate([first, mask], axis=1), cfg, key)
+        return _unpatch(self.output(self.norm(x)[:, 1:]), cfg)[:, :num_frames]
+
+
+def init(cfg: Config, key: jax.Array) -> Decoder:
+    """A decoder with random weights, float32, sharded over the current mesh; its first velocity is 0."""
+    return Decoder(cfg, rngs=nnx.Rngs(params=key))
+
+
+def num_frames(cfg: Config, num_tokens):
+    """Mel frames of this many speech tokens, rounded down; an int for an int, an array for an array."""
+    numerator, denominator = cfg.frames_per_token
+    return num_tokens * numerator // denominator
+
+
+def token_index(cfg: Config, num_tokens: int) -> np.ndarray:
+    """[P] int32: the token of each position, that of its first frame.
+
+    Frame i takes token floor(i / frames_per_token), clipped to the last.
+    """
+    numerator, denominator = cfg.frames_per_token
+    first_frames = np.arange(0, num_frames(cfg, num_tokens), cfg.patch_frames)
+    return np.minimum(first_frames * denominator // numerator, num_tokens - 1).astype(np.int32)
+
+
+def embed_tokens(model: Decoder, cfg: Config, speech_tokens: jax.Array, keep: jax.Array) -> jax.Array:
+    """Token embeddings at the positions of the Transformer.
+
+    Args:
+        speech_tokens: [B, N] int32 in 0..num_codes-1; -1 is the filler.
+        keep: [B, N] or [B, 1] bool; other tokens become the filler.
+
+    Returns:
+        [B, P, token_width] float32.
+    """
+    ids = jnp.where(keep, speech_tokens + 1, 0)[:, token_index(cfg, speech_tokens.shape[1])]
+    return model.token_table[...].at[ids].get(out_sharding=PartitionSpec(*nn.axes_of(ids), None))
+
+
+def loss(
+    model: Decoder, cfg: Config, batch: dict[str, jax.Array], key: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Flow-matching loss: squared error of the velocity over the frames that the row has to produce.
+
+    A row with a prompt is conditioned on its first prompt_frames frames and pays for the rest; a row without
+    draws a contiguous span of span_min..1 of its frames, pays inside it and is conditioned on the others.
+    With `drop_audio` the condition is zeroed, with `drop_both` the tokens too; what is paid for stays.
+
+    Args:
+        batch: see the top of this file.
+        key: draws time, noise, spans and dropped conditions, alike on every mesh.
+
+    Returns:
+        sum of squared errors in units of normalised mel, number of values summed, and (sum, count) pairs
+        of the rows with a prompt ("prompt_mse") and without ("infill_mse").
+
+    Raises:
+        ValueError: if the mel has not the frames of the tokens.
+
+    Source: Voicebox (Le et al., 2023), sections 3.1 and 4; spans and probabilities of F5-TTS, drawn per row
+    instead of per batch.
+    """
+    speech_tokens, mel = batch["speech_tokens"], batch["mel"]
+    _check_frames(cfg, speech_tokens, mel, "mel")
+    num_rows, length, _ = mel.shape
+    names = ("t", "noise", "span", "start", "audio", "both", "dropout")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+
+    def uniform(name, low=0.0):
+        return jax.random.uniform(keys[name], (num_rows,), minval=low, out_sharding=spec("batch"))
+
+    frames = num_frames(cfg, batch["num_tokens"])
+    frame = jnp.arange(length)[None]
+    valid = frame < frames[:, None]
+
+    prompt = batch["prompt_frames"]
+    span = jnp.floor(uniform("span", cfg.span_min) * frames).astype(jnp.int32)
+    start = jnp.floor(uniform("start") * (frames - span + 1)).astype(jnp.int32)
+    start = jnp.where(prompt > 0, prompt, jnp.minimum(start, frames - span))
+    end = jnp.where(prompt > 0, frames, start + span)
+    wanted = (frame >= start[:, None]) & (frame < end[:, None]) & valid
+
+    drop_both = uniform("both") < cfg.drop_both
+    drop_audio = drop_both | (uniform("audio") < cfg.drop_audio)
+
+    data = jnp.where(valid[..., None], (mel - cfg.mel_mean) / cfg.mel_std, 0.0)
+    noise = jax.random.normal(keys["noise"], mel.shape, out_sharding=spec("batch", "frames", "mel"))
+    t = uniform("t")
+    rest = 1.0 - cfg.sigma_min
+    state = (1.0 - rest * t[:, None, None]) * noise + t[:, None, None] * data
+    condition = jnp.where((valid & ~wanted & ~drop_audio[:, None])[..., None], data, 0.0)
+    keep = (jnp.arange(speech_tokens.shape[1])[None] < batch["num_tokens"][:, None]) & ~drop_both[:, None]
+    tokens = embed_tokens(model, cfg, speech_tokens, keep)
+
+    velocity = model(state, condition, tokens, t, _position_mask(cfg, frames, length), cfg, keys["dropout"])
+    error = jnp.where(wanted[..., None], velocity - (data - rest * noise), 0.0)
+    sums = jnp.sum(error * error, axis=(1, 2))
+    counts = (jnp.sum(wanted, axis=1) * cfg.mel_bins).astype(jnp.float32)
+    has_prompt = prompt > 0
+
+    def part(rows):
+        return jnp.sum(jnp.where(rows, sums, 0.0)), jnp.sum(jnp.where(rows, counts, 0.0))
+
+    return jnp.sum(sums), jnp.sum(counts), {"prompt_mse": part(has_prompt), "infill_mse": part(~has_prompt)}
+
+
+def time_grid(num_steps: int, schedule: str | float = "cosine") -> np.ndarray:
+    """Solver times from 0 to 1.
+
+    Args:
+        num_steps: number of intervals.
+        schedule: "uniform"; "cosine", t' = 1 - cos(pi t / 2); "pruned", the cosine of published step lists
+            for 5, 6, 7, 10, 12 or 16 steps; or a sway coefficient c: t' = t + c (cos(pi t / 2) - 1 + t), of
+            which 0 is "uniform" and -1 is "cosine".
+
+    Returns:
+        [num_steps + 1] float32, strictly increasing.
+
+    Raises:
+        ValueError: on an unknown schedule, a number of steps below 1 or without a pruned list, or a
+            coefficient outside [-1, 2 / (pi - 2)], where time would run backwards.
+
+    Source: F5-TTS (Chen et al., 2024), section 3.3, and its released step lists.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
+    t = np.linspace(0.0, 1.0, num_steps + 1)
+    if schedule == "pruned":
+        if num_steps not in PRUNED_STEPS:
+            known = ", ".join(map(str, PRUNED_STEPS))
+            raise ValueError(f"no pruned schedule of {num_steps} steps; use one of {known}, or 'cosine'")
+        t, sway = np.array(PRUNED_STEPS[num_steps]) / 32.0, -1.0
+    elif isinstance(schedule, str):
+        if schedule not in ("uniform", "cosine"):
+            raise ValueError(f"schedule is {schedule!r}; use 'uniform', 'cosine', 'pruned' or a number")
+        sway = {"uniform": 0.0, "cosine": -1.0}[schedule]
+    else:
+        sway = float(schedule)
+        if not -1.0 <= sway <= 2 / (math.pi - 2):
+            raise ValueError(
+                f"sway coefficient {sway} makes time run backwards; use -1 to {2 / (math.pi - 2):.2f}"
+            )
+    return (t + sway * (np.cos(np.pi / 2 * t) - 1 + t)).astype(np.float32)
+
+
+def integrate(velocity, x: jax.Array, grid: np.ndarray | jax.Array, method: str = "euler") -> jax.Array:
+    """Solves dx/dt = velocity(x, t) over a fixed grid, in one `scan`.
+
+    Args:
+        velocity: function of the state and a float32 scalar time.
+        x: state at grid[0], float32.
+        grid: [num_steps + 1] times.
+        method: "euler" (order 1, one evaluation a step) or "midpoint" (order 2, two evaluations).
+
+    Returns:
+        the state at grid[-1].
+
+    Raises:
+        ValueError: on an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; use one of {', '.join(METHODS)}")
+    grid = jnp.asarray(grid, jnp.float32)
+
+    def step(x, times):
+        t, dt = times
+        v = velocity(x, t)
+        if method == "midpoint":
+            v = velocity(x + 0.5 * dt * v, t + 0.5 * dt)
+        return x + dt * v, None
+
+    return jax.lax.scan(step, x, (grid[:-1], jnp.diff(grid)))[0]
+
+
+def sample(
+    model: Decoder,
+    cfg: Config,
+    speech_tokens: jax.Array,
+    num_tokens: jax.Array,
+    prompt_mel: jax.Array,
+    prompt_frames: jax.Array,
+    keys: jax.Array,
+    num_steps: int = 32,
+    guidance: float = 2.0,
+    method: str = "euler",
+    schedule: str | float = "cosine",
+) -> jax.Array:
+    """Mel of speech tokens in the voice of a prompt; one compiled program per shape and solver setting.
+
+    A row depends on its own inputs and key only, whatever its neighbours, the batch size and the padding.
+    The frames of the prompt are generated too: cut them off or write the prompt over them.
+
+    Args:
+        speech_tokens: [B, N] int32, the prompt's tokens first, then those to speak.
+        num_tokens: [B] int32, valid tokens of each row, prompt included.
+        prompt_mel: [B, T, M] float32 log-mel, T = num_frames(cfg, N); read up to prompt_frames only.
+        prompt_frames: [B] int32; 0 for no prompt.
+        keys: [B] typed random keys.
+        num_steps: solver steps.
+        guidance: w in v = v_cond + w (v_cond - v_null); 0 skips the second half of the work.
+        method: "euler" or "midpoint".
+        schedule: see `time_grid`.
+
+    Returns:
+        [B, T, M] float32 log-mel; 0 beyond a row's num_frames(cfg, num_tokens).
+
+    Raises:
+        ValueError: if prompt_mel has not the frames of N tokens, or on an unknown method or schedule.
+
+    Source: guidance and sway sampling of F5-TTS; 32 steps with guidance 2 and 10 with 0.7 (CosyVoice2) are
+    the two settings worth keeping.
+    """
+    _check_frames(cfg, speech_tokens, prompt_mel, "prompt_mel")
+    grid = jnp.asarray(time_grid(num_steps, schedule))
+    guided = not (isinstance(guidance, int | float) and guidance == 0)
+    inputs = (speech_tokens, num_tokens, prompt_mel, prompt_frames, keys)
+    return _sample(model, cfg, inputs, grid, jnp.float32(guidance), guided, method)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "guided", "method"))
+def _sample(model, cfg, inputs, grid, guidance, guided, method):
+    def by_row(x):
+        return jax.sharding.reshard(x, spec("batch", *[None] * (jnp.ndim(x) - 1)))
+
+    inputs = map(by_row, inputs)
+    speech_tokens, num_tokens, prompt_mel, prompt_frames, keys = inputs
+    num_rows, length, num_bins = prompt_mel.shape
+    frames = num_frames(cfg, num_tokens)
+    frame = jnp.arange(length)
+    has_prompt = frame[None] < jnp.minimum(prompt_frames, frames)[:, None]
+    condition = jnp.where(has_prompt[..., None], (prompt_mel - cfg.mel_mean) / cfg.mel_std, 0.0)
+    keep = jnp.arange(speech_tokens.shape[1])[None] < num_tokens[:, None]
+    mask = _position_mask(cfg, frames, length)
+
+    def noise(keys):  # one key per frame: the noise of a frame does not depend on the padded length
+        frame_keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(length)))(
+            keys
+        )
+        return jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (num_bins,))))(frame_keys)
+
+    # shard_map, because folding into split keys fails for a single row (jax 0.10.2)
+    start = jax.shard_map(noise, in_specs=spec("batch"), out_specs=spec("batch", "frames", "mel"))(keys)
+
+    # Each row is followed by its unconditional twin: merging this way moves no data between devices
+    def twins(x, other):
+        pair = jnp.stack([x, other], axis=1)
+        return pair.reshape(2 * num_rows, *x.shape[1:], out_sharding=PartitionSpec(*nn.axes_of(x)))
+
+    tokens = embed_tokens(model, cfg, speech_tokens, keep)
+    if guided:
+        null = embed_tokens(model, cfg, speech_tokens, jnp.zeros_like(keep))
+        tokens, mask = twins(tokens, null), twins(mask, mask)
+        condition = twins(condition, jnp.zeros_like(condition))
+
+    def velocity(x, t):
+        t = jnp.zeros_like(x[:, 0, 0]) + t
+        if not guided:
+            return model(x, condition, tokens, t, mask, cfg)
+        v = model(twins(x, x), condition, tokens, twins(t, t), mask, cfg)
+        v = v.reshape(num_rows, 2, length, num_bins, out_sharding=spec("batch", None, "frames", "mel"))
+        return v[:, 0] + guidance * (v[:, 0] - v[:, 1])
+
+    x = integrate(velocity, start, grid, method)
+    return jnp.where((frame[None] < frames[:, None])[..., None], x * cfg.mel_std + cfg.mel_mean, 0.0)
+
+
+def _check_frames(cfg: Config, speech_tokens, mel, name: str) -> None:
+    wanted = num_frames(cfg, speech_tokens.shape[1])
+    if mel.shape[1:] != (wanted, cfg.mel_bins):
+        raise ValueError(
+            f"{name} is {tuple(mel.shape[1:])}, but {speech_tokens.shape[1]} tokens take "
+            f"{(wanted, cfg.mel_bins)} frames and bands; pad or cut it"
+        )
+
+
+def _position_mask(cfg: Config, frames: jax.Array, length: int) -> jax.Array:
+    """[B, P] bool: positions whose first frame is valid."""
+    return jnp.arange(0, length, cfg.patch_frames)[None] < frames[:, None]
+
+
+def _patch(x: jax.Array, cfg: Config) -> jax.Array:
+    """[B, T, M] -> [B, P, patch_frames * M], zeros after the end."""
+    size = cfg.patch_frames
+    if size == 1:
+        return x
+    num_rows, length, num_bins = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -length % size), (0, 0)))
+    return x.reshape(num_rows, -1, size * num_bins, out_sharding=PartitionSpec(*nn.axes_of(x)))
+
+
+def _unpatch(x: jax.Array, cfg: Config) -> jax.Array:
+    """[B, P, patch_frames * M] -> [B, P * patch_frames, M]."""
+    return x.reshape(x.shape[0], -1, cfg.mel_bins, out_sharding=PartitionSpec(*nn.axes_of(x)))
+
+
+def _mish(x: jax.Array) -> jax.Array:
+    return x * jnp.tanh(jax.nn.softplus(x))
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=PartitionSpec(*nn.axes_of(x)))
+    return jnp.where(kept, x / (1 - rate), 0.0)
