@@ -1,0 +1,40 @@
+"""Stage one of the flow decoder at full size: speech tokens and a prompt to mel, ordinary speech.
+
+What: 24 layers of width 1024, 337 M parameters, mel profile cv2 (24 kHz, 50 frames/s), 250,000 steps, Adam,
+  Noam with 10,000 warm-up steps and peak 1e-5 (DeepASMR, training set-up). 23,000 frames a GPU, 8 GPUs and
+  accumulation 2 are 240 rows of 768 tokens (1536 frames).
+Command: python -m deepasmr_jax.train --config=configs/flow_pretrain.py --workdir=RUN
+  --set=data.data_dirs=FEATURES where FEATURES was made with `data/add_features.py --mel-profile cv2`.
+Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
+Number to see: unmeasured.
+"""
+
+from deepasmr_jax import flow, input_pipeline
+from deepasmr_jax.train import Mesh, Optim, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        component="flow",
+        model=flow.deepasmr(remat="dots"),
+        data=input_pipeline.Config(
+            stage="flow",
+            batch_size=240,
+            num_tokens=768,
+            mel_profile="cv2",
+            styles=("normal",),
+            style_weights=(1.0,),
+            max_prompt_tokens=250,
+            num_threads=8,
+        ),
+        optim=Optim(name="adam", lr=1e-5, schedule="noam", warmup_steps=10_000, clip_norm=5.0),
+        steps=250_000,
+        accumulation=2,
+        ema_decay=0.9999,
+        mesh=Mesh(data=8),
+        save_every=2000,
+        keep_every=50_000,
+        eval_every=2000,
+        eval_batches=8,
+        export_dtype="bfloat16",
+    )

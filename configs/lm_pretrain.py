@@ -1,0 +1,38 @@
+"""Stage one of the language model at full size: text to speech tokens, ordinary speech.
+
+What: 0.5 B parameters (Qwen2.5 backbone), 250,000 steps of 128 rows x 2048 positions, Adam, Noam with 10,000
+  warm-up steps and peak 1e-4 (DeepASMR, training set-up: 23,000 frames a GPU, 8 GPUs, accumulation 2).
+Command: python -m deepasmr_jax.train --config=configs/lm_pretrain.py --workdir=RUN
+  --set=data.data_dirs=FEATURES --set=init_from=MODEL, where MODEL holds the public weights as an exported
+  component `lm` (the paper's 200,000 h are not public, so starting from CosyVoice2's weights stands in for
+  most of this stage).
+Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
+Number to see: unmeasured.
+"""
+
+from deepasmr_jax import input_pipeline, lm
+from deepasmr_jax.train import Mesh, Optim, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        component="lm",
+        model=lm.cosyvoice2(),
+        data=input_pipeline.Config(
+            stage="lm",
+            batch_size=128,
+            num_tokens=2048,
+            styles=("normal",),
+            style_weights=(1.0,),
+            num_threads=8,
+        ),
+        optim=Optim(name="adam", lr=1e-4, schedule="noam", warmup_steps=10_000, clip_norm=5.0),
+        steps=250_000,
+        accumulation=2,
+        mesh=Mesh(data=8),
+        save_every=2000,
+        keep_every=50_000,
+        eval_every=2000,
+        eval_batches=8,
+        export_dtype="bfloat16",
+    )

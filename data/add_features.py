@@ -1,0 +1,258 @@
+"""Second pass over a corpus: speech tokens, mel, text ids and speaker embedding, written as a new dataset.
+
+`python data/add_features.py --data CORPUS/1.0.0 --model MODEL --out FEATURES/1.0.0`
+MODEL is an exported folder with the component `speech_tokenizer` and, if embeddings are wanted, `speaker`.
+Records are sorted by length into few padded lengths, so that few programs are compiled. Every output shard is
+written under a temporary name and then renamed: started again, the pass goes on with the first shard that is
+absent.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from deepasmr_jax import audio, checkpoint, input_pipeline, sharding, text  # noqa: E402
+
+SAMPLE_RATE = input_pipeline.SAMPLE_RATE
+
+
+# ---------------------------------------------------------------- TFDS files without TensorFlow
+
+
+def write_shard(path: Path, features, records) -> int:
+    """Writes records as one ArrayRecord file, atomically.
+
+    Args:
+        path: the file, named `<dataset>-<split>.array_record-00000-of-00001`.
+        features: `tfds.features.FeaturesDict`.
+        records: iterable of dicts.
+
+    Returns:
+        The sum of the serialized sizes in bytes.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core import example_serializer
+
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    writer, size = ArrayRecordWriter(str(temporary), "group_size:1"), 0
+    for record in records:
+        data = serializer.serialize_example(features.encode_example(record))
+        writer.write(data)
+        size += len(data)
+    writer.close()
+    os.replace(temporary, path)
+    return size
+
+
+def shard_name(dataset: str, split: str, shard: int, num_shards: int) -> str:
+    """File name of a shard, in the pattern that TFDS reads."""
+    return f"{dataset}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
+
+
+def write_metadata(folder: Path, features, shard_lengths: dict[str, list[int]], description: str) -> None:
+    """Writes dataset_info.json and features.json for shards that are already there.
+
+    Args:
+        folder: version folder, e.g. `NAME/1.0.0`.
+        features: `tfds.features.FeaturesDict`.
+        shard_lengths: records of each shard, per split.
+        description: what the data is.
+    """
+    import tensorflow_datasets as tfds
+
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=folder.parent.name, filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )  # fmt: skip
+    splits = []
+    for split, lengths in shard_lengths.items():
+        size = sum(p.stat().st_size for p in folder.glob(f"*-{split}.array_record-*"))
+        own = template.replace(split=split)
+        splits.append(
+            tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=own)
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder, features=features, split_infos=splits, filename_template=template, check_data=False,
+        description=description,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- features
+
+
+def padded_length(num_samples: int, step_s: float = 2.0) -> int:
+    """The static length a waveform is padded to: the next multiple of `step_s` seconds."""
+    step = int(step_s * SAMPLE_RATE)
+    return -(-max(num_samples, 1) // step) * step
+
+
+class Extractor:
+    """Speech tokens and speaker embeddings of waveforms, in padded batches of few static shapes.
+
+    Args:
+        model_folder: exported folder with `speech_tokenizer`, and `speaker` if embeddings are wanted.
+        mel_profile: name of the mel recipe of the features.
+        batch_size: rows of one compiled call.
+    """
+
+    def __init__(self, model_folder: str, mel_profile: str, batch_size: int):
+        sharding.ensure_mesh()
+        self.batch_size = batch_size
+        self.profile = audio.MEL_PROFILES[mel_profile]
+        components = checkpoint.read_config(model_folder)["components"]
+        tokenizer, cfg = checkpoint.load_component(model_folder, "speech_tokenizer")
+        file = checkpoint.model_file(components["speech_tokenizer"]["module"])
+
+        @jax.jit
+        def encode(wav, lengths):
+            mel = audio.s3_log_mel(wav, lengths)
+            return file.encode(tokenizer, cfg, mel, lengths // 160)
+
+        self._encode = encode
+        self._embed = None
+        self.embedding_size = 0
+        if "speaker" in components:
+            speaker, speaker_cfg = checkpoint.load_component(model_folder, "speaker")
+            speaker_file = checkpoint.model_file(components["speaker"]["module"])
+
+            @jax.jit
+            def embed(wav, lengths):
+                frames = audio.fbank_frames(lengths)
+                return speaker_file.embed(speaker, speaker_cfg, audio.fbank(wav, lengths), frames)
+
+            self._embed = embed
+            row = jax.ShapeDtypeStruct((1, 2 * SAMPLE_RATE), np.float32)
+            self.embedding_size = jax.eval_shape(embed, row, jax.ShapeDtypeStruct((1,), np.int32)).shape[-1]
+        self._mel = jax.jit(lambda wav, lengths: audio.log_mel(wav, lengths, self.profile))
+
+    def __call__(self, wavs: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Features of each waveform (float32 [W] at 16 kHz), in the order given."""
+        out: list[dict[str, np.ndarray]] = [{} for _ in wavs]
+        order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))
+        rate = self.profile.sample_rate
+        while order:
+            width = padded_length(len(wavs[order[0]]))
+            rows = [i for i in order if padded_length(len(wavs[i])) == width][: self.batch_size]
+            order = [i for i in order if i not in set(rows)]
+            wav, lengths = _pad([wavs[i] for i in rows], width, self.batch_size)
+            tokens, counts = jax.device_get(self._encode(wav, lengths))
+            if rate == SAMPLE_RATE:
+                mel_wav, mel_lengths = wav, lengths
+            else:
+                pieces = [audio.resample(wavs[i], SAMPLE_RATE, rate) for i in rows]
+                mel_wav, mel_lengths = _pad(pieces, -(-width * rate // SAMPLE_RATE), self.batch_size)
+            mel = np.asarray(self._mel(mel_wav, mel_lengths))
+            embedding = None if self._embed is None else np.asarray(self._embed(wav, lengths))
+            for row, i in enumerate(rows):
+                frames = int(audio.num_frames(int(mel_lengths[row]), self.profile))
+                out[i] = {
+                    "speech_tokens": np.asarray(tokens[row, : counts[row]], np.int32),
+                    "mel": np.asarray(mel[row, :frames], np.float16),
+                }
+                if embedding is not None:
+                    out[i]["speaker_embedding"] = np.asarray(embedding[row], np.float32)
+        return out
+
+
+def _pad(wavs: list[np.ndarray], width: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [num_rows, width] and their lengths; rows that are not needed repeat a second of silence."""
+    wav = np.zeros((num_rows, width), np.float32)
+    lengths = np.full(num_rows, min(width, SAMPLE_RATE), np.int32)
+    for row, x in enumerate(wavs):
+        wav[row, : len(x)], lengths[row] = x, len(x)
+    return wav, lengths
+
+
+def add_features(
+    data: str,
+    model: str,
+    out: str,
+    text_tokenizer: str = "mini",
+    mel_profile: str = "mini",
+    batch_size: int = 16,
+    shard_size: int = 512,
+) -> Path:
+    """Writes the feature dataset of every split of a corpus; goes on where an interrupted pass ended.
+
+    Args:
+        data: TFDS version folder of the corpus (16 kHz records).
+        model: exported model folder.
+        out: version folder to write, e.g. `FEATURES/1.0.0`.
+        text_tokenizer: "mini", or the folder of a Qwen tokenizer.
+        mel_profile: name of the mel recipe.
+        batch_size: rows per compiled call.
+        shard_size: records per output file.
+
+    Raises:
+        ValueError: if a folder is missing or a waveform is shorter than one token.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = Path(out)
+    source = tfds.builder_from_directory(str(data))
+    extract = Extractor(model, mel_profile, batch_size)
+    tokenizer = text.MiniTokenizer() if text_tokenizer == "mini" else text.QwenTokenizer(text_tokenizer)
+    added = {
+        "speech_tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+        "mel": tfds.features.Tensor(
+            shape=(None, extract.profile.num_mels), dtype=np.float16, encoding="bytes"
+        ),
+        "text_ids": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+    }
+    if extract.embedding_size:
+        size = (extract.embedding_size,)
+        added["speaker_embedding"] = tfds.features.Tensor(shape=size, dtype=np.float32)
+    features = tfds.features.FeaturesDict(dict(source.info.features.items()) | added)
+    lengths: dict[str, list[int]] = {}
+    for split, info in source.info.splits.items():
+        records = source.as_data_source(split)
+        num_shards = -(-info.num_examples // shard_size)
+        lengths[split] = [min(shard_size, info.num_examples - i * shard_size) for i in range(num_shards)]
+        for shard in range(num_shards):
+            path = folder / shard_name(folder.parent.name, split, shard, num_shards)
+            if path.exists():
+                continue
+            rows = [_plain(records[shard * shard_size + i]) for i in range(lengths[split][shard])]
+            short = [r["id"] for r in rows if len(r["audio"]) < 640]
+            if short:
+                raise ValueError(
+                    f"{len(short)} waveforms are shorter than one token (640 samples), first {short[0]}"
+                )
+            found = extract([r["audio"].astype(np.float32) / 32768.0 for r in rows])
+            for record, more in zip(rows, found, strict=True):
+                record |= more | {"text_ids": tokenizer.encode(record["text"], record["language"])}
+            write_shard(path, features, rows)
+            print(f"{split}: shard {shard + 1} of {num_shards}", flush=True)
+    write_metadata(folder, features, lengths, source.info.description or "")
+    return folder
+
+
+def _plain(record: dict) -> dict:
+    return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Add speech tokens, mel, text ids and speaker embeddings to a corpus."
+    )
+    parser.add_argument("--data", required=True, help="TFDS version folder of the corpus")
+    parser.add_argument("--model", required=True, help="exported folder with speech_tokenizer (and speaker)")
+    parser.add_argument("--out", required=True, help="version folder to write, e.g. FEATURES/1.0.0")
+    parser.add_argument("--text-tokenizer", default="mini", help="mini, or the folder of a Qwen tokenizer")
+    parser.add_argument("--mel-profile", default="mini", choices=sorted(audio.MEL_PROFILES))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--shard-size", type=int, default=512)
+    o = parser.parse_args()
+    add_features(o.data, o.model, o.out, o.text_tokenizer, o.mel_profile, o.batch_size, o.shard_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,408 @@
+"""Training checkpoints (Orbax) and the public model folder (safetensors and config.json).
+
+Training: `Checkpoints` saves the whole state and the data position, keeps the last few and restores the
+newest that is complete. Contract: same config, same number of hosts and data workers: an interrupted and an
+uninterrupted run end with identical weights. Another number of chips on the same hosts: same data order,
+equal up to rounding. Another number of hosts: the data order starts afresh, and the log says so.
+Public folder, format 1: `config.json` {"format", "name", "mel_profile", "sample_rate", "components":
+{name: {"module", "config", "file", "sha256", "dtype", "num_params"}}, "sampling", "text", "provenance"} and
+one `<name>.safetensors` per component with dotted parameter paths, written under a temporary name first.
+This file alone imports Orbax.
+"""
+
+import hashlib
+import importlib
+import json
+import logging
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import SafetensorError, deserialize
+from safetensors import numpy as safetensors_numpy
+
+from deepasmr_jax import config as config_lib
+from deepasmr_jax import sharding
+
+FORMAT = 1
+DTYPES = ("float32", "float16", "bfloat16")
+_FILE_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+# ---------------------------------------------------------------- names of parameters
+
+
+def path_name(path) -> str:
+    """`layers.attention.query.kernel` for a pytree path of an NNX module."""
+    names = (getattr(k, "name", getattr(k, "key", getattr(k, "idx", None))) for k in path)
+    return ".".join(str(n) for n in names if n not in (None, "value"))
+
+
+def named_arrays(module) -> dict[str, jax.Array]:
+    """Every array of a module by its dotted path, in the module's order."""
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(module)}
+
+
+def fill(abstract, arrays: dict[str, np.ndarray], source: str):
+    """A module with the tree, dtypes and shardings of `abstract` and the values of `arrays`.
+
+    Args:
+        abstract: a module of arrays or of `jax.ShapeDtypeStruct`, on the current mesh.
+        arrays: values by dotted path.
+        source: where they come from, for the message.
+
+    Raises:
+        ValueError: one error that lists all missing, unexpected and reshaped names.
+    """
+    wanted = named_arrays(abstract)
+    missing = sorted(set(wanted) - set(arrays))
+    unexpected = sorted(set(arrays) - set(wanted))
+    reshaped = [
+        f"{name} {tuple(arrays[name].shape)} instead of {tuple(x.shape)}"
+        for name, x in wanted.items()
+        if name in arrays and tuple(arrays[name].shape) != tuple(x.shape)
+    ]
+    if missing or unexpected or reshaped:
+        raise ValueError(
+            f"{source} does not fit the model: missing {missing}, unexpected {unexpected}, "
+            f"reshaped {reshaped}; the weights belong to another config"
+        )
+    mesh = sharding.ensure_mesh()
+
+    def one(path, x):
+        value = np.asarray(arrays[path_name(path)]).astype(x.dtype)
+        return jax.device_put(value, placement(x, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, abstract)
+
+
+def placement(x, mesh) -> NamedSharding:
+    """Where a traced array belongs on the mesh; scalars, which carry no sharding, go to every device."""
+    found = getattr(x, "sharding", None)
+    return NamedSharding(mesh, found.spec if isinstance(found, NamedSharding) else PartitionSpec())
+
+
+def abstract(make, *args):
+    """Shapes, dtypes and shardings of `make(*args)` on the current mesh, without memory for its arrays."""
+    mesh = sharding.ensure_mesh()
+    shapes = jax.eval_shape(make, *args)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x, mesh)), shapes)
+
+
+# ---------------------------------------------------------------- public model folder
+
+
+def model_file(module: str):
+    """The Python module of the package that holds a model, by its name in config.json (`lm`, `flow`, ...)."""
+    try:
+        return importlib.import_module(f"deepasmr_jax.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != f"deepasmr_jax.{module}":
+            raise
+        raise ValueError(
+            f"config.json names the module {module!r}, which this version does not have"
+        ) from None
+
+
+def public_part(module, config):
+    """The part of a trained module that is exported, with its config.
+
+    A two-player vocoder gives its generator, a speech tokenizer drops its recognition head, the rest is given
+    whole.
+    """
+    if hasattr(module, "generator"):
+        return module.generator, config
+    file = importlib.import_module(type(config).__module__)
+    return file.without_head(module, config) if hasattr(file, "without_head") else (module, config)
+
+
+def export_component(folder, name: str, module, config, dtype: str = "float32", **top) -> Path:
+    """Writes one component into a model folder and merges it into the folder's config.json.
+
+    Args:
+        folder: the model folder, made if absent; other components in it stay.
+        name: component name, e.g. "lm"; the file is `<name>.safetensors`.
+        module: the weights; of a Gan only the generator is written, of a speech tokenizer not the training
+            head.
+        config: the frozen Config that built the module.
+        dtype: "float32", "float16" or "bfloat16" of the file; integers stay as they are.
+        **top: top-level entries of config.json to set, e.g. mel_profile="mini", provenance={...} (dicts are
+            merged).
+
+    Returns:
+        The path of the weight file.
+
+    Raises:
+        ValueError: on an unknown dtype, or a weight that is not finite in it.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} cannot be exported; use one of {', '.join(DTYPES)}")
+    module, config = public_part(module, config)
+    arrays = {}
+    for key, x in named_arrays(module).items():
+        value = np.asarray(_to_host(x))
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            value = value.astype(jnp.dtype(dtype))
+            if not np.isfinite(value.astype(np.float32)).all():
+                raise ValueError(
+                    f"{name}: {key} is not finite in {dtype}; export float32 or an earlier checkpoint"
+                )
+        arrays[key] = np.ascontiguousarray(value)
+    folder = Path(folder)
+    path = folder / f"{name}.safetensors"
+    if jax.process_index():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    data = safetensors_numpy.save(arrays, metadata={"format": str(FORMAT), "component": name})
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+    values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+    values = {"format": FORMAT, "name": folder.name, "components": {}} | values
+    for key, value in top.items():
+        values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+    values["components"][name] = {
+        "module": type(config).__module__.rsplit(".", 1)[-1],
+        "config": config_lib.to_dict(config),
+        "file": path.name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "dtype": dtype,
+        "num_params": int(sum(a.size for a in arrays.values())),
+    }
+    config_lib.write_json(folder / "config.json", values)
+    return path
+
+
+def _to_host(x: jax.Array):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(x, tiled=True)
+    return jax.device_get(x)
+
+
+def read_config(folder) -> dict:
+    """The config.json of a model folder.
+
+    Raises:
+        ValueError: if it is absent, not JSON, or of another format version.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} is no model folder: it has no config.json")
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if values.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {values.get('format')!r}; this version reads format {FORMAT}")
+    return values
+
+
+def read_arrays(path, sha256: str | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, bfloat16 included.
+
+    Raises:
+        ValueError: if the file is absent, its sha256 differs, or it cannot be parsed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} is missing; copy the whole model folder, or export the component again")
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise ValueError(
+            f"{path} is damaged: {len(data)} bytes with sha256 {found[:12]}..., "
+            f"config.json says {sha256[:12]}...; copy it again"
+        )
+    try:
+        entries = deserialize(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file: {error}") from None
+    return {
+        name: np.frombuffer(entry["data"], _FILE_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in entries
+    }
+
+
+def component_config(folder, name: str):
+    """The Config object of a component of a model folder.
+
+    Raises:
+        ValueError: if the folder has no such component or its config has other fields than this version.
+    """
+    values = read_config(folder)
+    if name not in values["components"]:
+        raise ValueError(
+            f"{folder} has no component {name!r}; it has {', '.join(sorted(values['components']))}"
+        )
+    entry = values["components"][name]
+    return config_lib.from_dict(model_file(entry["module"]).Config, entry["config"])
+
+
+def load_component(folder, name: str, init=None):
+    """Reads one component of a model folder onto the current mesh.
+
+    Args:
+        folder: the model folder.
+        name: component name, e.g. "lm".
+        init: `init(config, key) -> module`, the shape of the module; the `init` of the component's file if
+            None.
+
+    Returns:
+        (module with float32 weights, its Config).
+
+    Raises:
+        ValueError: if a file is missing, damaged or truncated, or its names or shapes do not fit the config
+            (one error with all missing, unexpected and reshaped names).
+    """
+    cfg = component_config(folder, name)
+    entry = read_config(folder)["components"][name]
+    make = init or model_file(entry["module"]).init
+    shapes = abstract(lambda key: public_part(make(cfg, key), cfg)[0], jax.random.key(0))
+    path = Path(folder) / entry["file"]
+    return fill(shapes, read_arrays(path, entry["sha256"]), str(path)), cfg
+
+
+# ---------------------------------------------------------------- training checkpoints
+
+
+class Checkpoints:
+    """The numbered checkpoints of one run, in `folder/checkpoints`.
+
+    Args:
+        folder: the run's working directory.
+        keep: how many of the newest stay.
+        keep_every: every checkpoint whose step is a multiple of this stays too; 0: none.
+    """
+
+    def __init__(self, folder, keep: int = 2, keep_every: int = 0):
+        from orbax.checkpoint import v1 as ocp
+
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        self.folder = Path(folder).absolute() / "checkpoints"
+        policies = ocp.training.preservation_policies
+        rules = [policies.LatestN(keep)]
+        if keep_every:
+            rules.append(policies.EveryNSteps(keep_every))
+        self._checkpointer = ocp.training.Checkpointer(
+            self.folder,
+            preservation_policy=policies.AnyPreservationPolicy(rules),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+        )
+        self._pending = None
+
+    def save(self, step: int, state, data, wait: bool = False) -> None:
+        """Saves `state` and the position of the Grain iterator `data`, in the background unless `wait`.
+
+        On CPU it always waits: the host copy of an array may be the array itself, which the next step
+            overwrites.
+        """
+        self.wait()
+        self._pending = self._checkpointer.save_checkpointables_async(
+            step, {"state": state, "data": data}, force=True, overwrite=True
+        )
+        if wait or jax.default_backend() == "cpu":
+            self.wait()
+
+    def wait(self) -> None:
+        """Blocks until the save in progress is complete."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Finishes the save in progress and releases the folder."""
+        self.wait()
+        self._checkpointer.close()
+
+    def restore(self, abstract_state, data) -> tuple[int, object] | None:
+        """The newest complete checkpoint.
+
+        A folder without commit marker (half copied) or that cannot be read is reported and the one before is
+        used.
+
+        Args:
+            abstract_state: from `abstract(init, key)`: shapes, dtypes and shardings.
+            data: the Grain iterator, moved to the saved position.
+
+        Returns:
+            (step, state), or None if there is no checkpoint at all.
+
+        Raises:
+            ValueError: if checkpoints exist but none can be read.
+        """
+        found = steps(self.folder)
+        errors = []
+        for step in reversed(found):
+            problem = _problem(self.folder / str(step))
+            if problem is None:
+                try:
+                    position = data.get_state()
+                    loaded = self._load(step, {"state": abstract_state, "data": data})
+                    return step, loaded["state"]
+                except Exception as error:  # Orbax raises many kinds for damaged files
+                    problem = f"{type(error).__name__}: {str(error)[:300]}"
+                    data.set_state(position)
+            errors.append(f"step {step}: {problem}")
+            print(f"checkpoint of step {step} is damaged and skipped: {problem}", flush=True)
+        if errors:
+            raise ValueError(f"no readable checkpoint in {self.folder}: {'; '.join(errors)}")
+        return None
+
+    def _load(self, step: int, targets: dict) -> dict:
+        from orbax.checkpoint import v1 as ocp
+
+        path = self.folder / str(step)
+        hosts = len(list((path / "data").glob("process_*.json")))
+        if hosts and hosts != jax.process_count():
+            print(
+                f"saved by {hosts} hosts, now {jax.process_count()}: the data order starts afresh", flush=True
+            )
+            targets = {"state": targets["state"]}
+        return ocp.load_checkpointables(path, targets)
+
+
+def steps(folder) -> list[int]:
+    """The steps of the checkpoint folders in `folder`, ascending, complete or not."""
+    folder = Path(folder)
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def _problem(path: Path) -> str | None:
+    """Why a step folder cannot be complete, or None."""
+    for marker in (
+        "commit_success.txt",
+        "_CHECKPOINT_METADATA",
+        "state/commit_success.txt",
+        "state/_METADATA",
+    ):
+        if not (path / marker).exists():
+            return f"no {marker}"
+    return None
+
+
+def load_weights(folder) -> dict[str, np.ndarray]:
+    """Weights by dotted path from the newest complete checkpoint of a run; the averaged ones if it has them.
+
+    Raises:
+        ValueError: if `folder` holds no complete checkpoint.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    root = Path(folder).absolute() / "checkpoints"
+    for step in reversed(steps(root)):
+        if _problem(root / str(step)) is None:
+            state = ocp.load_checkpointables(root / str(step), {"state": None})["state"]
+            weights = state["ema"] if state.get("ema") is not None else state["model"]
+            return {
+                k: np.asarray(_to_host(x))
+                for k, x in named_arrays(weights).items()
+                if "_pytree__state" not in k
+            }
+    raise ValueError(f"{folder} holds no complete checkpoint")

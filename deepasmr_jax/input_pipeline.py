@@ -1,0 +1,602 @@
+"""ArrayRecord to packed, padded, fixed-shape NumPy batches with Grain; the same order on every run of a seed.
+
+One chain per stage: example number -> random choices of that number -> rows of this process -> batch
+-> prefetch. An example number names an epoch and a place in its order, so that a saved position is one
+integer and two hosts together read what one host would. Records are TFDS features: text, speaker, style,
+language, audio int16 [W] at 16 kHz, phones and f0_class int32 [W // 320]; data/add_features.py adds
+speech_tokens [N], mel float16 [T, M] and text_ids.
+Batches, B rows each, all lengths static:
+  lm: tokens, kinds, segment_ids, positions, targets, each [B, N] int32; kinds as in lm.py;
+    segment_ids 0 = padding; targets -1 = ignored. A segment is 1..k utterances of one speaker and one style:
+    [sos] text_1 .. text_k [task] speech_1 .. speech_k, targets on the speech ids and the end id.
+  flow: speech_tokens [B, N] int32, num_tokens [B] int32, mel [B, T, M] float32, prompt_frames [B]
+    int32 (0: no prompt).
+  vocoder: wav [B, W] float32 in [-1, 1], no padding.
+  speech_tokenizer: wav [B, W], lengths [B] samples, phones and f0_class [B, W // 320] int32 (-1 = padding).
+  speaker: wav [B, W], lengths [B] samples, speaker_index [B] int32 in the order of `speakers`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from deepasmr_jax import audio, lm, text
+
+IGNORED = -1  # target or label that carries no loss
+SAMPLE_RATE = 16000
+LABEL_SAMPLES = 320  # one phone label each 20 ms
+TOKEN_RATE = 25
+STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
+_EXAMPLES = 2**40  # "without end", for Grain's range
+_OPEN_ROWS = 256  # rows that the packing fills at the same time
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a stage reads and how its rows are made. `batch_size` is the number of rows over all hosts."""
+
+    stage: Literal["lm", "flow", "vocoder", "speech_tokenizer", "speaker"]
+    batch_size: int
+    data_dirs: tuple[str, ...] = ()  # TFDS version folders; their records are joined
+    split: str = "train"
+    styles: tuple[str, ...] = ("normal", "asmr")
+    style_weights: tuple[float, ...] = (1.0, 1.0)  # share of utterances per style
+    languages: tuple[str, ...] = ()  # empty: all
+    seed: int = 0
+    # lm and flow
+    num_tokens: int = 512  # N: length of a packed LM row, or of a flow row in speech tokens
+    max_utterances: int = 3  # utterances in one LM segment
+    end_id: int = 6561
+    spell_probability: float = (
+        0.0  # share of English words spelled by letters; text_ids must be of text.MiniTokenizer
+    )
+    spell_room: int = 16  # positions of each row kept free for them when spell_probability > 0
+    # flow
+    mel_profile: str = "mini"
+    no_prompt_prob: float = 0.2
+    min_prompt_tokens: int = 25
+    max_prompt_tokens: int = 100
+    # vocoder, speech_tokenizer, speaker
+    num_samples: int = 16000  # W
+    # reading; order and saved position depend on worker_count
+    worker_count: int = 0  # processes; 0: threads of this one
+    num_threads: int = 2
+    num_prefetch: int = 4  # batches made ahead
+
+    def __post_init__(self):
+        if self.stage not in STAGES:
+            raise ValueError(f"stage {self.stage!r} is unknown; use one of {', '.join(STAGES)}")
+        if len(self.styles) != len(self.style_weights) or not any(w > 0 for w in self.style_weights):
+            raise ValueError(
+                f"{len(self.styles)} styles {self.styles} with weights {self.style_weights}; "
+                "give one weight per style and at least one above 0"
+            )
+        if self.stage == "speech_tokenizer" and self.num_samples % (2 * LABEL_SAMPLES):
+            raise ValueError(
+                f"num_samples {self.num_samples} is not a multiple of {2 * LABEL_SAMPLES} (one token)"
+            )
+        if self.stage == "flow" and self.num_tokens <= 2 * self.min_prompt_tokens:
+            raise ValueError(
+                f"num_tokens {self.num_tokens} leaves no room beside a prompt of {self.min_prompt_tokens} "
+                "tokens; use a longer row"
+            )
+
+    @property
+    def items_per_batch(self) -> int:
+        """Positions (lm, flow) or samples (the rest) of one batch, padding included."""
+        return self.batch_size * (self.num_tokens if self.stage in ("lm", "flow") else self.num_samples)
+
+    @property
+    def item(self) -> str:
+        """What `items_per_batch` counts."""
+        return "tokens" if self.stage in ("lm", "flow") else "samples"
+
+
+# ---------------------------------------------------------------- records and their index
+
+
+@dataclasses.dataclass
+class Index:
+    """One column per property of the records of a split, in record order; kept beside the data as .npz."""
+
+    speaker: np.ndarray  # names
+    style: np.ndarray
+    language: np.ndarray
+    pair: np.ndarray  # records of one sentence share it
+    num_samples: np.ndarray
+    num_tokens: np.ndarray  # 0 where the corpus has no features yet
+    num_text: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.speaker)
+
+
+class Records:
+    """Random access to the records of one split of several TFDS folders, reading only the wanted fields.
+
+    Args:
+        cfg: names the folders and the split.
+        fields: names of the features to decode; None: all.
+
+    Raises:
+        ValueError: if a folder is no TFDS dataset, or lacks the split or a field.
+    """
+
+    def __init__(self, cfg: Config, fields: tuple[str, ...] | None = None):
+        if not cfg.data_dirs:
+            raise ValueError("no data: give the dataset with --set data.data_dirs=FOLDER")
+        for folder in cfg.data_dirs:
+            absent = sorted(set(fields or ()) - set(_builder(folder).info.features))
+            if absent:
+                raise ValueError(
+                    f"records of {folder} have no {absent}; run data/add_features.py on the corpus first"
+                )
+        self._dirs, self._split, self._fields = cfg.data_dirs, cfg.split, fields
+        self._ends = np.cumsum([_num_records(folder, cfg.split) for folder in cfg.data_dirs])
+        self._open = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> dict:
+        source = int(np.searchsorted(self._ends, i, side="right"))
+        start = int(self._ends[source - 1]) if source else 0
+        if source not in self._open:
+            self._open[source] = _Source(self._dirs[source], self._split, self._fields)
+        return self._open[source][int(i) - start]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_open": {}}  # file handles do not travel to worker processes
+
+
+@functools.cache
+def _builder(folder: str):
+    import tensorflow_datasets as tfds
+
+    if not (Path(folder) / "dataset_info.json").exists():
+        inner = sorted(p.parent for p in Path(folder).glob("**/dataset_info.json"))
+        hint = f"; did you mean {inner[-1]}?" if inner else ""
+        raise ValueError(f"{folder} is no TFDS dataset folder: it has no dataset_info.json{hint}")
+    return tfds.builder_from_directory(str(folder))
+
+
+def _num_records(folder: str, split: str) -> int:
+    splits = _builder(folder).info.splits
+    if split not in splits:
+        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(sorted(splits))}")
+    return splits[split].num_examples
+
+
+class _Source:
+    """Records of one folder; only the wanted features are parsed, which matters beside long waveforms."""
+
+    def __init__(self, folder: str, split: str, fields: tuple[str, ...] | None):
+        import tensorflow_datasets as tfds
+
+        builder = _builder(folder)
+        features = builder.info.features
+        self._features = tfds.features.FeaturesDict({name: features[name] for name in fields or features})
+        self._raw = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+
+    def __getitem__(self, i: int) -> dict:
+        return self._features.deserialize_example_np(self._raw[i])
+
+
+def read_index(cfg: Config) -> Index:
+    """The index of the split, read from the .npz beside each dataset, or made by one pass and kept there."""
+    parts = [_folder_index(folder, cfg.split) for folder in cfg.data_dirs]
+    if not parts:
+        raise ValueError("no data: give the dataset with --set data.data_dirs=FOLDER")
+    return Index(**{f.name: np.concatenate([p[f.name] for p in parts]) for f in dataclasses.fields(Index)})
+
+
+@functools.lru_cache(maxsize=16)
+def _folder_index(folder: str, split: str) -> dict[str, np.ndarray]:
+    files = sorted(p for p in Path(folder).iterdir() if f"-{split}." in p.name)
+    mark = repr([(p.name, p.stat().st_size) for p in files])
+    path = Path(folder) / f"index_{split}_{hashlib.sha256(mark.encode()).hexdigest()[:12]}.npz"
+    if path.exists():
+        with np.load(path) as file:
+            return dict(file)
+    count = _num_records(folder, split)
+    known = set(_builder(folder).info.features)
+    wanted = ("speaker", "style", "language", "pair_id", "audio", "speech_tokens", "text_ids")
+    source = _Source(folder, split, tuple(f for f in wanted if f in known))
+    names = {f.name: [] for f in dataclasses.fields(Index)}
+    for i in range(count):
+        record = source[i]
+        names["speaker"].append(_str(record["speaker"]))
+        names["style"].append(_str(record["style"]))
+        names["language"].append(_str(record["language"]))
+        names["pair"].append(_str(record.get("pair_id", b"")) or f"{folder}:{i}")
+        names["num_samples"].append(len(record["audio"]))
+        names["num_tokens"].append(len(record.get("speech_tokens", ())))
+        names["num_text"].append(len(record.get("text_ids", ())))
+    columns = {k: np.array(v, np.int32 if k.startswith("num_") else np.str_) for k, v in names.items()}
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
+    try:
+        np.savez_compressed(temporary, **columns)
+        os.replace(temporary, path)
+    except OSError as error:  # a read-only folder costs one pass per start, nothing else
+        print(f"index of {folder} is not kept: {error}", flush=True)
+    return columns
+
+
+def _str(value) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def speakers(cfg: Config) -> list[str]:
+    """Speakers of the training split, sorted; the labels of the speaker stage are places in this list."""
+    return sorted(set(read_index(dataclasses.replace(cfg, split="train")).speaker))
+
+
+# ---------------------------------------------------------------- order of an epoch
+
+
+def _rng(*numbers: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
+
+
+class Mixture:
+    """The order of the records in each epoch, styles in the wanted shares.
+
+    An epoch has as many examples as there are usable records. A style whose share is larger than its part of
+    the records starts its next shuffled pass within the epoch; one whose share is smaller goes on in the next
+    epoch.
+
+    Args:
+        cfg: names styles, weights and seed.
+        index: the records.
+        usable: bool per record; the others are never drawn.
+
+    Raises:
+        ValueError: if a style with a weight has no usable record.
+    """
+
+    def __init__(self, cfg: Config, index: Index, usable: np.ndarray):
+        if cfg.languages:
+            usable = usable & np.isin(index.language, cfg.languages)
+        pools = [np.flatnonzero(usable & (index.style == style)) for style in cfg.styles]
+        for style, weight, pool in zip(cfg.styles, cfg.style_weights, pools, strict=True):
+            if weight > 0 and len(pool) == 0:
+                found = ", ".join(sorted(set(index.style)))
+                raise ValueError(
+                    f"no usable record of style {style!r} in split {cfg.split!r}; styles there: {found}"
+                )
+        total = sum(len(p) for p, w in zip(pools, cfg.style_weights, strict=True) if w > 0)
+        shares = np.array(cfg.style_weights) / sum(cfg.style_weights)
+        self._pools, self._seed = pools, cfg.seed
+        self._counts = [max(1, round(total * s)) if s > 0 else 0 for s in shares]
+        self._order = functools.lru_cache(maxsize=3)(self._make_order)
+
+    def __len__(self) -> int:
+        return sum(self._counts)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Record numbers of an epoch, shuffled."""
+        return self._order(epoch)
+
+    def _make_order(self, epoch: int) -> np.ndarray:
+        drawn = []
+        for i, (pool, count) in enumerate(zip(self._pools, self._counts, strict=True)):
+            start = epoch * count
+            while count and start < (epoch + 1) * count:
+                shuffled = _rng(self._seed, 1, i, start // len(pool)).permutation(pool)
+                piece = shuffled[start % len(pool) :][: (epoch + 1) * count - start]
+                drawn.append(piece)
+                start += len(piece)
+        return _rng(self._seed, 2, epoch).permutation(np.concatenate(drawn))
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_order"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._order = functools.lru_cache(maxsize=3)(self._make_order)
+
+
+def pack(lengths: np.ndarray, capacity: int, num_open: int = _OPEN_ROWS) -> list[list[int]]:
+    """Best-fit packing of items into rows.
+
+    Each item goes into the open row that it fills best; of more than `num_open` open rows, the fullest is
+    closed.
+
+    Args:
+        lengths: [items] int, each at most `capacity`.
+
+    Returns:
+        Rows of item numbers.
+    """
+    rows: list[list[int]] = []
+    room = np.empty(0, np.int64)
+    open_rows: list[list[int]] = []
+    for item, length in enumerate(lengths):
+        fits = np.where(room >= length, room, capacity + 1)
+        best = int(np.argmin(fits)) if len(fits) else 0
+        if len(fits) and fits[best] <= capacity:
+            open_rows[best].append(item)
+            room[best] -= length
+            continue
+        if len(open_rows) == num_open:
+            fullest = int(np.argmin(room))
+            rows.append(open_rows.pop(fullest))
+            room = np.delete(room, fullest)
+        open_rows.append([item])
+        room = np.append(room, capacity - length)
+    return rows + open_rows
+
+
+# ---------------------------------------------------------------- rows of each stage
+
+
+class _Lm:
+    """Packed rows of whole segments; the packing of an epoch is planned from the index alone."""
+
+    fields = ("text", "language", "speech_tokens", "text_ids")
+
+    def __init__(self, cfg: Config, index: Index):
+        self.cfg, self.index = cfg, index
+        self.records = Records(cfg, self.fields)
+        cost = index.num_text + index.num_tokens
+        self._capacity = cfg.num_tokens - (cfg.spell_room if cfg.spell_probability else 0)
+        usable = (index.num_tokens > 0) & (cost + 2 <= self._capacity)
+        if np.any((index.num_tokens > 0) & ~usable):
+            print(
+                f"{int(np.sum((index.num_tokens > 0) & ~usable))} records are longer than a row and left out"
+            )
+        self.mixture = Mixture(cfg, index, usable)
+        self._cost = cost
+        names = np.char.add(np.char.add(index.speaker, "\n"), np.char.add(index.style, "\n" + index.language))
+        self._voice = np.unique(names, return_inverse=True)[1]
+        self._plans: dict[int, list[list[np.ndarray]]] = {}
+        self._lock = threading.Lock()
+        self.num_rows = len(self._plan(0))
+        self.tokenizer = text.MiniTokenizer() if cfg.spell_probability else None
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_plans": {}}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def segments(self, epoch: int) -> list[np.ndarray]:
+        """Record numbers of each segment of an epoch: runs of one speaker, style and language."""
+        order = self.mixture.order(epoch)
+        order = order[np.argsort(self._voice[order], kind="stable")]
+        wanted = _rng(self.cfg.seed, 3, epoch).integers(1, self.cfg.max_utterances + 1, len(order))
+        found, start = [], 0
+        while start < len(order):
+            stop, length = start, 2
+            while (
+                stop < len(order)
+                and stop - start < wanted[start]
+                and self._voice[order[stop]] == self._voice[order[start]]
+                and length + self._cost[order[stop]] <= self._capacity
+            ):
+                length += self._cost[order[stop]]
+                stop += 1
+            found.append(order[start:stop])
+            start = stop
+        return found
+
+    def _plan(self, epoch: int) -> list[list[np.ndarray]]:
+        with self._lock:
+            if epoch not in self._plans:
+                segments = self.segments(epoch)
+                rng = _rng(self.cfg.seed, 4, epoch)
+                segments = [segments[i] for i in rng.permutation(len(segments))]
+                lengths = np.array([2 + self._cost[s].sum() for s in segments])
+                rows = pack(lengths, self._capacity)
+                rows = [[segments[i] for i in rows[r]] for r in rng.permutation(len(rows))]
+                self._plans = {e: p for e, p in self._plans.items() if e >= epoch - 1} | {epoch: rows}
+            return self._plans[epoch]
+
+    def row(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        cfg = self.cfg
+        epoch, place = divmod(example, self.num_rows)
+        plan = self._plan(epoch)
+        segments = plan[place % len(plan)]
+        room = cfg.num_tokens - sum(2 + int(self._cost[s].sum()) for s in segments)
+        out = {
+            name: np.zeros(cfg.num_tokens, np.int32)
+            for name in ("tokens", "kinds", "segment_ids", "positions")
+        }
+        out["targets"] = np.full(cfg.num_tokens, IGNORED, np.int32)
+        at = 0
+        for number, segment in enumerate(segments, 1):
+            texts, speech = [], []
+            for i in segment:
+                record = self.records[i]
+                ids = np.asarray(record["text_ids"], np.int32)
+                other = self._respelled(record, rng)
+                if other is not None and len(other) - len(ids) <= room:
+                    room -= len(other) - len(ids)
+                    ids = other
+                texts.append(ids)
+                speech.append(np.asarray(record["speech_tokens"], np.int32))
+            texts, speech = np.concatenate(texts), np.concatenate(speech)
+            tokens = np.concatenate([[0], texts, [0], speech])
+            kinds = np.repeat([lm.SOS, lm.TEXT, lm.TASK, lm.SPEECH], [1, len(texts), 1, len(speech)])
+            targets = np.concatenate([np.full(1 + len(texts), IGNORED), speech, [cfg.end_id]])
+            span = slice(at, at + len(tokens))
+            out["tokens"][span], out["kinds"][span], out["targets"][span] = tokens, kinds, targets
+            out["segment_ids"][span], out["positions"][span] = number, np.arange(len(tokens))
+            at = span.stop
+        return out
+
+    def _respelled(self, record: dict, rng: np.random.Generator) -> np.ndarray | None:
+        """The record's text with some words spelled by letters; None to keep the recorded encoding."""
+        if self.tokenizer is None:
+            return None
+        words, language = _str(record["text"]), _str(record["language"])
+        return self.tokenizer.encode(words, language, self.cfg.spell_probability, rng)
+
+
+class _Flow:
+    """A target utterance behind a piece of another utterance of its speaker, in a random style."""
+
+    fields = ("speech_tokens", "mel")
+
+    def __init__(self, cfg: Config, index: Index):
+        self.cfg, self.index = cfg, index
+        self.records = Records(cfg, self.fields)
+        usable = (index.num_tokens > 0) & np.isin(index.style, cfg.styles)
+        self.mixture = Mixture(cfg, index, usable)
+        self.num_rows = len(self.mixture)
+        profile = audio.MEL_PROFILES[cfg.mel_profile]
+        self._ratio = profile.sample_rate / profile.hop_samples / TOKEN_RATE
+        self._num_mels = profile.num_mels
+        self._num_frames = int(cfg.num_tokens * self._ratio)
+        enough = np.flatnonzero(usable & (index.num_tokens >= cfg.min_prompt_tokens))
+        # prompts of a speaker, one list per style
+        self._prompts: dict[str, list[np.ndarray]] = {}
+        for speaker in set(index.speaker[enough]):
+            own = enough[index.speaker[enough] == speaker]
+            self._prompts[speaker] = [
+                own[index.style[own] == s] for s in cfg.styles if np.any(index.style[own] == s)
+            ]
+
+    def row(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        cfg = self.cfg
+        epoch, place = divmod(example, self.num_rows)
+        target = int(self.mixture.order(epoch)[place])
+        prompt = None if rng.random() < cfg.no_prompt_prob else self._draw_prompt(target, rng)
+        tokens, mel = self._read(target)
+        prompt_tokens = np.zeros(0, np.int32)
+        prompt_mel = np.zeros((0, self._num_mels), np.float32)
+        if prompt is not None:
+            prompt_tokens, prompt_mel = self._read(prompt)
+            room = max(cfg.num_tokens - len(tokens), cfg.min_prompt_tokens)
+            most = min(cfg.max_prompt_tokens, room, len(prompt_tokens))
+            if most >= cfg.min_prompt_tokens:
+                count = int(rng.integers(cfg.min_prompt_tokens, most + 1))
+                prompt_tokens, prompt_mel = self._crop(prompt_tokens, prompt_mel, count, rng)
+            else:
+                prompt_tokens, prompt_mel = prompt_tokens[:0], prompt_mel[:0]
+        count = min(len(tokens), cfg.num_tokens - len(prompt_tokens))
+        tokens, mel = self._crop(tokens, mel, count, rng)
+        all_tokens = np.zeros(cfg.num_tokens, np.int32)
+        num_tokens = len(prompt_tokens) + len(tokens)
+        all_tokens[:num_tokens] = np.concatenate([prompt_tokens, tokens])
+        all_mel = np.zeros((self._num_frames, self._num_mels), np.float32)
+        joined = np.concatenate([prompt_mel, mel])[: int(num_tokens * self._ratio)]
+        all_mel[: len(joined)] = joined
+        return {
+            "speech_tokens": all_tokens,
+            "num_tokens": np.int32(num_tokens),
+            "mel": all_mel,
+            "prompt_frames": np.int32(len(prompt_mel)),
+        }
+
+    def _draw_prompt(self, target: int, rng: np.random.Generator) -> int | None:
+        """Another sentence of the target's speaker, styles equally likely; None if there is no other."""
+        lists = self._prompts.get(self.index.speaker[target], [])
+        for i in rng.permutation(len(lists)):
+            for _ in range(8):
+                found = int(lists[i][rng.integers(len(lists[i]))])
+                if self.index.pair[found] != self.index.pair[target]:
+                    return found
+        return None
+
+    def _read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [N] and mel [frames of N tokens, M] of a record, cut to what both have."""
+        record = self.records[i]
+        tokens = np.asarray(record["speech_tokens"], np.int32)
+        mel = np.asarray(record["mel"], np.float32)
+        if mel.shape[1] != self._num_mels:
+            raise ValueError(
+                f"record {i} has {mel.shape[1]} mel bands, profile {self.cfg.mel_profile!r} has "
+                f"{self._num_mels}; run data/add_features.py with this profile"
+            )
+        count = min(len(tokens), int(len(mel) / self._ratio))
+        return tokens[:count], mel[: int(count * self._ratio)]
+
+    def _crop(self, tokens, mel, count: int, rng) -> tuple[np.ndarray, np.ndarray]:
+        start = int(rng.integers(len(tokens) - count + 1))
+        first = int(start * self._ratio)
+        return tokens[start : start + count], mel[first : first + int(count * self._ratio)]
+
+
+class _Waves:
+    """Pieces of waveforms, with frame labels or the speaker's number where the stage wants them."""
+
+    def __init__(self, cfg: Config, index: Index):
+        self.cfg, self.index = cfg, index
+        labels = ("phones", "f0_class") if cfg.stage == "speech_tokenizer" else ()
+        self.records = Records(cfg, ("audio", *labels))
+        least = cfg.num_samples if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
+        self.mixture = Mixture(cfg, index, index.num_samples >= least)
+        self.num_rows = len(self.mixture)
+        self._speakers = {name: i for i, name in enumerate(speakers(cfg))} if cfg.stage == "speaker" else {}
+
+    def row(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        cfg = self.cfg
+        epoch, place = divmod(example, self.num_rows)
+        i = int(self.mixture.order(epoch)[place])
+        record = self.records[i]
+        samples = np.asarray(record["audio"])
+        unit = LABEL_SAMPLES if cfg.stage == "speech_tokenizer" else 1
+        start = unit * int(rng.integers(max(len(samples) - cfg.num_samples, 0) // unit + 1))
+        piece = samples[start : start + cfg.num_samples].astype(np.float32) / 32768.0
+        wav = np.zeros(cfg.num_samples, np.float32)
+        wav[: len(piece)] = piece
+        if cfg.stage == "vocoder":
+            return {"wav": wav}
+        out = {"wav": wav, "lengths": np.int32(len(piece))}
+        if cfg.stage == "speaker":
+            return out | {"speaker_index": np.int32(self._speakers.get(self.index.speaker[i], IGNORED))}
+        for name in ("phones", "f0_class"):
+            found = np.asarray(record[name], np.int32)[start // unit :][: len(piece) // unit]
+            out[name] = np.full(cfg.num_samples // unit, IGNORED, np.int32)
+            out[name][: len(found)] = found
+        return out
+
+
+# ---------------------------------------------------------------- the chain
+
+
+def make(cfg: Config, process_index: int = 0, process_count: int = 1):
+    """The endless Grain dataset of this process's batches; `iter` of it can be saved and restored.
+
+    Args:
+        cfg: stage, folders and row shape.
+        process_index: this host.
+        process_count: all hosts; each gets `batch_size / process_count` rows per batch.
+
+    Raises:
+        ValueError: if the rows do not divide, or the data does not fit the stage.
+    """
+    import grain
+
+    if cfg.batch_size % process_count:
+        raise ValueError(f"batch_size {cfg.batch_size} does not divide over {process_count} hosts")
+    rows = {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, read_index(cfg))
+    dataset = grain.MapDataset.range(_EXAMPLES).random_map(rows.row, seed=cfg.seed)
+    dataset = dataset[process_index::process_count].batch(cfg.batch_size // process_count)
+    if cfg.worker_count:
+        chain = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        options = grain.MultiprocessingOptions(
+            num_workers=cfg.worker_count, per_worker_buffer_size=cfg.num_prefetch
+        )
+        return chain.mp_prefetch(options)
+    return dataset.to_iter_dataset(grain.ReadOptions(cfg.num_threads, cfg.num_prefetch))
+
+
+def epoch_rows(cfg: Config) -> int:
+    """Rows of one epoch, over all hosts."""
+    return {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, read_index(cfg)).num_rows
+
+
+def first_batches(cfg: Config, count: int, process_index: int = 0, process_count: int = 1) -> list[dict]:
+    """The first `count` batches of this process: the fixed set of an evaluation."""
+    batches: Iterator = iter(make(cfg, process_index, process_count))
+    return [next(batches) for _ in range(count)]

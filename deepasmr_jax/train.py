@@ -1,0 +1,603 @@
+"""Training of any model of the package: config, state, the jitted step, the loop, and `main`.
+
+`python -m deepasmr_jax.train --config=configs/tiny.py:lm --workdir=RUN --set=data.data_dirs=FOLDER`
+A run starts from, first match wins: the newest checkpoint in the working directory, `init_from`, random
+weights. It ends at `steps`, after `max_seconds`, at SIGTERM or Ctrl-C, always with a checkpoint; the same
+command goes on from there, bit for bit. A model file brings `Config`, `init(cfg, key)` and `loss(model, cfg,
+batch, key) -> (sum, count, aux)`; one with two players brings `init_opt` and `train_step` too. Sums and
+counts are divided here, once.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepasmr_jax import checkpoint, input_pipeline, metrics, sharding
+from deepasmr_jax import config as config_lib
+
+# last names of parameters that weight decay leaves alone: norms, biases, tables
+NO_DECAY = ("bias", "scale", "gain", "g", "alpha", "beta", "gamma", "embedding", "mean", "var")
+_CALIBRATION = 20  # training batches from which batch-norm statistics are taken
+# settings that may differ when a run is resumed: they change neither the model nor the order of the data
+_FREE_ON_RESUME = ("data.data_dirs", "data.num_threads", "data.num_prefetch", "model.remat", "model.unroll")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """Optimizer and learning-rate schedule; each schedule first rises from 0 over `warmup_steps`."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    lr: float = 1e-3  # peak
+    schedule: Literal["constant", "noam", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    final_lr_ratio: float = 0.0  # cosine and wsd end at this share of the peak
+    decay_ratio: float = 0.2  # wsd: last share of the steps, over which the rate falls linearly
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # adamw only; never on the names in NO_DECAY nor on tables
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        if self.warmup_steps < 1:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be at least 1")
+        if self.weight_decay and self.name != "adamw":
+            raise ValueError(f"weight_decay {self.weight_decay} needs optim.name=adamw, found {self.name!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Sizes of the three mesh axes of sharding.py."""
+
+    slice: int = 1
+    data: int = 1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `model` is the Config of a model file and decides which file is trained."""
+
+    component: str  # name in the exported folder: speech_tokenizer, speaker, lm, flow or vocoder
+    model: Any
+    data: input_pipeline.Config
+    optim: Optim
+    steps: int
+    accumulation: int = 1  # parts of a batch that are computed one after the other
+    ema_decay: float | None = None  # averaged weights, used for evaluation and export
+    seed: int = 0
+    mesh: Mesh = Mesh()
+    init_from: str | None = None  # exported model folder, or the working directory of another run
+    max_seconds: float | None = (
+        None  # stop with a checkpoint after this wall time; 0: only evaluate and export
+    )
+    log_every: int = 10
+    save_every: int = 200
+    save_minutes: float = 10.0  # a checkpoint at least this often
+    keep: int = 2
+    keep_every: int = 0
+    eval_every: int = 200
+    eval_batches: int = 4
+    eval_split: str = "valid"
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    data_note: str = ""  # what the training data is, for the provenance of the exported model
+
+    def __post_init__(self):
+        rows = self.mesh.slice * self.mesh.data * self.accumulation
+        if self.data.batch_size % rows:
+            raise ValueError(
+                f"data.batch_size {self.data.batch_size} is not a multiple of {rows} "
+                "(mesh.slice x mesh.data x accumulation)"
+            )
+        end_id = getattr(self.model, "end_id", self.data.end_id)
+        if end_id != self.data.end_id:
+            raise ValueError(
+                f"data.end_id {self.data.end_id} is not the model's end id {end_id}; set it to that"
+            )
+        if self.accumulation > 1 and hasattr(_file(self.model), "train_step"):
+            raise ValueError(f"{_file(self.model).__name__} makes its own step; use accumulation=1")
+
+    @property
+    def module(self) -> str:
+        """Name of the model file: `lm`, `flow`, ..."""
+        return type(self.model).__module__.rsplit(".", 1)[-1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything that a checkpoint holds beside the data position.
+
+    step: int32 scalar, updates done. model: the module, float32. opt_state: of Optax. key: PRNG key of the
+    run, never changed; the key of a step is folded from the step number. ema: averaged weights of the
+    exported part, or None.
+    """
+
+    step: jax.Array
+    model: Any
+    opt_state: Any
+    key: jax.Array
+    ema: Any
+
+
+def _file(model_config):
+    """The Python module that defines a model's Config, init and loss."""
+    return importlib.import_module(type(model_config).__module__)
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+def make_schedule(cfg: Optim, steps: int):
+    """Learning rate as a function of the number of updates done.
+
+    Noam is scaled to its peak: lr * warmup^0.5 * min(step^-0.5, step * warmup^-1.5).
+    """
+
+    def rate(count):
+        step = jnp.asarray(count, jnp.float32) + 1.0
+        warmup = jnp.minimum(step / cfg.warmup_steps, 1.0)
+        if cfg.schedule == "noam":
+            shape = jnp.minimum(jnp.sqrt(cfg.warmup_steps / step), 1.0)
+        elif cfg.schedule == "cosine":
+            done = jnp.clip((step - cfg.warmup_steps) / max(steps - cfg.warmup_steps, 1), 0.0, 1.0)
+            shape = cfg.final_lr_ratio + (1.0 - cfg.final_lr_ratio) * 0.5 * (1.0 + jnp.cos(math.pi * done))
+        elif cfg.schedule == "wsd":
+            left = jnp.clip((steps - step) / max(steps * cfg.decay_ratio, 1.0), 0.0, 1.0)
+            shape = cfg.final_lr_ratio + (1.0 - cfg.final_lr_ratio) * left
+        else:
+            shape = 1.0
+        return cfg.lr * warmup * shape
+
+    return rate
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to a parameter, by its dotted path (ranks mislead: layers are stacked)."""
+    parts = name.split(".")
+    return parts[-1] not in NO_DECAY and not any(p.endswith(("norm", "table", "embedding")) for p in parts)
+
+
+def _weight_decay(amount: float) -> optax.GradientTransformation:
+    def update(updates, state, params):
+        def one(path, u, p):
+            return u + amount * p if is_decayed(checkpoint.path_name(path)) else u
+
+        return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(cfg: Optim, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, Adam, decoupled weight decay, schedule."""
+    parts = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    parts.append(optax.scale_by_adam(b1=cfg.betas[0], b2=cfg.betas[1], eps=cfg.eps))
+    if cfg.weight_decay:
+        parts.append(_weight_decay(cfg.weight_decay))
+    return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(cfg, steps)))
+
+
+# ---------------------------------------------------------------- state and step
+
+
+def init(cfg: TrainConfig, key: jax.Array) -> TrainState:
+    """The state of a new run: the single description of what a checkpoint holds."""
+    file = _file(cfg.model)
+    model_key, run_key = jax.random.split(key)
+    model = file.init(cfg.model, model_key)
+    tx = make_optimizer(cfg.optim, cfg.steps)
+    opt_state = file.init_opt(tx, model) if hasattr(file, "init_opt") else tx.init(model)
+    ema = None if cfg.ema_decay is None else jax.tree.map(jnp.copy, averaged_part(model))
+    return TrainState(jnp.zeros((), jnp.int32), model, opt_state, run_key, ema)
+
+
+def averaged_part(model):
+    """What the moving average covers: the generator of a two-player model, else the model."""
+    return getattr(model, "generator", model)
+
+
+def with_averaged(model, ema):
+    """The model with its averaged part replaced by `ema`; the model itself if `ema` is None."""
+    if ema is None:
+        return model
+    if not hasattr(model, "generator"):
+        return ema
+    leaves, tree = jax.tree.flatten(model)
+    model = jax.tree.unflatten(tree, leaves)
+    model.generator = ema
+    return model
+
+
+def make_step(cfg: TrainConfig):
+    """The compiled update `step(state, batches) -> (state, metrics)`; the state is donated.
+
+    `batches` is a tuple of `cfg.accumulation` dicts of global arrays. Metrics are float32 scalars: loss, lr,
+    grad_norm (before clipping; not for two-player models) and the means of the model's aux sums.
+    """
+    file = _file(cfg.model)
+    tx = make_optimizer(cfg.optim, cfg.steps)
+    schedule = make_schedule(cfg.optim, cfg.steps)
+
+    def part(model, batch, key):
+        def total(model):
+            loss, count, aux = file.loss(model, cfg.model, batch, key)
+            return loss, (count, aux)
+
+        (loss, (count, aux)), grads = jax.value_and_grad(total, has_aux=True)(model)
+        return grads, (loss, count, aux)
+
+    def gradients(model, batches, key):
+        if len(batches) == 1:
+            return part(model, batches[0], key)
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *batches)
+        keys = jax.random.split(key, len(batches))
+        first = jax.eval_shape(part, model, batches[0], key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, out_sharding=_spec(x)), first)
+
+        def body(sums, inputs):
+            return jax.tree.map(jnp.add, sums, part(model, *inputs)), None
+
+        return jax.lax.scan(body, zeros, (stacked, keys))[0]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batches: tuple[dict[str, jax.Array], ...]):
+        key = jax.random.fold_in(state.key, state.step)
+        out = {"lr": jnp.asarray(schedule(state.step), jnp.float32)}
+        if hasattr(file, "train_step"):
+            model, opt_state, aux = file.train_step(
+                state.model, state.opt_state, tx, cfg.model, batches[0], key, state.step
+            )
+        else:
+            grads, (loss, count, aux) = gradients(state.model, batches, key)
+            scale = 1.0 / jnp.maximum(count, 1.0)
+            grads = jax.tree.map(lambda g: g * scale, grads)
+            updates, opt_state = tx.update(grads, state.opt_state, state.model)
+            model = optax.apply_updates(state.model, updates)
+            out |= {"loss": loss * scale, "grad_norm": optax.global_norm(grads)}
+        out |= _means(aux)
+        ema = state.ema
+        if ema is not None:
+            done = state.step.astype(jnp.float32)
+            decay = jnp.minimum(cfg.ema_decay, (1.0 + done) / (10.0 + done))  # follows closely at the start
+            ema = jax.tree.map(lambda e, x: e + (1.0 - decay) * (x - e), ema, averaged_part(model))
+        return TrainState(state.step + 1, model, opt_state, state.key, ema), out
+
+    return step
+
+
+def _spec(x) -> jax.sharding.PartitionSpec:
+    found = getattr(x, "sharding", None)
+    return jax.sharding.PartitionSpec() if found is None else found.spec
+
+
+def _means(aux: dict) -> dict[str, jax.Array]:
+    return {name: total / jnp.maximum(count, 1e-9) for name, (total, count) in aux.items()}
+
+
+def make_eval(cfg: TrainConfig):
+    """The compiled evaluation `(model, ema, batch, key) -> {name: (sum, count)}`, of `ema` if any."""
+    file = _file(cfg.model)
+
+    @jax.jit
+    def evaluate(model, ema, batch, key):
+        loss, count, aux = file.loss(with_averaged(model, ema), cfg.model, batch, key)
+        return {"loss": (loss, count)} | aux
+
+    return evaluate
+
+
+def _split(batch: dict, parts: int) -> tuple[dict, ...]:
+    """A host batch as `parts` batches of every parts-th row, each put on the mesh."""
+    return tuple(sharding.put({k: v[i::parts] for k, v in batch.items()}) for i in range(parts))
+
+
+# ---------------------------------------------------------------- start
+
+
+def start(cfg: TrainConfig, checkpoints: checkpoint.Checkpoints, data) -> tuple[int, TrainState]:
+    """The state to begin with, and its step; says in one line where it comes from."""
+    make = functools.partial(init, cfg)
+    key = jax.random.key(cfg.seed)
+    restored = checkpoints.restore(checkpoint.abstract(make, key), data)
+    if restored is not None:
+        _say(f"start: checkpoint of step {restored[0]}")
+        return restored
+    state = jax.jit(make)(key)
+    if cfg.init_from is None:
+        _say("start: random weights")
+        return 0, state
+    model = initialized(state.model, cfg)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, averaged_part(model))
+    _say(f"start: weights of {cfg.init_from}")
+    return 0, dataclasses.replace(state, model=model, ema=ema)
+
+
+def initialized(model, cfg: TrainConfig):
+    """The model with the weights of `cfg.init_from`; parts that are not exported keep their random start.
+
+    Raises:
+        ValueError: if the folder is neither a model folder nor a run, or its weights do not fit `cfg.model`.
+    """
+    folder = Path(cfg.init_from)
+    if (folder / "config.json").exists() and "components" in json.loads((folder / "config.json").read_text()):
+        values = checkpoint.read_config(folder)["components"]
+        if cfg.component not in values:
+            raise ValueError(
+                f"{folder} has no component {cfg.component!r}; it has {', '.join(sorted(values))}"
+            )
+        entry = values[cfg.component]
+        arrays = checkpoint.read_arrays(folder / entry["file"], entry["sha256"])
+    else:
+        arrays = checkpoint.load_weights(folder)
+    own = checkpoint.named_arrays(model)
+    prefix = "generator." if hasattr(model, "generator") else ""
+    if set(arrays) != set(own):
+        arrays = {k.removeprefix(prefix): x for k, x in arrays.items() if not k.startswith("discriminators.")}
+        public = jax.eval_shape(lambda m: checkpoint.public_part(m, cfg.model)[0], model)
+        wanted = checkpoint.named_arrays(public)
+        arrays = {k: x for k, x in arrays.items() if k in wanted or prefix + k not in own}
+        checkpoint.fill(public, arrays, str(folder))  # one error with all names, before anything is replaced
+        arrays = own | {prefix + k: x for k, x in arrays.items()}
+    return checkpoint.fill(model, arrays, str(folder))
+
+
+def check_same_run(cfg: TrainConfig, workdir: Path) -> None:
+    """Writes `workdir/config.json`, or compares with the one there.
+
+    Raises:
+        ValueError: naming the fields of model, data or component that differ from the run in `workdir`.
+    """
+    path = workdir / "config.json"
+    new = {"module": cfg.module} | config_lib.to_dict(cfg)
+    if path.exists() and checkpoint.steps(workdir / "checkpoints"):
+        lines = config_lib.differences(json.loads(path.read_text()), new)
+        fixed = ("model.", "data.", "module:", "component:", "ema_decay:", "seed:")
+        # one end of ema_decay being null changes the tree of the state; other values are free
+        wrong = [x for x in lines if x.startswith(fixed) and not x.split(":")[0].startswith(_FREE_ON_RESUME)]
+        wrong = [x for x in wrong if not (x.startswith("ema_decay:") and "None" not in x)]
+        if wrong:
+            raise ValueError(
+                f"{workdir} holds a run with another config: {'; '.join(wrong)}; use another --workdir"
+            )
+        if lines:
+            _say(f"changed since the run began: {'; '.join(lines)}")
+    if jax.process_index() == 0:
+        config_lib.write_json(path, new)
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class _Stop:
+    """Why the run should end, set by SIGTERM, Ctrl-C or the clock; the second signal ends it at once."""
+
+    def __init__(self, max_seconds: float | None):
+        self.reason: str | None = None
+        self._end = None if max_seconds is None else time.monotonic() + max_seconds
+        self._old = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._old[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread: the caller handles signals
+                pass
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        if self.reason is not None:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    def due(self, step: int) -> bool:
+        """Whether to end before the next step; the same answer on every host."""
+        if self._end is not None and time.monotonic() > self._end and self.reason is None:
+            self.reason = "max_seconds"
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            flags = multihost_utils.process_allgather(jnp.array(self.reason is not None))
+            preempted = multihost_utils.reached_preemption_sync_point(step)
+            if self.reason is None and (bool(flags.any()) or preempted):
+                self.reason = "another host stopped, or preemption"
+        return self.reason is not None
+
+
+def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = None) -> TrainState:
+    """Runs or resumes a training and exports the weights at its end.
+
+    Args:
+        cfg: the run.
+        workdir: its folder: config.json, metrics.jsonl, checkpoints/.
+        export: model folder to write the (averaged) weights into; `workdir/export` if None.
+
+    Returns:
+        The last state.
+
+    Raises:
+        ValueError: if the folder holds another run, or the data does not fit.
+        FloatingPointError: if the loss or a gradient is not finite; the last good checkpoint stays.
+    """
+    workdir = Path(workdir)
+    sharding.make_mesh(cfg.mesh.slice, cfg.mesh.data, cfg.mesh.model)
+    check_same_run(cfg, workdir)
+    hosts = (jax.process_index(), jax.process_count())
+    if cfg.data.stage == "speaker":
+        found = len(input_pipeline.speakers(cfg.data))
+        if found > cfg.model.num_speakers:
+            raise ValueError(
+                f"the training split has {found} speakers, model.num_speakers is {cfg.model.num_speakers}; "
+                f"add --set model.num_speakers={found}"
+            )
+    data = iter(input_pipeline.make(cfg.data, *hosts))
+    held_out = []
+    if cfg.eval_batches:
+        held_out = input_pipeline.first_batches(
+            dataclasses.replace(cfg.data, split=cfg.eval_split, worker_count=0, spell_probability=0.0),
+            cfg.eval_batches, *hosts,
+        )  # fmt: skip
+    checkpoints = checkpoint.Checkpoints(workdir, cfg.keep, cfg.keep_every)
+    step, state = start(cfg, checkpoints, data)
+    writer = metrics.Writer(workdir, step)
+    num_params = sum(x.size for x in jax.tree.leaves(state.model))
+    _say(f"{cfg.component} ({cfg.module}): {num_params / 1e6:.2f} M parameters, {jax.device_count()} devices")
+    update, evaluate = make_step(cfg), make_eval(cfg)
+    timer, waited_s, previous = metrics.StepTimer(), [], None
+    is_cpu = jax.default_backend() == "cpu"
+    saved_step, saved_at = step, time.monotonic()
+
+    def finish(number: int, out: dict) -> None:
+        """Waits for a step, checks it, and writes it if due."""
+        values = {k: float(v) for k, v in jax.device_get(out).items()}
+        timer.tick()
+        if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm") if k in values):
+            raise FloatingPointError(
+                f"step {number}: loss {values['loss']}, learning rate {values['lr']:.3g}, gradient norm "
+                f"{values.get('grad_norm', math.nan)}: not finite; lower optim.lr or optim.clip_norm; "
+                f"the checkpoint of step {saved_step} is kept"
+            )
+        if number % cfg.log_every and number != cfg.steps:
+            return
+        line = {f"train/{k}": v for k, v in values.items()}
+        line["data/wait_s"] = sum(waited_s) / max(len(waited_s), 1)
+        waited_s.clear()
+        step_s, speed = timer.take(), ""
+        if step_s:
+            line |= {"perf/step_s": step_s, f"perf/{cfg.data.item}_per_s": cfg.data.items_per_batch / step_s}
+            left_h = (cfg.steps - number) * step_s / 3600
+            speed = f", {cfg.data.items_per_batch / step_s:.0f} {cfg.data.item}/s, {left_h:.2f} h left"
+        elif timer.compile_s:
+            line["perf/compile_s"] = timer.compile_s
+        writer.write(number, line)
+        _say(f"step {number}/{cfg.steps}, loss {values['loss']:.4f}{speed}")
+
+    def flush() -> None:
+        nonlocal previous
+        if previous is not None:
+            finish(*previous)
+        previous = None
+
+    def measure(number: int) -> None:
+        """Held-out loss and aux of the averaged weights, same batches and keys every time."""
+        sums: dict[str, list[float]] = {}
+        for i, batch in enumerate(held_out):
+            key = jax.random.fold_in(jax.random.key(cfg.seed), i)
+            out = jax.device_get(evaluate(state.model, state.ema, sharding.put(batch), key))
+            for name, (total, count) in out.items():
+                old = sums.get(name, [0.0, 0.0])
+                sums[name] = [old[0] + float(total), old[1] + float(count)]
+        means = {f"eval/{name}": total / max(count, 1e-9) for name, (total, count) in sums.items()}
+        writer.write(number, means)
+        _say(f"step {number}, held out: " + ", ".join(f"{k[5:]} {v:.4f}" for k, v in means.items()))
+        timer.pause()
+
+    def save(wait: bool = False) -> None:
+        nonlocal saved_step, saved_at
+        checkpoints.save(step, state, data, wait)
+        saved_step, saved_at = step, time.monotonic()
+        timer.pause()
+
+    # Order, not to be changed: save, next batch, step, metrics of the step before, evaluation. The data
+    # iterator moves only after the save, so that its saved position belongs to the saved state.
+    measured_step = -1
+    with _Stop(cfg.max_seconds) as stop:
+        while step < cfg.steps and not stop.due(step):
+            is_old = jax.process_count() == 1 and time.monotonic() - saved_at > 60 * cfg.save_minutes
+            if step > saved_step and (step % cfg.save_every == 0 or is_old):
+                flush()  # never save what has not been seen to be finite
+                save()
+            before = time.perf_counter()
+            batch = next(data)
+            waited_s.append(time.perf_counter() - before)
+            state, out = update(state, _split(batch, cfg.accumulation))
+            step += 1
+            if previous is not None:
+                finish(*previous)
+            previous = (step, out)
+            if (
+                is_cpu
+            ):  # queued programs of fake CPU devices deadlock, so one step is in flight here, elsewhere two
+                jax.block_until_ready((state, out))
+            if held_out and step % cfg.eval_every == 0:
+                flush()
+                measure(step)
+                measured_step = step
+        flush()
+        if step > saved_step:
+            save(wait=True)
+        checkpoints.close()
+        if held_out and measured_step != step:
+            measure(step)
+        folder = Path(export) if export is not None else workdir / "export"
+        export_state(cfg, state, folder, step)
+        _say(f"stopped at step {step} ({stop.reason or 'all steps done'}); weights in {folder}")
+    return state
+
+
+def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int) -> Path:
+    """Writes the (averaged) weights of a state as one component of a model folder.
+
+    A model file with `calibrate` (batch-norm statistics) first sees the first training batches once more.
+    """
+    file, model = _file(cfg.model), with_averaged(state.model, state.ema)
+    if hasattr(file, "calibrate"):
+        batches = input_pipeline.first_batches(
+            cfg.data, _CALIBRATION, jax.process_index(), jax.process_count()
+        )
+        model = file.calibrate(model, cfg.model, map(sharding.put, batches))
+    profile = {"mel_profile": cfg.data.mel_profile} if cfg.component in ("flow", "vocoder") else {}
+    made = {"steps": step, "data": cfg.data_note, "averaged": state.ema is not None}
+    return checkpoint.export_component(
+        folder, cfg.component, model, cfg.model, cfg.export_dtype, **profile, provenance={cfg.component: made}
+    )  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, argparse.Namespace]:
+    """Command line to config."""
+    parser = argparse.ArgumentParser(prog="python -m deepasmr_jax.train", description="Train one model.")
+    parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:STAGE")
+    parser.add_argument("--workdir", required=True, help="folder of the run; the same folder resumes it")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field")
+    parser.add_argument("--export", help="model folder for the weights at the end (default: WORKDIR/export)")
+    options = parser.parse_args(arguments)
+    cfg = config_lib.load(options.config)
+    for assignment in options.set:
+        cfg = config_lib.override(cfg, assignment)
+    return cfg, options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: joins the hosts, reads the config, trains."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
+    sharding.start_hosts()
+    try:
+        cfg, options = parse(arguments)
+        train(cfg, options.workdir, options.export)
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

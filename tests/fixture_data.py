@@ -1,0 +1,74 @@
+"""A small dataset of random noise for tests: same feature specification as the real one, no meaning."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def add_features_module():
+    """`data/add_features.py`, which is a script beside the package."""
+    path = Path(__file__).parent.parent / "data" / "add_features.py"
+    if "add_features" not in sys.modules:
+        module_spec = importlib.util.spec_from_file_location("add_features", path)
+        sys.modules["add_features"] = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(sys.modules["add_features"])
+    return sys.modules["add_features"]
+
+
+def record(i: int, split: str, num_speakers: int, has_features: bool) -> dict:
+    """Record i: speakers in turn, normal and ASMR alternating in pairs, 0.6 to 1.8 s of noise."""
+    rng = np.random.default_rng([i, len(split)])
+    samples = int(rng.integers(9600, 28800))
+    frames = samples // 320
+    out = {
+        "id": f"{split}_{i}",
+        "pair_id": f"{split}_pair_{i // 2}",
+        "audio": rng.integers(-3000, 3000, samples).astype(np.int16),
+        "text": "the quiet rain falls",
+        "language": "en",
+        "speaker": f"speaker_{(i // 2) % num_speakers}",
+        "style": ("normal", "asmr")[i % 2],
+        "engine": "noise",
+        "kind": "matrix",
+        "phones": rng.integers(0, 30, frames).astype(np.int32),
+        "f0_class": rng.integers(0, 6, frames).astype(np.int32),
+    }
+    if has_features:
+        num_tokens = -(-(samples // 160) // 4)
+        out |= {
+            "speech_tokens": rng.integers(0, 6561, num_tokens).astype(np.int32),
+            "mel": rng.normal(-5, 2, (frames, 80)).astype(np.float16),
+            "text_ids": rng.integers(1, 60, int(rng.integers(8, 20))).astype(np.int32),
+            "speaker_embedding": rng.normal(size=16).astype(np.float32),
+        }
+    return out
+
+
+def write(
+    folder: Path, counts: dict[str, int] | None = None, num_speakers: int = 3, has_features: bool = True
+) -> str:
+    """Writes the dataset into `folder/noise/1.0.0` and returns that path; two shards per split."""
+    import tensorflow_datasets as tfds
+
+    tools = add_features_module()
+    tensor = tfds.features.Tensor
+    names = ("id", "pair_id", "text", "language", "speaker", "style", "engine", "kind")
+    features = {name: tfds.features.Text() for name in names}
+    features["audio"] = tensor(shape=(None,), dtype=np.int16, encoding="bytes")
+    features |= {name: tensor(shape=(None,), dtype=np.int32) for name in ("phones", "f0_class")}
+    if has_features:
+        features |= {name: tensor(shape=(None,), dtype=np.int32) for name in ("speech_tokens", "text_ids")}
+        features["mel"] = tensor(shape=(None, 80), dtype=np.float16, encoding="bytes")
+        features["speaker_embedding"] = tensor(shape=(16,), dtype=np.float32)
+    features = tfds.features.FeaturesDict(features)
+    root, lengths = Path(folder) / "noise" / "1.0.0", {}
+    for split, count in (counts or {"train": 48, "valid": 12}).items():
+        rows = [record(i, split, num_speakers, has_features) for i in range(count)]
+        halves = [rows[: count // 2], rows[count // 2 :]]
+        lengths[split] = [len(h) for h in halves]
+        for i, half in enumerate(halves):
+            tools.write_shard(root / tools.shard_name("noise", split, i, 2), features, half)
+    tools.write_metadata(root, features, lengths, "random noise")
+    return str(root)

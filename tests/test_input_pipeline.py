@@ -1,0 +1,260 @@
+"""Order, packing, mixtures and rows of the data pipeline, on noise records."""
+
+import dataclasses
+
+import fixture_data
+import numpy as np
+import pytest
+
+from deepasmr_jax import input_pipeline, lm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return fixture_data.write(tmp_path_factory.mktemp("data"))
+
+
+def make_config(folder, stage, **changes):
+    sizes = dict(
+        lm=dict(num_tokens=192),
+        flow=dict(num_tokens=64, min_prompt_tokens=8, max_prompt_tokens=20),
+        vocoder=dict(num_samples=8000),
+        speech_tokenizer=dict(num_samples=16000),
+        speaker=dict(num_samples=16000),
+    )[stage]
+    return input_pipeline.Config(
+        stage=stage, batch_size=4, data_dirs=(folder,), num_threads=1, **(sizes | changes)
+    )
+
+
+def rows_of(batches):
+    return [{k: v[i] for k, v in b.items()} for b in batches for i in range(len(next(iter(b.values()))))]
+
+
+def same(a, b):
+    return sorted(a) == sorted(b) and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("stage", input_pipeline.STAGES)
+def test_a_restored_position_gives_the_next_batches_exactly(folder, stage):
+    data = input_pipeline.make(make_config(folder, stage))
+    first = iter(data)
+    for _ in range(3):
+        next(first)
+    position = first.get_state()
+    expected = [next(first) for _ in range(20)]  # beyond the end of the first epoch
+    second = iter(data)
+    second.set_state(position)
+    assert all(same(a, next(second)) for a in expected)
+
+
+@pytest.mark.parametrize("stage", input_pipeline.STAGES)
+def test_two_process_slices_together_are_the_batch_of_one_process(folder, stage):
+    cfg = make_config(folder, stage)
+    whole = input_pipeline.first_batches(cfg, 5)
+    parts = [input_pipeline.first_batches(cfg, 5, p, 2) for p in range(2)]
+    for step in range(5):
+        joined = rows_of([parts[0][step]]) + rows_of([parts[1][step]])
+        single = rows_of([whole[step]])
+        assert len(joined) == len(single)
+        assert all(any(same(a, b) for b in joined) for a in single)
+
+
+def test_a_segment_is_start_texts_task_speech_with_targets_only_on_speech_and_end(folder):
+    cfg = make_config(folder, "lm")
+    seen = 0
+    for row in rows_of(input_pipeline.first_batches(cfg, 10)):
+        assert np.all(row["kinds"][row["segment_ids"] == 0] == lm.PAD)
+        assert np.all(row["targets"][row["segment_ids"] == 0] == -1)
+        for segment in range(1, row["segment_ids"].max() + 1):
+            inside = row["segment_ids"] == segment
+            kinds, tokens, targets = (row[k][inside] for k in ("kinds", "tokens", "targets"))
+            assert np.array_equal(np.diff(np.flatnonzero(inside)), np.ones(inside.sum() - 1))
+            assert np.array_equal(row["positions"][inside], np.arange(inside.sum()))
+            num_text, num_speech = int((kinds == lm.TEXT).sum()), int((kinds == lm.SPEECH).sum())
+            layout = [lm.SOS] + [lm.TEXT] * num_text + [lm.TASK] + [lm.SPEECH] * num_speech
+            assert kinds.tolist() == layout
+            assert np.all(targets[: num_text + 1] == -1)
+            assert np.array_equal(targets[num_text + 1 : -1], tokens[num_text + 2 :])
+            assert targets[-1] == cfg.end_id
+            seen += 1
+    assert seen > 20
+
+
+def test_every_utterance_is_in_the_epoch_once_and_each_segment_has_one_speaker_and_style(folder):
+    cfg = make_config(folder, "lm")
+    index = input_pipeline.read_index(cfg)
+    rows = input_pipeline._Lm(cfg, index)
+    segments = rows.segments(0)
+    used = np.concatenate(segments)
+    assert sorted(used) == sorted(np.flatnonzero(index.num_tokens + index.num_text + 2 <= cfg.num_tokens))
+    assert {len(s) for s in segments} == {1, 2, 3}
+    for segment in segments:
+        assert len(set(index.speaker[segment])) == 1 and len(set(index.style[segment])) == 1
+    planned = [tuple(s) for row in rows._plan(0) for s in row]
+    assert sorted(planned) == sorted(tuple(s) for s in segments)
+
+
+def test_packing_keeps_every_item_once_and_never_overfills():
+    lengths = np.random.default_rng(0).integers(20, 300, 3000)
+    rows = input_pipeline.pack(lengths, 512)
+    assert sorted(i for row in rows for i in row) == list(range(3000))
+    fill = np.array([lengths[row].sum() for row in rows])
+    assert fill.max() <= 512
+    assert fill.mean() / 512 > 0.93  # best fit over 256 open rows; one item a row would be 0.31
+
+
+@pytest.mark.parametrize("weights, share", [((1.0, 1.0), 0.5), ((3.0, 1.0), 0.25), ((1.0, 0.0), 0.0)])
+def test_styles_are_drawn_in_the_wanted_shares(folder, weights, share):
+    cfg = make_config(folder, "flow", style_weights=weights)
+    index = input_pipeline.read_index(cfg)
+    mixture = input_pipeline.Mixture(cfg, index, np.ones(len(index), bool))
+    for epoch in range(3):
+        drawn = index.style[mixture.order(epoch)]
+        assert np.mean(drawn == "asmr") == pytest.approx(share, abs=1 / len(drawn))
+
+
+def test_a_style_with_a_small_share_goes_on_in_the_next_epoch(folder):
+    cfg = make_config(folder, "flow", style_weights=(3.0, 1.0))
+    index = input_pipeline.read_index(cfg)
+    mixture = input_pipeline.Mixture(cfg, index, np.ones(len(index), bool))
+    asmr = [i for epoch in range(2) for i in mixture.order(epoch) if index.style[i] == "asmr"]
+    assert len(asmr) == len(set(asmr)) == 24
+
+
+def test_two_epochs_have_different_orders(folder):
+    cfg = make_config(folder, "flow")
+    index = input_pipeline.read_index(cfg)
+    mixture = input_pipeline.Mixture(cfg, index, np.ones(len(index), bool))
+    assert sorted(mixture.order(0)) == sorted(mixture.order(1))
+    assert mixture.order(0).tolist() != mixture.order(1).tolist()
+
+
+def test_a_flow_prompt_is_another_sentence_of_the_same_speaker_and_both_styles_occur(folder):
+    cfg = make_config(folder, "flow", no_prompt_prob=0.0)
+    index = input_pipeline.read_index(cfg)
+    rows = input_pipeline._Flow(cfg, index)
+    pairs = set()
+    for target in range(len(index)):
+        prompt = rows._draw_prompt(target, np.random.default_rng(target))
+        assert index.speaker[prompt] == index.speaker[target]
+        assert index.pair[prompt] != index.pair[target]
+        pairs.add((str(index.style[prompt]), str(index.style[target])))
+    assert len(pairs) == 4
+
+
+def test_flow_rows_hold_the_prompt_first_and_two_frames_per_token(folder):
+    cfg = make_config(folder, "flow", no_prompt_prob=0.3)
+    rows = rows_of(input_pipeline.first_batches(cfg, 20))
+    with_prompt = [r for r in rows if r["prompt_frames"] > 0]
+    assert 0.5 < len(with_prompt) / len(rows) < 0.9
+    for row in rows:
+        frames = 2 * row["num_tokens"]
+        assert row["mel"].shape == (128, 80) and row["mel"].dtype == np.float32
+        assert row["prompt_frames"] % 2 == 0 and 0 <= row["prompt_frames"] < frames
+        assert np.all(row["mel"][frames:] == 0) and np.all(row["speech_tokens"][row["num_tokens"] :] == 0)
+        assert np.all(np.any(row["mel"][:frames] != 0, axis=1))
+    assert all(16 <= r["prompt_frames"] <= 40 for r in with_prompt)
+
+
+def test_flow_tokens_and_mel_of_a_row_are_cut_at_the_same_place(folder):
+    cfg = make_config(folder, "flow", num_tokens=24, no_prompt_prob=1.0)
+    records = input_pipeline.Records(cfg)
+    by_tokens = {}
+    for i in range(len(records)):
+        record = records[i]
+        for at in range(len(record["speech_tokens"]) - 1):
+            by_tokens[tuple(record["speech_tokens"][at : at + 2])] = (record, at)
+    for row in rows_of(input_pipeline.first_batches(cfg, 5)):
+        record, at = by_tokens[tuple(row["speech_tokens"][:2])]
+        count = int(row["num_tokens"])
+        assert np.array_equal(row["speech_tokens"][:count], record["speech_tokens"][at : at + count])
+        assert np.array_equal(
+            row["mel"][: 2 * count], record["mel"][2 * at : 2 * (at + count)].astype(np.float32)
+        )
+
+
+def test_labels_of_a_cropped_waveform_start_at_its_first_sample(folder):
+    cfg = make_config(folder, "speech_tokenizer", num_samples=6400)
+    records = input_pipeline.Records(cfg)
+    waves = [records[i]["audio"].astype(np.float32) / 32768 for i in range(len(records))]
+    starts = set()
+    for row in rows_of(input_pipeline.first_batches(cfg, 5)):
+        assert row["lengths"] == 6400 and row["phones"].shape == (20,)
+        places = [(i, at) for i, w in enumerate(waves) for at in range(0, len(w) - 6399, 320)]
+        [(i, at)] = [(i, at) for i, at in places if np.array_equal(waves[i][at : at + 6400], row["wav"])]
+        assert np.array_equal(row["phones"], records[i]["phones"][at // 320 : at // 320 + 20])
+        assert np.array_equal(row["f0_class"], records[i]["f0_class"][at // 320 : at // 320 + 20])
+        starts.add(at)
+    assert len(starts) > 3
+
+
+def test_padding_of_labels_is_minus_one_and_of_waves_is_silence(folder):
+    cfg = make_config(folder, "speech_tokenizer", num_samples=32000)
+    for row in rows_of(input_pipeline.first_batches(cfg, 3)):
+        frames = row["lengths"] // 320
+        assert row["lengths"] < 32000 and np.all(row["wav"][row["lengths"] :] == 0)
+        assert np.all(row["phones"][frames:] == -1) and np.all(row["phones"][:frames] >= 0)
+
+
+def test_speaker_labels_follow_the_sorted_names_of_the_training_split(folder):
+    cfg = make_config(folder, "speaker")
+    assert input_pipeline.speakers(cfg) == ["speaker_0", "speaker_1", "speaker_2"]
+    found = {int(r["speaker_index"]) for r in rows_of(input_pipeline.first_batches(cfg, 10))}
+    assert found == {0, 1, 2}
+
+
+def test_spelled_words_keep_the_row_within_its_length(folder):
+    cfg = make_config(folder, "lm", spell_probability=0.9)
+    plain = rows_of(input_pipeline.first_batches(make_config(folder, "lm"), 3))
+    spelled = rows_of(input_pipeline.first_batches(cfg, 3))
+    assert all(r["tokens"].shape == (192,) for r in spelled)
+
+    def texts(rows):
+        return {tuple(r["tokens"][(r["segment_ids"] == 1) & (r["kinds"] == lm.TEXT)]) for r in rows}
+
+    assert texts(plain) != texts(spelled)
+
+
+def test_the_index_is_read_from_its_file_the_second_time(folder, monkeypatch):
+    cfg = make_config(folder, "lm")
+    first = input_pipeline.read_index(cfg)
+    input_pipeline._folder_index.cache_clear()
+    monkeypatch.setattr(input_pipeline, "_Source", None)
+    second = input_pipeline.read_index(cfg)
+    for field in dataclasses.fields(first):
+        assert np.array_equal(getattr(first, field.name), getattr(second, field.name))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(styles=("normal", "sung")), "no usable record of style 'sung'"),
+        (dict(split="trian"), "no split 'trian'; it has train, valid"),
+        (dict(data_dirs=()), "data.data_dirs=FOLDER"),
+        (dict(batch_size=3), "does not divide over 2 hosts"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused_with_the_way_out(folder, changes, words):
+    with pytest.raises(ValueError, match=words):
+        input_pipeline.make(dataclasses.replace(make_config(folder, "flow"), **changes), 0, 2)
+
+
+def test_a_corpus_without_features_is_sent_to_add_features(tmp_path):
+    folder = fixture_data.write(tmp_path, {"train": 4}, has_features=False)
+    with pytest.raises(ValueError, match="data/add_features.py"):
+        input_pipeline.make(make_config(folder, "flow"))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(stage="vocodr"), "unknown"),
+        (dict(stage="lm", style_weights=(1.0,)), "one weight per style"),
+        (dict(stage="speech_tokenizer", num_samples=16001), "16001 is not a multiple of 640"),
+        (dict(stage="flow", num_tokens=40), "leaves no room"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_when_built(changes, words):
+    with pytest.raises(ValueError, match=words):
+        input_pipeline.Config(**(dict(batch_size=4) | changes))

@@ -1,0 +1,359 @@
+"""The training program: exact resume, accumulation, averaging, stops, start weights, every config."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fixture_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deepasmr_jax import checkpoint, config, input_pipeline, metrics, sharding, train
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "configs" / "tiny.py")
+
+
+# a model of this file: the loop knows a model only through its Config, init and loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One gain that is fitted to the waveform's loudness; `break_at` makes the loss infinite at that step."""
+
+    break_at: int = -1
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.ones(3))
+        self.bias = nnx.Param(jnp.ones(()))
+
+
+def init(cfg, key):
+    return Model()
+
+
+def loss(model, cfg, batch, key):
+    wav = batch["wav"]
+    active = jnp.abs(wav) > 0.05  # about half of the samples: counts differ between rows
+    error = jnp.where(active, wav - model.bias[...], 0.0) ** 2 + 1e-3 * jnp.sum(model.kernel[...] ** 2)
+    total = jnp.sum(error)
+    if cfg.break_at >= 0:
+        total = jnp.where(model.bias[...] <= 1.0 - 0.01 * cfg.break_at + 1e-4, jnp.inf, total)
+    return total, jnp.sum(active, dtype=jnp.float32), {"rows": (jnp.float32(wav.shape[0]), jnp.float32(1.0))}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return fixture_data.write(tmp_path_factory.mktemp("data"))
+
+
+def tiny(folder, stage, **changes):
+    cfg = config.load(f"{TINY}:{stage}")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, data_dirs=(folder,)))
+    return dataclasses.replace(cfg, **changes)
+
+
+def fake(folder, model=Config(), **changes):
+    data = input_pipeline.Config("vocoder", 8, (folder,), num_samples=8000, num_threads=1)
+    base = dict(steps=6, log_every=1, save_every=2, eval_every=100, eval_batches=1)
+    optim = train.Optim(lr=0.01, schedule="constant", warmup_steps=1, clip_norm=None)
+    return train.TrainConfig("vocoder", model, data, optim, **(base | changes))
+
+
+def run_until(monkeypatch, step, cfg, workdir):
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Stop, "due", lambda self, now: now >= step)
+        return train.train(cfg, workdir)
+
+
+def same(a, b):
+    def host(x):
+        return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(host(x), host(y)) for x, y in pairs)
+
+
+def batches(cfg, count):
+    return [train._split(b, cfg.accumulation) for b in input_pipeline.first_batches(cfg.data, count)]
+
+
+@pytest.mark.parametrize("stage", ["lm", "flow", "vocoder_adversarial", "speech_tokenizer", "speaker"])
+def test_four_steps_equal_two_and_restore_and_two_bit_for_bit(folder, tmp_path, monkeypatch, stage):
+    cfg = tiny(folder, stage)
+    whole = train.train(cfg, tmp_path / "whole")
+    half = run_until(monkeypatch, 2, cfg, tmp_path / "parts")
+    assert int(half.step) == 2 and not same(half.model, whole.model)
+    parts = train.train(cfg, tmp_path / "parts")
+    assert int(parts.step) == 4 and same(parts, whole)
+    lines = [
+        [{k: v for k, v in line.items() if k.startswith(("train/", "step"))} for line in metrics.read(p)]
+        for p in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "parts" / "metrics.jsonl")
+    ]
+    training = [[x for x in run if "train/loss" in x] for run in lines]
+    assert len(training[0]) == 4 and training[0] == training[1]
+
+
+def test_a_damaged_newest_checkpoint_repeats_the_lost_steps_exactly(folder, tmp_path):
+    cfg = tiny(folder, "lm")
+    first = train.train(cfg, tmp_path)
+    os.remove(tmp_path / "checkpoints" / "4" / "commit_success.txt")
+    again = train.train(cfg, tmp_path)
+    assert same(first, again)
+
+
+def test_sums_over_parts_of_a_batch_equal_one_big_batch(folder):
+    results = {}
+    for parts in (1, 4):
+        cfg = fake(folder, accumulation=parts)
+        state = train.init(cfg, jax.random.key(0))
+        step = train.make_step(cfg)
+        for batch in batches(cfg, 3):
+            state, out = step(state, batch)
+        results[parts] = (np.asarray(state.model.bias[...]), float(out["loss"]), float(out["grad_norm"]))
+    for a, b in zip(results[1], results[4], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)  # float32 sums in another order
+    counts = [
+        int((np.abs(x["wav"]) > 0.05).sum()) for x in input_pipeline.first_batches(fake(folder).data, 1)
+    ]
+    halves = [
+        np.abs(b["wav"][i::4]) > 0.05
+        for b in input_pipeline.first_batches(fake(folder).data, 1)
+        for i in range(4)
+    ]
+    assert len({int(h.sum()) for h in halves}) > 1 and sum(int(h.sum()) for h in halves) == counts[0]
+
+
+def test_accumulation_of_a_real_model_equals_one_big_batch(folder):
+    losses = {}
+    for parts in (1, 2):
+        cfg = tiny(folder, "lm", accumulation=parts)
+        state = train.init(cfg, jax.random.key(0))
+        _, out = train.make_step(cfg)(state, batches(cfg, 1)[0])
+        losses[parts] = (float(out["loss"]), float(out["grad_norm"]), float(out["nll_nats"]))
+    np.testing.assert_allclose(losses[1], losses[2], rtol=2e-5)
+
+
+@pytest.mark.parametrize("stage", ["lm", "flow", "vocoder_adversarial"])
+def test_ten_steps_need_one_compilation(folder, stage):
+    cfg = tiny(folder, stage)
+    state = jax.jit(functools.partial(train.init, cfg))(jax.random.key(0))
+    step = train.make_step(cfg)
+    for batch in batches(cfg, 10):
+        state, out = step(state, batch)
+        jax.block_until_ready(out)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("stage", ["lm", "flow"])
+def test_another_mesh_gives_the_same_losses(folder, stage, sizes):
+    cfg = tiny(folder, stage)
+    host = input_pipeline.first_batches(cfg.data, 2)
+    losses = []
+    for shape in ((1, 1, 1), sizes):
+        sharding.make_mesh(*shape)
+        state = jax.jit(functools.partial(train.init, cfg))(jax.random.key(0))
+        step, found = train.make_step(cfg), []
+        for batch in host:
+            state, out = step(state, train._split(batch, 1))
+            jax.block_until_ready((state, out))
+            found.append(float(out["loss"]))
+        losses.append(found)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)  # products are summed in another order
+
+
+def test_the_averaged_weights_follow_the_stated_rule_and_are_exported(folder, tmp_path):
+    cfg = fake(folder, ema_decay=0.9)
+    state = train.init(cfg, jax.random.key(0))
+    step, expected = train.make_step(cfg), 1.0
+    for number, batch in enumerate(batches(cfg, 4)):
+        state, _ = step(state, batch)
+        decay = min(0.9, (1 + number) / (10 + number))
+        expected = decay * expected + (1 - decay) * float(state.model.bias[...])
+    assert float(state.ema.bias[...]) == pytest.approx(expected, rel=1e-5)
+    assert float(state.ema.bias[...]) != float(state.model.bias[...])
+    lm_cfg = tiny(folder, "lm")
+    trained = train.train(lm_cfg, tmp_path / "run", tmp_path / "model")
+    module, found = checkpoint.load_component(tmp_path / "model", "lm")
+    assert found == lm_cfg.model and same(module, trained.ema) and not same(module, trained.model)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(folder, tmp_path):
+    cfg = fake(folder, Config(break_at=3), steps=10, save_every=1)
+    with pytest.raises(
+        FloatingPointError, match=r"step 4: loss inf, learning rate 0.01, .*checkpoint of step 3"
+    ):
+        train.train(cfg, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 3
+    assert [x["step"] for x in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_sigterm_ends_a_run_with_a_checkpoint_that_the_next_run_continues(folder, tmp_path):
+    sets = [f"data.data_dirs={folder}", "steps=100000", "save_every=100000", "eval_batches=0"]
+    command = [sys.executable, "-m", "deepasmr_jax.train", f"--config={TINY}:lm", f"--workdir={tmp_path}"]
+    command += [f"--set={s}" for s in sets]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    path = tmp_path / "metrics.jsonl"
+    for _ in range(1200):  # up to two minutes for the first line on a busy machine
+        if process.poll() is not None or (path.exists() and path.read_text().count("\n") >= 2):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "(SIGTERM)" in out
+    [step] = checkpoint.steps(tmp_path / "checkpoints")
+    assert step >= 2 and metrics.read(path)[-1]["step"] == step
+    assert f"stopped at step {step} " in out
+
+
+def test_max_seconds_stops_with_a_checkpoint(folder, tmp_path):
+    cfg = fake(folder, steps=10**6, max_seconds=1.0, save_every=10**6, log_every=1000)
+    state = train.train(cfg, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [int(state.step)]
+
+
+def test_resuming_with_another_model_or_data_is_refused_with_the_fields(folder, tmp_path, monkeypatch):
+    run_until(monkeypatch, 2, tiny(folder, "lm"), tmp_path)
+    cfg = config.override(config.override(tiny(folder, "lm"), "model.mlp_width=32"), "data.num_tokens=256")
+    with pytest.raises(ValueError, match=r"data.num_tokens: 128 -> 256; model.mlp_width: 64 -> 32"):
+        train.train(cfg, tmp_path)
+
+
+def test_resuming_with_another_learning_rate_is_allowed_and_reported(folder, tmp_path, monkeypatch, capsys):
+    run_until(monkeypatch, 2, tiny(folder, "lm"), tmp_path)
+    train.train(config.override(tiny(folder, "lm"), "optim.lr=0.5"), tmp_path)
+    assert "optim.lr: 0.001 -> 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["lm", "vocoder_adversarial", "speech_tokenizer"])
+@pytest.mark.parametrize("source", ["export", ""])
+def test_a_new_run_starts_from_the_weights_of_another(folder, tmp_path, stage, source):
+    first = train.train(tiny(folder, stage, steps=2), tmp_path / "first")
+    cfg = tiny(folder, stage, init_from=str(tmp_path / "first" / source), seed=5)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "second")
+    step, state = train.start(cfg, checkpoints, iter(input_pipeline.make(cfg.data)))
+    assert step == 0 and int(state.step) == 0
+    public = checkpoint.public_part(state.model, cfg.model)[0]
+    expected = checkpoint.public_part(train.with_averaged(first.model, first.ema), cfg.model)[0]
+    assert same(public, expected) and same(state.ema, train.averaged_part(state.model))
+
+
+def test_start_weights_of_another_shape_are_refused(folder, tmp_path):
+    train.train(tiny(folder, "lm", steps=2), tmp_path / "first")
+    cfg = config.override(
+        tiny(folder, "lm", init_from=str(tmp_path / "first" / "export")), "model.mlp_width=32"
+    )
+    with pytest.raises(ValueError, match="does not fit the model: .* reshaped"):
+        train.train(cfg, tmp_path / "second")
+
+
+def all_configs():
+    found = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        text = path.read_text()
+        module, stages = {}, None
+        if "STAGES" in text:
+            exec(compile(text, str(path), "exec"), module | {"__file__": str(path)}, module)
+            stages = module["STAGES"]
+        found += [f"{path.name}:{s}" for s in stages] if stages else [path.name]
+    return found
+
+
+@pytest.mark.parametrize("name", all_configs())
+def test_every_config_builds_abstractly_on_its_own_mesh(name):
+    cfg = config.load(str(ROOT / "configs" / name))
+    sharding.make_mesh(cfg.mesh.slice, cfg.mesh.data, cfg.mesh.model)
+    state = checkpoint.abstract(functools.partial(train.init, cfg), jax.random.key(0))
+    assert all(x.sharding.mesh.shape["data"] == cfg.mesh.data for x in jax.tree.leaves(state))
+    json.dumps(config.to_dict(cfg))
+    assert config.from_dict(type(cfg.model), config.to_dict(cfg.model)) == cfg.model
+    lines = [
+        line for line in (ROOT / "configs" / name.split(":")[0]).read_text().split('"""')[1].splitlines()
+    ]
+    for fact in ("What:", "Command", "Hardware and hours:", "Number"):
+        assert any(line.startswith(fact) for line in lines), f"{name}: docstring lacks {fact}"
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", {0: 0.1, 9: 1.0, 500: 1.0, 999: 1.0}),
+        ("noam", {0: 0.1, 9: 1.0, 39: 0.5, 999: 0.1}),
+        ("cosine", {0: 0.1, 9: 1.0, 504: 0.5, 999: 0.0}),
+        ("wsd", {0: 0.1, 9: 1.0, 799: 1.0, 899: 0.5, 999: 0.0}),
+    ],
+)
+def test_schedules_pass_through_their_stated_points(schedule, expected):
+    rate = train.make_schedule(train.Optim(lr=1.0, schedule=schedule, warmup_steps=10), 1000)
+    for count, value in expected.items():
+        assert float(rate(count)) == pytest.approx(value, abs=1e-3)
+
+
+def test_weight_decay_is_decided_by_the_name_and_not_by_the_rank():
+    assert train.is_decayed("layers.mlp.up.kernel")
+    for name in ("layers.attn.q.bias", "layers.attn_norm.scale", "norm.scale", "text_table", "layers.x.gain"):
+        assert not train.is_decayed(name)
+    tx = train.make_optimizer(train.Optim("adamw", 0.1, "constant", 1, weight_decay=0.5, clip_norm=None), 10)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2, 2))}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0.0)
+
+
+@pytest.mark.parametrize(
+    "assignments, words",
+    [
+        (["data.batch_size=7", "accumulation=2"], "7 is not a multiple of 2"),
+        (["data.end_id=5"], "5 is not the model's end id 6561"),
+        (["optim.weight_decay=0.1"], "needs optim.name=adamw"),
+        (["optim.warmup_steps=0"], "must be at least 1"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_when_configured(assignments, words):
+    cfg = config.load(f"{TINY}:lm")
+    with pytest.raises(ValueError, match=words):
+        for assignment in assignments:
+            cfg = config.override(cfg, assignment)
+
+
+def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    for step in range(1, 5):
+        writer.write(step, {"train/loss": step, "train/odd": float("nan")})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "tr')
+    metrics.Writer(tmp_path, 2)
+    lines = metrics.read(tmp_path / "metrics.jsonl")
+    assert [x["step"] for x in lines] == [1, 2] and lines[0]["train/odd"] == "nan"
+
+
+def test_step_time_leaves_out_the_first_two_steps_and_pauses():
+    now = iter([0.0, 10.0, 15.0, 16.0, 100.0, 102.0])
+    timer = metrics.StepTimer(clock=lambda: next(now))
+    for _ in range(3):
+        timer.tick()
+    timer.pause()
+    timer.tick()
+    assert timer.compile_s == 10.0 and timer.take() == pytest.approx(1.5) and timer.take() is None
+
+
+def test_mfu_is_the_share_of_the_peak_and_unknown_devices_have_none():
+    assert metrics.mfu(197e12 * 4, 2.0, "TPU v5 lite", 4) == pytest.approx(0.5)
+    assert metrics.mfu(1.0, 1.0, "cpu", 1) is None
+    full = metrics.transformer_flops(0, 2, 8, 100, causal=False)
+    assert full == 4 * 2 * 8 * 100 and metrics.transformer_flops(0, 2, 8, 100, causal=True) == full // 2
+    assert metrics.train_flops(full) == 3 * full
