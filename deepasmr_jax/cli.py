@@ -1,0 +1,380 @@
+"""The `deepasmr` command: parses, checks, calls one function, prints.
+
+Bad input is one sentence on stderr that names the value and the way out, exit code 2, and no file is left
+behind. What can be checked without a model is checked before anything heavy is imported.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from deepasmr_jax import request
+
+_EXAMPLES = """examples:
+  deepasmr say "Close your eyes, and listen to the rain." --voice clip.wav --style asmr --out out.wav --plot
+  deepasmr say "把眼睛闭上。" --voice clip.wav --style asmr --out out.wav
+  deepasmr demo --out demo
+"""
+NOTICE = (
+    "This is a small demonstration: the built-in model was trained by this project's own recipes on "
+    "synthetic speech "
+    "only. It shows that every stage works; it does not show the quality of a model of full size trained on "
+    "people."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one sentence and exit code 2, without the usage block."""
+
+    def error(self, message: str):
+        print(f"deepasmr: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "3"
+    )  # XLA's remarks about the machine are not for this user
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as e:
+        print(f"deepasmr: {_sentence(e)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("deepasmr: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="deepasmr",
+        description="Speech in anyone's voice, normal or whispered, from a text and seconds of that voice.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def add(group, name: str, run, text: str) -> argparse.ArgumentParser:
+        p = group.add_parser(name, help=text, description=text)
+        p.set_defaults(run=run)
+        return p
+
+    def add_model(p, with_pool: bool = True):
+        p.add_argument("--model", help="model folder; without it the built-in model")
+        if with_pool:
+            p.add_argument("--pool", help="pool file; without it the model's own")
+
+    say = add(commands, "say", _say, "speak a text in the voice of a clip")
+    say.add_argument("text", help="what to say, English or Mandarin; - reads it from standard input")
+    say.add_argument("--voice", required=True, help="a clip of the voice, 3 to 10 s are best")
+    say.add_argument("--out", required=True, help="the wav file to write")
+    say.add_argument("--style", default="asmr", help="asmr (whispered, default) or normal")
+    say.add_argument(
+        "--voice-text", help="what is said in the clip; used if the clip already is in that style"
+    )
+    say.add_argument("--voice-style", help="style of the clip, asmr or normal; detected without it")
+    say.add_argument("--language", help="en or zh; detected without it")
+    say.add_argument("--seed", default="0", help="another seed gives another reading (default 0)")
+    say.add_argument("--refine", default="1", help="passes, 1 to 3: more style, less likeness (default 1)")
+    say.add_argument(
+        "--pool-strategy",
+        default="nearest",
+        help="nearest (default), static, real, self, or a pool entry's name",
+    )
+    say.add_argument("--plot", action="store_true", help="also write a spectrogram, OUT with .png")
+    say.add_argument("--show-text", action="store_true", help="print the text as it is read, and its symbols")
+    say.add_argument("--json", action="store_true", help="print facts and timings as one line of JSON")
+    add_model(say)
+
+    demo = add(commands, "demo", _demo, "all four tasks in both languages, with a page to listen to")
+    demo.add_argument("--out", required=True, help="folder for wavs, pictures and index.html")
+    demo.add_argument("--seed", default="0")
+    demo.add_argument(
+        "--no-judge", action="store_true", help="leave out the unvoiced ratio and the error rate"
+    )
+    add_model(demo)
+
+    batch = add(commands, "batch", _batch, "speak a list of requests into a folder")
+    batch.add_argument(
+        "list", help="JSON lines with text and voice, and any other option of `say` by its name"
+    )
+    batch.add_argument("--out", required=True, help="folder for the wavs and results.jsonl")
+    add_model(batch)
+
+    measure = add(commands, "evaluate", _evaluate, "measure a folder that `batch` wrote")
+    measure.add_argument("folder")
+    measure.add_argument("--workers", type=int, default=1, help="processes for the unvoiced ratio")
+
+    group = commands.add_parser("pool", help="the speaker pool: build, list, add")
+    actions = group.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
+    build = add(actions, "build", _pool_build, "make a pool from recordings with transcripts")
+    build.add_argument(
+        "source", help="folder of x.wav + x.txt, or JSON lines with audio, text, style, language"
+    )
+    build.add_argument("--out", required=True, help="the pool file to write")
+    build.add_argument(
+        "--asmr-sample",
+        help="an ASMR recording with its .txt beside it: the ASMR half is synthesised from it",
+    )
+    build.add_argument("--seed", default="0")
+    adding = add(actions, "add", _pool_add, "add recordings to a pool file")
+    adding.add_argument("source", help="as for build")
+    adding.add_argument("--to", required=True, help="the pool file")
+    for p in (build, adding):
+        p.add_argument("--style", help="style of a folder's recordings: normal or asmr")
+        p.add_argument("--language", help="language of a folder's recordings: en or zh; detected without it")
+        add_model(p, with_pool=False)
+    listing = add(actions, "list", _pool_list, "list the entries of a pool")
+    add_model(listing)
+    listing.add_argument("--json", action="store_true", help="one JSON object per line")
+
+    info = add(commands, "info", _info, "what a model folder holds and what it was made from")
+    add_model(info, with_pool=False)
+    return parser
+
+
+def _say(args) -> None:
+    text = sys.stdin.read() if args.text == "-" else args.text
+    asked = request.Request(
+        text=text,
+        voice=args.voice,
+        style=args.style,
+        voice_text=args.voice_text,
+        voice_style=args.voice_style,
+        language=args.language,
+        seed=args.seed,
+        refine=args.refine,
+        pool_strategy=args.pool_strategy,
+    )
+    out = request.check_output(args.out)
+    _check_model(args)
+    from deepasmr_jax import synthesis
+
+    synthesizer = synthesis.load(args.model, args.pool)
+    if args.show_text:
+        for line in synthesizer.reading(asked):
+            print(line)
+    result = synthesizer.batch([asked])[0]
+    if isinstance(result, synthesis.Failure):
+        raise ValueError(result.error)
+    result.save(out)
+    if args.plot:
+        out.with_suffix(".png").write_bytes(result.picture())
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(result.facts() | {"out": str(out)}, ensure_ascii=False))
+    else:
+        seconds = sum(result.timings.values())
+        print(f"{out}: {result.duration_s:.1f} s of speech, {result.task}, made in {seconds:.1f} s")
+
+
+def _demo(args) -> None:
+    folder = request.check_output_folder(args.out)
+    seed = request.check_seed(args.seed)
+    _check_model(args)
+    from deepasmr_jax import audio, evaluate, page, synthesis
+
+    synthesizer = synthesis.load(args.model, args.pool)
+    sounds = synthesizer.demo(seed, progress=_progress)
+    judge = None if args.no_judge else evaluate.judge_one
+    if judge:
+        _progress("measuring")
+    sections, lines = {}, []
+    for s in sounds:
+        cells = _measures(s, judge, synthesizer.sample_rate)
+        row = page.Row(s.label, s.caption, s.text, s.wav, synthesizer.sample_rate, cells)
+        sections.setdefault(s.voice, ([], []))[0 if s.is_clip else 1].append(row)
+        audio.save(folder / f"{s.name}.wav", s.wav, synthesizer.sample_rate)
+        (folder / f"{s.name}.png").write_bytes(page.picture(s.wav, synthesizer.sample_rate))
+        lines.append({"voice": s.voice, "sound": s.label} | cells)
+    parts = [page.Section(voice, _VOICE_INTRO, clips, made) for voice, (clips, made) in sections.items()]
+    settings = f"Unvoiced: {evaluate.PitchSettings().describe()}. {_SETTINGS}"
+    document = page.demo("DeepASMR in JAX: a demonstration", NOTICE, parts, settings)
+    (folder / "index.html").write_text(document, encoding="utf-8")
+    print(_table(lines))
+    print(f"\n{NOTICE}\n\nListen: {(folder / 'index.html').resolve()}")
+
+
+def _batch(args) -> None:
+    source = Path(args.list)
+    if not source.is_file():
+        raise ValueError(f"there is no list {source}; give a file of JSON lines")
+    rows = []
+    for i, line in enumerate(source.read_text("utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as e:
+                raise ValueError(f"line {i} of {source} is not a JSON object ({e}); correct it") from None
+    if not rows:
+        raise ValueError(f"the list {source} is empty; write one JSON object per line")
+    folder = request.check_output_folder(args.out)
+    _check_model(args)
+    from deepasmr_jax import synthesis
+
+    made, failed = synthesis.load(args.model, args.pool).batch_to_folder(rows, folder, _progress)
+    print(f"{folder}: {made} made" + (f", {failed} failed: see failures.jsonl" if failed else ""))
+
+
+def _evaluate(args) -> None:
+    from deepasmr_jax import evaluate
+
+    try:
+        matrix = evaluate.MatrixJudge()
+    except ValueError as e:
+        print(f"note: no English error rate: {_sentence(e)}", file=sys.stderr)
+        matrix = None
+    report = evaluate.evaluate_folder(args.folder, matrix=matrix, workers=args.workers)
+    print(json.dumps(report, indent=1, ensure_ascii=False))
+
+
+def _pool_build(args) -> None:
+    out = request.check_output(args.out, (".safetensors",))
+    recordings = _recordings(args)
+    from deepasmr_jax import pool, synthesis
+
+    if args.asmr_sample:
+        sample = request.check_clip_file(args.asmr_sample)
+        transcript = sample.with_suffix(".txt")
+        if not transcript.is_file():
+            raise ValueError(
+                f"{sample} has no transcript; write what is said into {transcript.name} beside it"
+            )
+        text = transcript.read_text("utf-8").strip()
+        language = args.language or pool.text_lib.detect_language(text)
+        recordings.append(pool.Recording(sample.stem, sample, text, "asmr", language))
+    synthesizer = synthesis.load(args.model)
+    made = synthesizer.build_pool(
+        recordings,
+        synthesize_asmr=bool(args.asmr_sample),
+        seed=request.check_seed(args.seed),
+        progress=_progress,
+    )
+    made.save(out)
+    print(f"{out}: {len(made.select('normal'))} normal and {len(made.select('asmr'))} ASMR entries")
+
+
+def _pool_add(args) -> None:
+    target = request.check_output(args.to, (".safetensors",))
+    recordings = _recordings(args)
+    from deepasmr_jax import pool, synthesis
+
+    old = pool.load(target)
+    synthesizer = synthesis.load(args.model)
+    new = old.add(*(synthesizer.entry(r) for r in recordings))
+    new.save(target)
+    print(f"{target}: {len(recordings)} entries added, {len(new)} in all")
+
+
+def _pool_list(args) -> None:
+    from deepasmr_jax import pool
+
+    path = Path(args.pool) if args.pool else _check_model(args) / "pool.safetensors"
+    rows = pool.describe(pool.load(path))
+    print("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) if args.json else _table(rows))
+
+
+def _info(args) -> None:
+    folder = _check_model(args)
+    from deepasmr_jax import checkpoint
+
+    config = checkpoint.read_config(folder)
+    rows = [
+        {
+            "component": name,
+            "module": c["module"],
+            "parameters": f"{c['num_params']:,}",
+            "dtype": c["dtype"],
+            "MiB": f"{(folder / c['file']).stat().st_size / 2**20:.1f}"
+            if (folder / c["file"]).exists()
+            else "missing",
+        }
+        for name, c in config["components"].items()
+    ]
+    print(f"{config['name']} in {folder}: {config['sample_rate']} Hz, mel profile {config['mel_profile']}")
+    print(_table(rows))
+    for name, value in config.get("provenance", {}).items():
+        print(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+
+
+_VOICE_INTRO = "The model never heard this voice in training, nor these sentences."
+_SETTINGS = (
+    "Errors: word error rate of a recogniser that knows only the grammar of the English matrix sentences "
+    "(pocketsphinx), where it is installed. Similarity: cosine to the clip by the model's own speaker "
+    "encoder, which is "
+    "not an independent one. The last columns are seconds of work for the clip, the tokens, the mel and the "
+    "waveform, "
+    "without compilation."
+)
+
+
+def _measures(sound, judge, sample_rate: int) -> dict[str, str]:
+    """Printable measures of one sound of the demo."""
+    cells = {"seconds of audio": f"{len(sound.wav) / sample_rate:.1f}"}
+    if judge is not None:
+        unvoiced, error = judge(sound.wav, sample_rate, sound.text, sound.language)
+        cells["unvoiced %"] = f"{100 * unvoiced:.0f}"
+        cells["errors %"] = "–" if error is None else f"{100 * error:.0f}"
+    if sound.similarity is not None:
+        cells["similarity"] = f"{sound.similarity:.2f}"
+    for stage in ("clip_s", "lm_s", "flow_s", "vocoder_s"):
+        if stage in sound.timings:
+            cells[stage.replace("_s", " s")] = f"{sound.timings[stage]:.2f}"
+    return cells
+
+
+def _recordings(args) -> list:
+    for value, known, what in (
+        (args.style, request.STYLES, "style"),
+        (args.language, ("en", "zh"), "language"),
+    ):
+        if value is not None:
+            request.check_choice(value, known, what)
+    from deepasmr_jax import pool
+
+    return pool.read_recordings(
+        args.source, args.style or ("normal" if getattr(args, "asmr_sample", 0) else None), args.language
+    )
+
+
+def _check_model(args) -> Path:
+    """The model folder, found without importing anything heavy."""
+    folder = Path(__file__).parent / "mini" if args.model in (None, "mini") else Path(args.model)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"unknown model {str(args.model or folder)!r}: no config.json in {folder}; give a model folder"
+        )
+    if getattr(args, "pool", None) and not Path(args.pool).is_file():
+        raise ValueError(f"there is no pool file {args.pool}; check the path or leave --pool out")
+    return folder
+
+
+def _progress(sentence: str) -> None:
+    print(f"{sentence} ...", file=sys.stderr, flush=True)
+
+
+def _sentence(error: Exception) -> str:
+    """The message of an error on one line."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror or type(error).__name__}; check the path and your rights"
+    return " ".join(str(error).split())
+
+
+def _table(rows: list[dict]) -> str:
+    """Rows of equal keys as aligned columns; a missing value is a dash."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([str(row.get(n, "–")) for n in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""A request: what is said, in whose voice, in which style; with the checks that need no audio and no model.
+
+Imports nothing heavy, so that the command line refuses a bad request in a fraction of a second.
+The same checks hold for the Python interface, because `Synthesizer` builds a `Request` from its arguments.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deepasmr_jax import text as text_lib
+
+STYLES = ("normal", "asmr")
+MAX_SEED = 2**32 - 1
+MAX_PASSES = 3  # the paper's Table V stops there; each pass loses similarity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One utterance to be made.
+
+    Attributes:
+        text: what to say; English or Mandarin, at most `text.MAX_CHARACTERS` characters.
+        voice: the clip whose voice is wanted: a path, or an array of samples in [-1, 1].
+        voice_rate: sample rate in Hz of `voice` when it is an array; not needed for a path.
+        style: wanted style, one of `STYLES`.
+        voice_text: transcript of the clip; used when the clip already is in the wanted style.
+        voice_style: style of the clip, one of `STYLES`; None: detected from the sound.
+        language: language of `text`, one of `text.LANGUAGES`; None: detected from the letters.
+        seed: 0..2^32-1; same request, same seed: same audio.
+        refine: passes, 1 to 3; each later pass takes the output before it as the voice.
+        pool_strategy: how the task prompt is chosen: "nearest", "static", "real", "self", or a pool entry's
+        name.
+
+    Raises:
+        ValueError: if a value is outside these bounds; the message names the value and the way out.
+    """
+
+    text: str
+    voice: Any
+    voice_rate: int | None = None
+    style: str = "asmr"
+    voice_text: str | None = None
+    voice_style: str | None = None
+    language: str | None = None
+    seed: int = 0
+    refine: int = 1
+    pool_strategy: str = "nearest"
+
+    def __post_init__(self):
+        text_lib.check(self.text)
+        if self.language is None:
+            text_lib.detect_language(self.text)  # refuses other scripts now, before anything is loaded
+        if self.voice_text is not None:
+            try:
+                text_lib.check(self.voice_text)
+            except ValueError as e:
+                raise ValueError(f"transcript of the voice clip: {e}") from None
+        check_choice(self.style, STYLES, "style")
+        if self.voice_style is not None:
+            check_choice(self.voice_style, STYLES, "style of the voice clip")
+        if self.language is not None:
+            check_choice(self.language, text_lib.LANGUAGES, "language")
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        object.__setattr__(self, "refine", check_passes(self.refine))
+        if isinstance(self.voice, (str, os.PathLike)):
+            check_clip_file(self.voice)
+        elif self.voice_rate is None:
+            raise ValueError(
+                "the voice is an array without a sample rate; pass voice_rate in Hz, such as 16000"
+            )
+
+
+def check_choice(value: str, known: Sequence[str], what: str) -> str:
+    """The value itself; ValueError if it is not among the known ones."""
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}; choose {' or '.join(known)}")
+    return value
+
+
+def check_seed(value) -> int:
+    """The seed as int; ValueError if it is no whole number in 0..2^32-1."""
+    try:
+        seed = int(str(value).strip())
+    except ValueError:
+        raise ValueError(f"seed {value!r} is not a whole number; give one between 0 and {MAX_SEED}") from None
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed {seed} is out of range; give one between 0 and {MAX_SEED}")
+    return seed
+
+
+def check_passes(value) -> int:
+    """The number of passes as int; ValueError outside 1..3."""
+    try:
+        passes = int(str(value).strip())
+    except ValueError:
+        passes = 0
+    if not 1 <= passes <= MAX_PASSES:
+        raise ValueError(f"{value!r} refinement passes are not possible; choose 1, 2 or {MAX_PASSES}")
+    return passes
+
+
+def check_clip_file(path: str | os.PathLike) -> Path:
+    """The path of the voice clip; ValueError if no file with content is there."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"the voice clip {path} is a folder; give one audio file")
+    if not path.is_file():
+        raise ValueError(f"the voice clip {path} does not exist; check the path")
+    if path.stat().st_size == 0:
+        raise ValueError(f"the voice clip {path} is an empty file; record it again or choose another")
+    return path
+
+
+def check_output(path: str | os.PathLike, suffixes: Sequence[str] = (".wav",)) -> Path:
+    """The path of a file to be written, its folder made; ValueError if it cannot be written there."""
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"the output file {path} does not end in {' or '.join(suffixes)}; rename it")
+    if path.is_dir():
+        raise ValueError(f"the output {path} is a folder; name a file in it")
+    check_output_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"the output file {path} is write-protected; choose another name")
+    return path
+
+
+def check_output_folder(folder: str | os.PathLike) -> Path:
+    """The folder, made if need be; ValueError if nothing can be written there."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".deepasmr_probe_{os.getpid()}"
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as e:
+        reason = e.strerror or type(e).__name__
+        raise ValueError(f"cannot write in the folder {folder} ({reason}); choose another one") from None
+    return folder

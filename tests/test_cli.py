@@ -1,0 +1,214 @@
+"""The `deepasmr` command: what it makes, and how it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+
+from deepasmr_jax import audio, cli, pool
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A good clip of 2 s."""
+    path = tmp_path_factory.mktemp("clips") / "clip.wav"
+    audio.save(path, tiny_model.buzz(), tiny_model.RATE)
+    return path
+
+
+def say(tmp_path, clip, *options, text="Good night.", out="out.wav", model=None):
+    """(exit code, path of the output) of `deepasmr say`."""
+    model = str(model or tiny_model.shared())
+    path = tmp_path / out
+    try:
+        code = cli.main(["say", text, "--voice", str(clip), "--out", str(path), "--model", model, *options])
+    except SystemExit as e:  # argparse
+        code = e.code
+    return code, path
+
+
+def check_refused(code, path, capsys, words):
+    """Exit code 2, one sentence on stderr with these words, nothing on stdout, no file left."""
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == "" and err.startswith("deepasmr: ") and err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err
+    assert not path.exists() and (not path.parent.is_dir() or not list(path.parent.glob(f"*{path.stem}*")))
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "words"),
+    [
+        ([], "", ["empty"]),
+        ([], "?!...", ["punctuation"]),
+        ([], "x" * 20_000, ["20,000", "split"]),
+        ([], "こんばんは", ["Japanese", "English"]),
+        (["--style", "loud"], "Hi.", ["'loud'", "asmr"]),
+        (["--voice-style", "loud"], "Hi.", ["'loud'"]),
+        (["--language", "tlh"], "Hi.", ["'tlh'", "en or zh"]),
+        (["--seed", "x1"], "Hi.", ["'x1'", "whole number"]),
+        (["--refine", "4"], "Hi.", ["'4'", "3"]),
+        (["--pool", "/nowhere/p.safetensors"], "Hi.", ["/nowhere/p.safetensors"]),
+        (["--pool-strategy", "nobody"], "Hi.", ["'nobody'", "nearest"]),
+        (["--pool-strategy", "self"], "Hi.", ["the clip is normal and asmr is wanted"]),
+        (["--colour", "red"], "Hi.", ["--colour", "--help"]),
+    ],
+)
+def test_a_bad_option_gives_one_sentence_and_code_2(tmp_path, clip, capsys, options, text, words):
+    code, path = say(tmp_path, clip, *options, text=text)
+    check_refused(code, path, capsys, words)
+
+
+def bad_clips(folder):
+    """name -> (samples, words of the message)."""
+    wav = tiny_model.buzz()
+    with_nan = wav.copy()
+    with_nan[100] = np.nan
+    return {
+        "short": (wav[:3200], ["0.2"]),
+        "silent": (np.zeros(32000, np.float32), ["silent"]),
+        "nan": (with_nan, ["NaN"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "text", "folder", "short", "silent", "nan"])
+def test_a_bad_clip_gives_one_sentence_and_code_2(tmp_path, capsys, name):
+    import soundfile
+
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    path, words = folder / f"{name}.wav", [f"{name}.wav"]
+    if name == "empty":
+        path.touch()
+    elif name == "text":
+        path.write_text("this is not audio at all, only words")
+    elif name == "folder":
+        path.mkdir()
+    elif name != "missing":
+        samples, words = bad_clips(folder)[name]
+        soundfile.write(path, samples, tiny_model.RATE, subtype="FLOAT")
+    code, out = say(tmp_path, path)
+    check_refused(code, out, capsys, words)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path, clip, capsys):
+    (tmp_path / "file").write_text("")
+    code, path = say(tmp_path, clip, out="file/out.wav", model=tmp_path / "no_model")
+    out, err = capsys.readouterr()
+    assert code == 2 and "cannot write in the folder" in err and err.count("\n") == 1 and out == ""
+
+
+def test_an_unknown_model_is_named(tmp_path, clip, capsys):
+    code, path = say(tmp_path, clip, model=tmp_path / "no_model")
+    check_refused(code, path, capsys, ["no_model", "config.json"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "lm.safetensors", "pool.safetensors", "speaker.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_model_file_is_named(tmp_path, clip, capsys, name, damage):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model.shared(), model)
+    if damage == "cut":
+        data = (model / name).read_bytes()
+        (model / name).write_bytes(data[: len(data) // 2])
+    else:
+        (model / name).unlink()
+    code, path = say(tmp_path / "out", clip, model=model)
+    words = ["no asmr entries", "pool"] if (name, damage) == ("pool.safetensors", "gone") else [name]
+    check_refused(code, path, capsys, words)
+
+
+def test_bad_arguments_are_refused_without_importing_jax(tmp_path, clip):
+    code = (
+        "import sys; from deepasmr_jax import cli; "
+        f"code = cli.main(['say', 'Hi.', '--voice', {str(clip)!r}, '--out', {str(tmp_path / 'o.wav')!r}, '--seed', 'x']); "
+        "print(code, [m for m in ('jax', 'soundfile', 'librosa') if m in sys.modules])"
+    )
+    root = Path(__file__).parent.parent
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    assert out.stdout.strip() == "2 []" and "'x'" in out.stderr
+
+
+def test_say_writes_the_wav_the_picture_and_the_facts(tmp_path, clip, capsys):
+    code, path = say(tmp_path, clip, "--plot", "--json", "--show-text", "--seed", "5")
+    out, err = capsys.readouterr()
+    assert code == 0
+    facts = json.loads(out.splitlines()[-1])
+    wav = audio.load(path, tiny_model.RATE)
+    assert facts["task"] == "N2A" and facts["seed"] == 5 and facts["duration_s"] == len(wav) / tiny_model.RATE
+    assert "good night" in out.splitlines()[0].lower() and "AY" in out.splitlines()[1]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batch_speaks_a_list_and_keeps_what_failed_apart(tmp_path, clip, capsys):
+    rows = [{"text": "Good night.", "voice": str(clip), "group": "first"}, {"text": "", "voice": str(clip)}]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    out = tmp_path / "made"
+    model = str(tiny_model.shared())
+    assert cli.main(["batch", str(tmp_path / "list.jsonl"), "--out", str(out), "--model", model]) == 0
+    made = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    failed = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
+    assert len(made) == 1 and made[0]["group"] == "first" and (out / made[0]["file"]).exists()
+    assert len(failed) == 1 and "empty" in failed[0]["error"]
+    assert "1 made, 1 failed" in capsys.readouterr().out
+
+
+def test_demo_writes_a_page_wavs_and_pictures_for_all_four_tasks_in_both_languages(tmp_path, capsys):
+    code = cli.main(["demo", "--out", str(tmp_path / "d"), "--model", str(tiny_model.shared()), "--no-judge"])
+    out, _ = capsys.readouterr()
+    assert code == 0
+    names = {p.name for p in (tmp_path / "d").iterdir()}
+    for language in ("en1", "zh2"):
+        for task in ("n2a", "a2n", "n2n", "a2a"):
+            assert {f"{language}_{task}_1.wav", f"{language}_{task}_1.png"} <= names
+    html = (tmp_path / "d" / "index.html").read_text("utf-8")
+    assert html.count("<audio") == 12 and "small demonstration" in html and "synthetic speech" in html
+    assert "index.html" in out and all(task in out for task in ("N2A", "A2N", "N2N", "A2A"))
+
+
+def test_a_pool_is_built_extended_and_listed(tmp_path, capsys):
+    for name, wav in (("one", tiny_model.buzz()), ("two", tiny_model.buzz(f0_hz=210.0))):
+        (tmp_path / "voices").mkdir(exist_ok=True)
+        audio.save(tmp_path / "voices" / f"{name}.wav", wav, tiny_model.RATE)
+        (tmp_path / "voices" / f"{name}.txt").write_text("Good night.")
+    audio.save(tmp_path / "sample.wav", tiny_model.hiss(), tiny_model.RATE)
+    (tmp_path / "sample.txt").write_text("Sleep well.")
+    target, model = str(tmp_path / "p.safetensors"), str(tiny_model.shared())
+    build = ["pool", "build", str(tmp_path / "voices"), "--out", target, "--model", model]
+    assert cli.main([*build, "--asmr-sample", str(tmp_path / "sample.wav")]) == 0
+    made = pool.load(target)
+    assert [(e.name, e.style) for e in made] == [
+        ("one", "normal"),
+        ("two", "normal"),
+        ("one_asmr", "asmr"),
+        ("two_asmr", "asmr"),
+    ]
+    assert (
+        made.entries[2].provenance["task_prompt"] == "sample" and made.entries[2].provenance["voice"] == "one"
+    )
+    (tmp_path / "more").mkdir()
+    shutil.move(tmp_path / "sample.wav", tmp_path / "more")
+    shutil.move(tmp_path / "sample.txt", tmp_path / "more")
+    assert (
+        cli.main(["pool", "add", str(tmp_path / "more"), "--to", target, "--style", "asmr", "--model", model])
+        == 0
+    )
+    capsys.readouterr()
+    assert cli.main(["pool", "list", "--pool", target, "--json", "--model", model]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [r["name"] for r in rows] == ["one", "two", "one_asmr", "two_asmr", "sample"]
+    assert [r["kind"] for r in rows] == ["recording", "recording", "synthesis", "synthesis", "recording"]
+
+
+def test_info_lists_the_components(capsys):
+    assert cli.main(["info", "--model", str(tiny_model.shared())]) == 0
+    out = capsys.readouterr().out
+    assert all(
+        name in out for name in ("speech_tokenizer", "lm", "flow", "vocoder", "speaker", "random weights")
+    )

@@ -1,0 +1,142 @@
+"""The virtual speaker pool: files, retrieval, strategies, lists of recordings."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny_model
+
+from deepasmr_jax import pool
+
+
+def test_a_saved_pool_is_read_back_bit_for_bit(tmp_path):
+    made = tiny_model.make_pool()
+    made.save(tmp_path / "pool.safetensors")
+    assert pool.equal(pool.load(tmp_path / "pool.safetensors"), made)
+    assert [p.name for p in tmp_path.iterdir()] == ["pool.safetensors"]
+
+
+def test_pools_that_differ_in_one_transcript_or_one_token_are_not_equal():
+    made = tiny_model.make_pool()
+    first = made.entries[0]
+    for change in ({"transcript": "other"}, {"speech_tokens": first.speech_tokens + 1}):
+        other = pool.Pool((dataclasses.replace(first, **change), *made.entries[1:]), "mini", "tiny")
+        assert not pool.equal(made, other)
+
+
+def test_retrieval_returns_the_entry_with_the_largest_cosine_of_the_style_and_language():
+    made = tiny_model.make_pool()
+    wanted = next(e for e in made if e.name == "en_asmr_1")
+    louder = 7.0 * wanted.speaker_embedding  # the cosine does not see the length
+    entry, cosine = made.retrieve(louder, "asmr", "en")
+    assert entry is wanted and cosine == pytest.approx(1.0, abs=1e-6)
+    for style, language in (("normal", "en"), ("asmr", "zh")):
+        entry, cosine = made.retrieve(louder, style, language)
+        assert (entry.style, entry.language) == (style, language) and cosine < 0.99
+
+
+def test_retrieval_agrees_with_a_plain_search():
+    made = tiny_model.make_pool()
+    target = np.random.default_rng(3).standard_normal(16)
+
+    def cosine(e):
+        return e.speaker_embedding @ target / np.linalg.norm(e.speaker_embedding) / np.linalg.norm(target)
+
+    best = max(made.select("asmr"), key=cosine)
+    entry, found = made.retrieve(target, "asmr", None)
+    assert entry is best and found == pytest.approx(cosine(best), rel=1e-6)
+
+
+def test_the_static_strategy_gives_the_same_entry_for_every_voice():
+    made = tiny_model.make_pool()
+    rng = np.random.default_rng(0)
+    names = {made.retrieve(rng.standard_normal(16), "asmr", "en", "static")[0].name for _ in range(20)}
+    assert names == {"en_asmr_0"}
+    assert made.retrieve(None, "asmr", "en", "static")[0].name == "en_asmr_0"
+
+
+def test_an_entry_can_be_chosen_by_name_but_not_against_the_style():
+    made = tiny_model.make_pool()
+    assert made.retrieve(None, "asmr", "en", "zh_asmr_1")[0].name == "zh_asmr_1"
+    with pytest.raises(ValueError, match="en_normal_0.*is normal, but asmr is wanted"):
+        made.retrieve(None, "asmr", "en", "en_normal_0")
+    with pytest.raises(ValueError, match="'nobody'.*en_asmr_0"):
+        made.retrieve(None, "asmr", "en", "nobody")
+
+
+def test_the_real_strategy_looks_at_recordings_of_people_only():
+    made = tiny_model.make_pool()
+    target = made.entries[2].speaker_embedding
+    with pytest.raises(ValueError, match="no asmr recordings"):
+        made.retrieve(target, "asmr", "en", "real")
+    person = dataclasses.replace(made.entries[3], name="person", provenance={"kind": "recording"})
+    assert made.add(person).retrieve(target, "asmr", "en", "real")[0].name == "person"
+
+
+def test_two_entries_of_one_name_are_refused():
+    made = tiny_model.make_pool()
+    with pytest.raises(ValueError, match="two entries named 'en_normal_0'"):
+        made.add(made.entries[0])
+
+
+def test_an_entry_of_another_speaker_encoder_is_refused():
+    made = tiny_model.make_pool()
+    other = dataclasses.replace(made.entries[0], name="new", speaker_embedding=np.zeros(8, np.float32))
+    with pytest.raises(ValueError, match="embedding of 8 numbers, the pool 16"):
+        made.add(other)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 3000])
+def test_a_damaged_pool_file_is_named_in_one_sentence(tmp_path, keep):
+    path = tmp_path / "pool.safetensors"
+    tiny_model.make_pool().save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="pool.safetensors is damaged"):
+        pool.load(path)
+
+
+def test_a_folder_of_recordings_is_listed_with_transcripts_and_languages(tmp_path):
+    for name, text in (("b", "Good night."), ("a", "晚安。")):
+        (tmp_path / f"{name}.wav").write_bytes(b"x")
+        (tmp_path / f"{name}.txt").write_text(text, "utf-8")
+    found = pool.read_recordings(tmp_path, style="normal")
+    assert [(r.name, r.transcript, r.language, r.style) for r in found] == [
+        ("a", "晚安。", "zh", "normal"),
+        ("b", "Good night.", "en", "normal"),
+    ]
+    (tmp_path / "c.wav").write_bytes(b"x")
+    with pytest.raises(ValueError, match="c.wav has no transcript"):
+        pool.read_recordings(tmp_path, style="normal")
+
+
+def test_a_manifest_is_listed_in_its_order_and_its_faults_are_named_by_line(tmp_path):
+    (tmp_path / "x.wav").write_bytes(b"x")
+    row = {
+        "audio": "x.wav",
+        "text": "Hello.",
+        "style": "asmr",
+        "attributes": {"gender": "female"},
+        "kind": "synthesis",
+    }
+    path = tmp_path / "list.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"name": "two", "style": "normal"}) + "\n")
+    found = pool.read_recordings(path)
+    assert [(r.name, r.style, r.kind) for r in found] == [
+        ("x", "asmr", "synthesis"),
+        ("two", "normal", "synthesis"),
+    ]
+    assert found[0].attributes == {"gender": "female"}
+    for fault, message in (
+        ({"style": "loud"}, "line 1.*'loud'"),
+        ({"audio": "y.wav"}, "line 1.*y.wav"),
+        ({"language": "xx"}, "line 1.*'xx'"),
+        ({"text": " "}, "line 1.*empty transcript"),
+        ({"kind": "guess"}, "line 1.*'guess'"),
+    ):
+        path.write_text(json.dumps(row | fault) + "\n")
+        with pytest.raises(ValueError, match=message):
+            pool.read_recordings(path)
+    path.write_text("{broken\n")
+    with pytest.raises(ValueError, match="line 1 .*not a JSON object"):
+        pool.read_recordings(path)

@@ -1,0 +1,62 @@
+"""Requests and the checks that need no audio and no model."""
+
+import pytest
+
+from deepasmr_jax import request
+
+
+def make(tmp_path, **changes):
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(b"something")
+    return request.Request(**({"text": "Good night.", "voice": clip} | changes))
+
+
+def test_a_good_request_is_kept_and_its_numbers_are_read_from_strings(tmp_path):
+    made = make(tmp_path, seed="7", refine="3")
+    assert (made.seed, made.refine, made.style, made.pool_strategy) == (7, 3, "asmr", "nearest")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text": ""}, "empty"),
+        ({"text": "..., !?"}, "punctuation"),
+        ({"text": "a " * 10_000}, "20,000 characters"),
+        ({"text": "Спокойной ночи"}, "Cyrillic"),
+        ({"text": None}, "NoneType"),
+        ({"style": "loud"}, "'loud'.*normal or asmr"),
+        ({"voice_style": "loud"}, "style of the voice clip 'loud'"),
+        ({"voice_text": "?!"}, "transcript of the voice clip"),
+        ({"language": "fr"}, "'fr'.*en or zh"),
+        ({"seed": "twelve"}, "'twelve' is not a whole number"),
+        ({"seed": 1.5}, "'1.5'|1.5 is not a whole number"),
+        ({"seed": -1}, "seed -1 is out of range"),
+        ({"seed": 2**32}, "out of range"),
+        ({"refine": 0}, "0 refinement passes"),
+        ({"refine": "many"}, "'many' refinement passes"),
+        ({"voice": "no_such_clip.wav"}, "no_such_clip.wav does not exist"),
+        ({"voice": [0.0, 0.1]}, "voice_rate"),
+    ],
+)
+def test_a_bad_value_is_named_with_the_way_out(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        make(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_clip_that_is_a_folder_or_empty_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        make(tmp_path, voice=tmp_path)
+    (tmp_path / "nothing.wav").touch()
+    with pytest.raises(ValueError, match="nothing.wav is an empty file"):
+        make(tmp_path, voice=tmp_path / "nothing.wav")
+
+
+def test_an_output_path_must_be_a_wav_in_a_folder_that_can_be_written(tmp_path):
+    assert request.check_output(tmp_path / "new" / "out.wav").parent.is_dir()
+    assert list((tmp_path / "new").iterdir()) == []  # the probe is gone
+    with pytest.raises(ValueError, match="out.txt does not end in .wav"):
+        request.check_output(tmp_path / "out.txt")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write in the folder"):
+        request.check_output(tmp_path / "file" / "out.wav")

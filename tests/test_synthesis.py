@@ -1,0 +1,237 @@
+"""Synthesis on a tiny model with random weights: every hop of a request, batches, notes, prompts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny_model
+
+from deepasmr_jax import audio, pool, sharding, synthesis
+from deepasmr_jax.request import Request
+
+TEXT = "Close your eyes, and listen to the rain."
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The synthesizer that all tests share, so that each program is compiled once."""
+    sharding.make_mesh()
+    return tiny_model.synthesizer()
+
+
+def ask(**changes):
+    return Request(**({"text": TEXT, "voice": tiny_model.buzz(), "voice_rate": tiny_model.RATE} | changes))
+
+
+def test_the_audio_has_the_length_of_its_tokens_and_the_facts_are_complete(made):
+    result = made(TEXT, tiny_model.buzz(), voice_rate=tiny_model.RATE, seed=3)
+    assert (
+        result.audio.dtype == np.float32
+        and np.isfinite(result.audio).all()
+        and np.abs(result.audio).max() <= 1
+    )
+    assert len(result.audio) == 640 * len(result.tokens) and len(result.mel) == 2 * len(result.tokens)
+    assert result.task == "N2A" and result.prompt.startswith("en_asmr") and result.seed == 3
+    assert {"clip_s", "lm_s", "flow_s", "vocoder_s", "compile_s"} == set(result.timings)
+    assert "<audio" in result._repr_html_() and "<img" in result._repr_html_()
+
+
+def test_the_same_seed_gives_the_same_audio_and_another_seed_does_not(made):
+    first, second = (made.batch([ask(seed=1)])[0] for _ in range(2))
+    np.testing.assert_array_equal(first.audio, second.audio)
+    assert not np.array_equal(first.tokens, made.batch([ask(seed=2)])[0].tokens)
+
+
+def test_a_batch_gives_each_request_what_it_gets_alone(made):
+    requests = [
+        ask(seed=1),
+        ask(seed=2, text="Good night."),
+        ask(seed=3, voice=tiny_model.hiss(3.0)),
+        ask(seed=4),
+    ]
+    together = made.batch(requests)
+    for one, result in zip(requests, together, strict=True):
+        alone = made.batch([one])[0]
+        np.testing.assert_array_equal(alone.tokens, result.tokens)
+        # the sums of a matrix product with more rows are rounded in another order
+        np.testing.assert_allclose(alone.audio, result.audio, atol=1e-4)
+
+
+def test_a_request_that_fails_leaves_the_others_of_its_batch_alone(made):
+    silent = np.zeros(tiny_model.RATE, np.float32)
+    results = made.batch([{"text": ""}, ask(voice=silent), ask(seed=1), dict(text=TEXT, voise="x")])
+    assert [isinstance(r, synthesis.Failure) for r in results] == [True, True, False, True]
+    assert "silent" in results[1].error and "voise" in results[3].error
+    np.testing.assert_array_equal(results[2].tokens, made.batch([ask(seed=1)])[0].tokens)
+
+
+def test_within_a_style_the_clip_is_the_prompt_if_its_transcript_is_known(made):
+    result = made.batch([ask(style="normal", voice_text="Hello there.")])[0]
+    assert (result.task, result.prompt, result.notes) == ("N2N", "self", ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "transcript is not known"),
+        ({"voice_text": "你好。"}, "another language"),
+        ({"voice_text": "Hello.", "voice": tiny_model.buzz(14.0)}, "no longer fits"),
+    ],
+)
+def test_within_a_style_the_pool_helps_out_where_the_clip_cannot_be_the_prompt(made, changes, reason):
+    result = made.batch([ask(style="normal", voice_style="normal", **changes)])[0]
+    assert result.prompt.startswith("en_normal") and any(reason in n for n in result.notes)
+
+
+def test_across_styles_the_prompt_is_the_nearest_entry_of_the_wanted_style_and_language(made):
+    clip = made.read_clip(tiny_model.hiss(), tiny_model.RATE)
+    for style, language, text in (("normal", "en", TEXT), ("normal", "zh", "今晚下雨了。")):
+        expected, cosine = made.pool.retrieve(clip.embedding, style, language)
+        result = made.batch([ask(voice=tiny_model.hiss(), style=style, text=text)])[0]
+        assert (result.task, result.prompt, result.language) == ("A2N", expected.name, language)
+        assert result.prompt_similarity == pytest.approx(cosine, abs=1e-5)
+
+
+def test_the_task_prompt_can_be_fixed_or_named(made):
+    assert made.batch([ask(pool_strategy="static")])[0].prompt == "en_asmr_0"
+    assert made.batch([ask(pool_strategy="en_asmr_1")])[0].prompt == "en_asmr_1"
+
+
+def test_a_pool_without_the_language_of_the_text_is_used_with_a_note(made, monkeypatch):
+    english = tuple(e for e in made.pool if e.language == "en")
+    monkeypatch.setattr(made, "pool", pool.Pool(english, "mini", "tiny"))
+    result = made.batch([ask(text="今晚下雨了。")])[0]
+    assert result.prompt.startswith("en_asmr") and any("no asmr entry in 'zh'" in n for n in result.notes)
+
+
+def test_a_later_pass_keeps_tokens_and_prompt_and_takes_the_output_as_the_voice(made):
+    one, two = (made.batch([ask(seed=1, refine=n)])[0] for n in (1, 2))
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    assert one.prompt == two.prompt and one.task == two.task == "N2A"
+    assert np.abs(one.audio - two.audio).max() > 1e-4
+
+
+def test_a_long_text_is_spoken_in_chunks_with_pauses_between(made):
+    text = " ".join([TEXT] * 20)
+    result = made.batch([ask(text=text, style="normal", voice_style="asmr")])[0]
+    chunks = made.reading(ask(text=text))[::2]
+    assert len(chunks) >= 2
+    pauses = len(result.audio) - 640 * len(result.tokens)
+    assert pauses == (len(chunks) - 1) * round(synthesis.PAUSE_S["normal"] * tiny_model.RATE)
+
+
+def test_joined_chunks_fade_to_the_pause_and_keep_their_outer_edges():
+    joined = synthesis._join([np.ones(1000, np.float32)] * 3, 16000, 0.1)
+    assert len(joined) == 3000 + 2 * 1600 and joined[0] == 1 and joined[-1] == 1
+    assert joined[999] == 0 and joined[1000 + 1600] == 0 and np.abs(np.diff(joined)).max() < 0.01
+
+
+def test_the_style_of_a_clip_is_told_from_its_periodicity():
+    rng = np.random.default_rng(0)
+    for f0 in (80, 120, 220, 330):
+        wav = tiny_model.buzz(f0_hz=float(f0))
+        assert synthesis.voiced_share(wav, 16000) > 0.9
+        noisy = wav + 0.02 * rng.standard_normal(len(wav))  # about 15 dB below
+        assert synthesis.voiced_share(noisy, 16000) > 0.8
+    for seed in range(3):
+        assert synthesis.voiced_share(tiny_model.hiss(seed=seed), 16000) < 0.15
+        assert synthesis.voiced_share(1e-3 * tiny_model.hiss(seed=seed), 16000) < 0.15
+    mixed = np.concatenate([tiny_model.buzz(1.0), tiny_model.hiss(1.0)])
+    assert 0.3 < synthesis.voiced_share(mixed, 16000) < 0.7
+
+
+def test_the_style_that_is_given_wins_over_the_detected_one(made):
+    assert made.read_clip(tiny_model.hiss(), tiny_model.RATE).style == "asmr"
+    assert made.read_clip(tiny_model.hiss(), tiny_model.RATE, voice_style="normal").style == "normal"
+    assert made.batch([ask(voice=tiny_model.hiss(), voice_style="normal")])[0].task == "N2A"
+
+
+def test_odd_clips_are_used_with_a_note(made, tmp_path):
+    import soundfile
+
+    buzz = tiny_model.buzz
+    cases = {
+        "clipped": (np.clip(10 * buzz(), -1, 1), 16000, "clipped"),
+        "eight": (np.stack([buzz()] * 8, 1), 16000, "8 channels"),
+        "narrow": (buzz(rate=8000), 8000, "8000 Hz"),
+        "wide": (buzz(rate=96000), 96000, "96000 Hz"),
+        "long": (np.tile(buzz(10.0), 60), 16000, "600.0 s"),
+    }
+    for name, (wav, rate, words) in cases.items():
+        soundfile.write(tmp_path / f"{name}.wav", wav, rate)
+        notes = []
+        clip = made.read_clip(tmp_path / f"{name}.wav", notes=notes)
+        assert any(words in n for n in notes), (name, notes)
+        assert len(clip.tokens) <= 250 and len(clip.mel) == 2 * len(clip.tokens)
+        assert np.isfinite(clip.mel).all() and np.isfinite(clip.embedding).all()
+
+
+def test_what_is_padded_behind_a_clip_changes_nothing(made):
+    wav = tiny_model.buzz(2.6)  # 65 tokens: padded to 128
+    whole = made.read_clip(wav, tiny_model.RATE)
+    fitting = made.read_clip(wav[: 64 * 640], tiny_model.RATE)
+    assert (len(whole.tokens), len(fitting.tokens)) == (65, 64)
+    np.testing.assert_allclose(whole.mel[:120], fitting.mel[:120], atol=1e-3)
+
+
+def test_outer_silence_is_trimmed_and_long_speech_is_cut_at_a_quiet_place():
+    wav = np.concatenate([np.zeros(16000), tiny_model.buzz(3.0), np.zeros(32000)]).astype(np.float32)
+    trimmed, was_cut = synthesis._trim(wav, 16000)
+    assert not was_cut and 3.0 <= len(trimmed) / 16000 <= 3.3
+    long = tiny_model.buzz(14.0)
+    long[int(8.2 * 16000) : int(8.4 * 16000)] *= 0.01
+    trimmed, was_cut = synthesis._trim(long, 16000)
+    assert was_cut and 8.15 <= len(trimmed) / 16000 <= 8.45
+
+
+def test_a_clip_far_from_the_training_level_is_aligned_and_the_output_follows_the_clip(made, monkeypatch):
+    wav = tiny_model.buzz()
+    monkeypatch.setattr(made, "clip_level_db", {"normal": synthesis.level_db(wav)})
+    loud, quiet = (made.batch([ask(voice=g * wav, seed=1)])[0] for g in (1.0, 0.05))
+    assert not loud.notes[:-1] and any("26 dB quieter" in n for n in quiet.notes)
+    np.testing.assert_allclose(quiet.audio, 0.05 * loud.audio, atol=2e-3 * np.abs(loud.audio).max())
+
+
+def test_the_pool_can_be_built_by_our_own_synthesis(made, tmp_path):
+    recordings = []
+    for name, wav, style in (
+        ("low", tiny_model.buzz(f0_hz=90.0), "normal"),
+        ("high", tiny_model.buzz(f0_hz=230.0), "normal"),
+        ("whisper", tiny_model.hiss(), "asmr"),
+    ):
+        audio.save(tmp_path / f"{name}.wav", wav, tiny_model.RATE)
+        recordings.append(pool.Recording(name, tmp_path / f"{name}.wav", "Good night.", style, "en"))
+    built = made.build_pool(recordings, seed=5)
+    assert [(e.name, e.style, e.is_real) for e in built] == [
+        ("low", "normal", True),
+        ("high", "normal", True),
+        ("low_asmr", "asmr", False),
+        ("high_asmr", "asmr", False),
+    ]
+    assert all(len(e.mel) == 2 * len(e.speech_tokens) and e.mel.dtype == np.float16 for e in built)
+    assert pool.equal(built, made.build_pool(recordings, seed=5))
+    real = made.build_pool(recordings, synthesize_asmr=False)
+    assert [e.name for e in real] == ["low", "high", "whisper"] and all(e.is_real for e in real)
+    with pytest.raises(ValueError, match="found 0 normal"):
+        made.build_pool(recordings[2:])
+
+
+def test_the_random_draws_depend_on_seed_and_chunk_and_stage_but_not_on_the_place():
+    data = lambda *a: jax.random.key_data(synthesis._keys(*map(np.uint32, a[:2]), a[2]))
+    one, other = data([5, 6], [0, 1], 0), data([6, 5], [1, 0], 0)
+    np.testing.assert_array_equal(one[0], other[1])
+    np.testing.assert_array_equal(one[1], other[0])
+    keys = [data([s], [c], k) for s in (5, 6) for c in (0, 1) for k in (0, 1)]
+    assert len({k.tobytes() for k in keys}) == 8
+
+
+def test_padded_sizes_are_a_base_times_powers_of_two():
+    assert [synthesis._padded(n, 64) for n in (1, 64, 65, 128, 129, 1000)] == [64, 64, 128, 128, 256, 1024]
+
+
+def test_a_model_of_another_mel_profile_is_refused_for_a_pool(made, tmp_path):
+    other = dataclasses.replace(made.pool, mel_profile="cv2")
+    other.save(tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match="mel profile 'cv2', the model 'mini'"):
+        synthesis.load(made.folder, tmp_path / "p.safetensors")
