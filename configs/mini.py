@@ -32,7 +32,9 @@ def get_config(stage: str = "") -> TrainConfig:
     Raises:
         ValueError: on an unknown stage.
     """
-    common = dict(ema_decay=0.999, save_every=200, save_minutes=10.0, eval_every=200, data_note=NOTE)
+    common = dict(
+        ema_decay=0.999, save_every=200, save_minutes=10.0, eval_every=200, export_dtype="float16", data_note=NOTE
+    )  # fmt: skip
     if stage == "speech_tokenizer":
         return TrainConfig(
             component="speech_tokenizer",

@@ -665,8 +665,3 @@ def read_aloud(text: str, language: str, speaker: Speaker) -> tuple[np.ndarray, 
     if speaker.engine == "festival":
         return festival_say([text])[0]
     return espeak_say(text, speaker.voice, language)
-
-
-def spell(text: str) -> str:
-    """The text as the engines get it: one line, no character that a shell-free argument could mistake."""
-    return re.sub(r"\s+", " ", text).strip()

@@ -292,6 +292,7 @@ class Checkpoints:
             rules.append(policies.EveryNSteps(keep_every))
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
+            cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy(rules),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         )

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from deepasmr_jax import request
+from deepasmr_jax import text as text_lib
 
 _EXAMPLES = """examples:
   deepasmr say "Close your eyes, and listen to the rain." --voice clip.wav --style asmr --out out.wav --plot
@@ -119,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--out", required=True, help="the pool file to write")
     build.add_argument(
         "--asmr-sample",
-        help="an ASMR recording with its .txt beside it: the ASMR half is synthesised from it",
+        action="append",
+        default=[],
+        help="ASMR recording with its .txt beside it: the ASMR half is synthesised from it; one per language",
     )
     build.add_argument("--seed", default="0")
     adding = add(actions, "add", _pool_add, "add recordings to a pool file")
@@ -152,6 +155,8 @@ def _say(args) -> None:
         pool_strategy=args.pool_strategy,
     )
     out = request.check_output(args.out)
+    if out.resolve() == Path(args.voice).resolve():
+        raise ValueError(f"the output {out} is the voice clip itself; choose another name")
     _check_model(args)
     from deepasmr_jax import synthesis
 
@@ -239,15 +244,15 @@ def _pool_build(args) -> None:
     recordings = _recordings(args)
     from deepasmr_jax import pool, synthesis
 
-    if args.asmr_sample:
-        sample = request.check_clip_file(args.asmr_sample)
+    for name in args.asmr_sample:
+        sample = request.check_clip_file(name)
         transcript = sample.with_suffix(".txt")
         if not transcript.is_file():
             raise ValueError(
                 f"{sample} has no transcript; write what is said into {transcript.name} beside it"
             )
         text = transcript.read_text("utf-8").strip()
-        language = args.language or pool.text_lib.detect_language(text)
+        language = text_lib.detect_language(text)
         recordings.append(pool.Recording(sample.stem, sample, text, "asmr", language))
     synthesizer = synthesis.load(args.model)
     made = synthesizer.build_pool(
@@ -332,7 +337,7 @@ def _measures(sound, judge, sample_rate: int) -> dict[str, str]:
 def _recordings(args) -> list:
     for value, known, what in (
         (args.style, request.STYLES, "style"),
-        (args.language, ("en", "zh"), "language"),
+        (args.language, text_lib.LANGUAGES, "language"),
     ):
         if value is not None:
             request.check_choice(value, known, what)

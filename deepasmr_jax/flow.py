@@ -125,7 +125,7 @@ class Config:
 
 
 def deepasmr(**changes) -> Config:
-    """24 layers of width 1024 on 80-band mel at 50 Hz: the decoder of DeepASMR, 336,9 M parameters.
+    """24 layers of width 1024 on 80-band mel at 50 Hz: the decoder of DeepASMR, 336,936,016 parameters.
 
     The normalisation is about that of LJSpeech in Matcha-TTS; set it to the corpus where that is known.
     """
@@ -451,6 +451,7 @@ def loss(
     Source: Voicebox (Le et al., 2023), sections 3.1 and 4; spans and probabilities of F5-TTS, drawn per row
     instead of per batch.
     """
+    batch = jax.tree.map(_split_rows, batch)
     speech_tokens, mel = batch["speech_tokens"], batch["mel"]
     _check_frames(cfg, speech_tokens, mel, "mel")
     num_rows, length, _ = mel.shape
@@ -610,11 +611,7 @@ def sample(
 
 @functools.partial(jax.jit, static_argnames=("cfg", "guided", "method"))
 def _sample(model, cfg, inputs, grid, guidance, guided, method):
-    def by_row(x):
-        return jax.sharding.reshard(x, spec("batch", *[None] * (jnp.ndim(x) - 1)))
-
-    inputs = map(by_row, inputs)
-    speech_tokens, num_tokens, prompt_mel, prompt_frames, keys = inputs
+    speech_tokens, num_tokens, prompt_mel, prompt_frames, keys = map(_split_rows, inputs)
     num_rows, length, num_bins = prompt_mel.shape
     frames = num_frames(cfg, num_tokens)
     frame = jnp.arange(length)
@@ -653,6 +650,11 @@ def _sample(model, cfg, inputs, grid, guidance, guided, method):
 
     x = integrate(velocity, start, grid, method)
     return jnp.where((frame[None] < frames[:, None])[..., None], x * cfg.mel_std + cfg.mel_mean, 0.0)
+
+
+def _split_rows(x) -> jax.Array:
+    """An array with its first axis split over `batch`; nothing moves if it is already."""
+    return jax.sharding.reshard(x, spec("batch", *[None] * (jnp.ndim(x) - 1)))
 
 
 def _check_frames(cfg: Config, speech_tokens, mel, name: str) -> None:

@@ -70,7 +70,7 @@ class Section:
     outputs: Sequence[Row]
 
 
-def spectrogram(wav: np.ndarray, sample_rate: int, *, range_db: float = 70.0) -> np.ndarray:
+def spectrogram(wav: np.ndarray, sample_rate: int, *, range_db: float = 65.0) -> np.ndarray:
     """Narrow-band level picture of a waveform, fine enough to show the harmonics of a voice.
 
     Args:
@@ -79,17 +79,15 @@ def spectrogram(wav: np.ndarray, sample_rate: int, *, range_db: float = 70.0) ->
         range_db: levels this far below the 99.9th percentile of the picture are darkest.
 
     Returns:
-        [F, T] float32 in 0..1, row 0 = 0 Hz, last row = 8 kHz or half the rate; 64 ms Hann windows, 8 ms
-        apart, rows of 31 Hz: the harmonics of a voice of 100 Hz are three rows apart.
+        [F, T] float32 in 0..1, row 0 = 0 Hz, the last row below 5 kHz or half the rate; 64 ms Hann windows,
+        8 ms apart; rows of 15.6 Hz, so that the harmonics of a voice of 100 Hz are six rows apart.
     """
     window, hop = round(0.064 * sample_rate), round(0.008 * sample_rate)
     x = np.pad(np.asarray(wav, np.float32), (window // 2, window // 2 + hop))
     starts = np.arange(0, len(wav), hop)
     frames = x[starts[:, None] + np.arange(window)] * np.hanning(window + 1)[:-1].astype(np.float32)
     power = np.abs(np.fft.rfft(frames, axis=1)) ** 2
-    top_hz = min(8000, sample_rate // 2)
-    rows = round(top_hz / sample_rate * window) // 2
-    level = 10 * np.log10(power[:, : 2 * rows].reshape(len(power), rows, 2).mean(2).T + 1e-12)
+    level = 10 * np.log10(power[:, : round(_top_hz(sample_rate) / sample_rate * window)].T + 1e-12)
     high = np.percentile(level, 99.9)
     return np.clip((level - high) / range_db + 1, 0, 1).astype(np.float32)
 
@@ -98,11 +96,11 @@ def picture(wav: np.ndarray, sample_rate: int) -> bytes:
     """PNG file of the spectrogram of a waveform [W], with seconds below and kHz at the left."""
     image = spectrogram(wav, sample_rate)
     rows, cols = image.shape
-    left, bottom, top, right = 34, 18, 8, 12
+    left, bottom, top, right = 26, 18, 8, 12
     canvas = np.full((rows + bottom + top, max(cols, 60) + left + right), _PAPER, np.uint8)
     canvas[top : top + rows, left : left + cols] = np.round(image[::-1] * (_LEVELS - 1)).astype(np.uint8)
-    top_khz = min(8.0, sample_rate / 2000)
-    for khz in range(0, int(top_khz) + 1, 2):
+    top_khz = _top_hz(sample_rate) / 1000
+    for khz in range(0, int(top_khz) + 1):
         y = top + rows - 1 - round(khz / top_khz * (rows - 1))
         canvas[y, left - 5 : left] = _INK
         _write(canvas, f"{khz}", left - 14, min(max(y - 5, 0), canvas.shape[0] - 10))
@@ -111,7 +109,7 @@ def picture(wav: np.ndarray, sample_rate: int) -> bytes:
     for second in range(0, int(cols / 125) + 1, step):
         x = left + min(second * 125, cols - 1)
         canvas[top + rows : top + rows + 4, x] = _INK
-        _write(canvas, f"{second}" + ("s" if second == 0 else ""), max(x - 3, 0), top + rows + 6)
+        _write(canvas, f"{second}s", max(x - 3, 0), top + rows + 6)
     return _png(canvas)
 
 
@@ -198,7 +196,7 @@ h3 { font-size: .95rem; color: var(--soft); font-weight: 600; margin: 1.6rem 0 .
 p { max-width: 46rem; margin: .4rem 0 .8rem; }
 .notice { border-left: 4px solid var(--mark); background: var(--note); padding: .8rem 1rem;
   border-radius: 0 6px 6px 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: .9rem 1rem 1rem;
   margin: 0; min-width: 0; }
 .card b { color: var(--mark); font-size: 1.05rem; margin-right: .4rem; }
@@ -235,6 +233,11 @@ def _table(rows: Sequence[tuple[str, Row]]) -> str:
         for title, row in rows
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _top_hz(sample_rate: int) -> float:
+    """Highest frequency of the pictures: above 5 kHz no harmonic is seen, below it all of them are."""
+    return min(5000.0, sample_rate / 2)
 
 
 def _write(canvas: np.ndarray, text: str, x: int, y: int) -> None:

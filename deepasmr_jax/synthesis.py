@@ -34,11 +34,6 @@ MAX_CLIP_S = 10.0  # longer prompts cost time and gain nothing; the tokenizer's 
 READ_CLIP_S = 60.0  # of a long recording only the first minute is read
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
-SILENT_MEL = float(np.log(1e-5))  # floor of the mel recipes
-# Frames of silence behind every utterance in the vocoder: more than half its receptive field, so that the end
-# of
-# an utterance does not depend on the padded length
-VOCODER_MARGIN = 32
 TEXT_BASE, TOKEN_BASE, NEW_BASE = (
     32,
     64,
@@ -268,7 +263,7 @@ class Synthesizer:
                 "build a pool with this model"
             )
         self._analyse = jax.jit(self._analyse_batch)
-        self._vocode = jax.jit(functools.partial(self._parts["vocoder"].file.apply), static_argnums=1)
+        self._vocode = jax.jit(self._parts["vocoder"].file.apply, static_argnums=1)
 
     def __call__(self, text: str, voice, style: str = "asmr", **options) -> Result:
         """Speaks a text in the voice of a clip.
@@ -809,12 +804,13 @@ class Synthesizer:
         rows = [(j, c) for j, c in rows if not j.error]
         wavs: dict[int, list[np.ndarray]] = {id(j): [np.zeros(0)] * len(j.chunks) for j in jobs}
         hop = self.mel_config.hop_samples
-        for size, group in self._groups(
-            rows, lambda row: _padded(len(row[0].mels[row[1]]) + VOCODER_MARGIN, 2 * TOKEN_BASE)
-        ):
+        for size, group in self._groups(rows, lambda row: _padded(len(row[0].mels[row[1]]), 2 * TOKEN_BASE)):
             with _clock_all([r[0].timings for r in group], "vocoder_s"):
-                batch = sharding.put(_stack({"mel": _pad(j.mels[c], size, SILENT_MEL)} for j, c in group))
-                wav = jax.device_get(self._vocode(vocoder.module, vocoder.config, batch["mel"]))
+                batch = _stack(
+                    {"mel": _pad(j.mels[c], size), "lengths": np.int32(len(j.mels[c]))} for j, c in group
+                )
+                batch = sharding.put(batch)
+                wav = jax.device_get(self._vocode(vocoder.module, vocoder.config, *batch.values()))
             for i, (j, c) in enumerate(group):
                 wavs[id(j)][c] = wav[i, : len(j.mels[c]) * hop]
         for j in jobs:

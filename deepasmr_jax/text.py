@@ -472,9 +472,9 @@ def normalize(text: str, language: str, backend: str = "own") -> str:
     Args:
         text: at most `MAX_CHARACTERS` characters.
         language: "en" or "zh": how digits and symbols are read. Words of the other language are kept.
-        backend: "own", or "wetext" to read numbers with the weighted-FST library of that name (extra `zh`)
-            before our own clean-up. Never chosen by what is installed: the same text must give the same
-            tokens.
+        backend: "own", or "wetext" to read numbers with the weighted-FST library of that name (to be
+            installed by the caller) before our own clean-up. Never chosen by what is installed: the same text
+            must give the same tokens.
 
     Raises:
         ValueError: if `check` refuses the text, nothing speakable is left, or language or backend is unknown.

@@ -39,9 +39,9 @@ class Optim:
 
     name: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-3  # peak
-    schedule: Literal["constant", "noam", "cosine", "wsd"] = "cosine"
+    schedule: Literal["constant", "noam", "cosine", "wsd", "exponential"] = "cosine"
     warmup_steps: int = 100
-    final_lr_ratio: float = 0.0  # cosine and wsd end at this share of the peak
+    final_lr_ratio: float = 0.0  # cosine, wsd and exponential end at this share of the peak
     decay_ratio: float = 0.2  # wsd: last share of the steps, over which the rate falls linearly
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -51,6 +51,8 @@ class Optim:
     def __post_init__(self):
         if self.warmup_steps < 1:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be at least 1")
+        if self.schedule == "exponential" and self.final_lr_ratio <= 0:
+            raise ValueError("the exponential schedule needs optim.final_lr_ratio above 0, such as 0.05")
         if self.weight_decay and self.name != "adamw":
             raise ValueError(f"weight_decay {self.weight_decay} needs optim.name=adamw, found {self.name!r}")
 
@@ -155,6 +157,8 @@ def make_schedule(cfg: Optim, steps: int):
         elif cfg.schedule == "wsd":
             left = jnp.clip((steps - step) / max(steps * cfg.decay_ratio, 1.0), 0.0, 1.0)
             shape = cfg.final_lr_ratio + (1.0 - cfg.final_lr_ratio) * left
+        elif cfg.schedule == "exponential":
+            shape = cfg.final_lr_ratio ** jnp.clip(step / steps, 0.0, 1.0)
         else:
             shape = 1.0
         return cfg.lr * warmup * shape
@@ -263,7 +267,7 @@ def make_step(cfg: TrainConfig):
             grads = jax.tree.map(lambda g: g * scale, grads)
             updates, opt_state = tx.update(grads, state.opt_state, state.model)
             model = optax.apply_updates(state.model, updates)
-            out |= {"loss": loss * scale, "grad_norm": optax.global_norm(grads)}
+            out |= {"loss": loss * scale, "grad_norm": optax.tree.norm(grads)}
         out |= _means(aux)
         ema = state.ema
         if ema is not None:
@@ -365,6 +369,7 @@ def check_same_run(cfg: TrainConfig, workdir: Path) -> None:
         # one end of ema_decay being null changes the tree of the state; other values are free
         wrong = [x for x in lines if x.startswith(fixed) and not x.split(":")[0].startswith(_FREE_ON_RESUME)]
         wrong = [x for x in wrong if not (x.startswith("ema_decay:") and "None" not in x)]
+        wrong = [x for x in wrong if ": (absent) -> " not in x]  # a setting that is newer than the run
         if wrong:
             raise ValueError(
                 f"{workdir} holds a run with another config: {'; '.join(wrong)}; use another --workdir"

@@ -1,8 +1,8 @@
 """HiFi-GAN vocoder: generator V1, V2, V3, multi-period and multi-scale discriminators, losses, train step.
 
-Source: HiFi-GAN (Kong et al., 2020) and its public configurations. Differences on purpose: weights are plain
-arrays, that is, weight norm is folded and the first scale discriminator has no spectral norm; stored gains and
-directions have to be folded by whoever reads public files. Channels last throughout.
+Source: HiFi-GAN (Kong et al., 2020) and its public configurations. Differences on purpose: weights are
+plain arrays, that is, weight norm is folded and the first scale discriminator has no spectral norm; stored
+gains and directions have to be folded by whoever reads public files. Channels last throughout.
 Batch: wav [B, W] float32 in [-1, 1] at the profile's rate; the mel is computed inside the loss.
 Letters: B rows, T mel frames, M mel bins, W samples, C channels, P period.
 """
@@ -105,19 +105,23 @@ def v3() -> Config:
 # --------------------------------------------------------------------------------------------- convolutions
 
 
-def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
-    limit = fan_in**-0.5  # the library default from which the public models were trained
-    return nnx.Param(jax.random.uniform(key, shape, jnp.float32, -limit, limit))
+def _draw(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> tuple[nnx.Param, nnx.Param]:
+    """Kernel of this shape and bias of its last axis, uniform within 1 / sqrt(fan_in).
+
+    That is the library default from which the public models were trained. One draw for both: with over a
+    hundred convolutions, the generators of random numbers make most of the compile time.
+    """
+    limit, size = fan_in**-0.5, math.prod(shape)
+    x = jax.random.uniform(key, (size + shape[-1],), jnp.float32, -limit, limit)
+    return nnx.Param(x[:size].reshape(shape)), nnx.Param(x[size:])
 
 
 class Conv(nnx.Module):
     """Convolution along axis 1 of [B, W, C] or [B, W, P, C]: kernel [k, in / groups, out], bias [out]."""
 
     def __init__(self, key: jax.Array, size: int, num_in: int, num_out: int, groups: int = 1):
-        keys = jax.random.split(key)
-        fan_in = size * num_in // groups
-        self.kernel = _uniform(keys[0], (size, num_in // groups, num_out), fan_in)
-        self.bias = _uniform(keys[1], (num_out,), fan_in)
+        shape = (size, num_in // groups, num_out)
+        self.kernel, self.bias = _draw(key, shape, size * num_in // groups)
 
     def __call__(self, x: jax.Array, dtype: str, stride: int = 1, dilation: int = 1) -> jax.Array:
         """Zero padding of (k - 1) / 2 * dilation on each side; float32 out."""
@@ -141,9 +145,7 @@ class Upsample(nnx.Module):
     """Transposed convolution as an input-dilated one: kernel [k, in, out] (flipped along k), bias [out]."""
 
     def __init__(self, key: jax.Array, size: int, num_in: int, num_out: int):
-        keys = jax.random.split(key)
-        self.kernel = _uniform(keys[0], (size, num_in, num_out), size * num_out)
-        self.bias = _uniform(keys[1], (num_out,), size * num_out)
+        self.kernel, self.bias = _draw(key, (size, num_in, num_out), size * num_out)
 
     def __call__(self, x: jax.Array, dtype: str, rate: int) -> jax.Array:
         """[B, W, in] to [B, rate * W, out] float32."""

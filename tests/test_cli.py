@@ -127,7 +127,8 @@ def test_a_damaged_model_file_is_named(tmp_path, clip, capsys, name, damage):
 def test_bad_arguments_are_refused_without_importing_jax(tmp_path, clip):
     code = (
         "import sys; from deepasmr_jax import cli; "
-        f"code = cli.main(['say', 'Hi.', '--voice', {str(clip)!r}, '--out', {str(tmp_path / 'o.wav')!r}, '--seed', 'x']); "
+        f"code = cli.main(['say', 'Hi.', '--voice', {str(clip)!r}, "
+        f"'--out', {str(tmp_path / 'o.wav')!r}, '--seed', 'x']); "
         "print(code, [m for m in ('jax', 'soundfile', 'librosa') if m in sys.modules])"
     )
     root = Path(__file__).parent.parent

@@ -10,11 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
     {"config", "audio", "text"},
-    {"sharding", "metrics"},
+    {"sharding", "metrics", "request", "page"},
     {"nn"},
     {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "speaker", "recognizer"},
     {"input_pipeline", "checkpoint", "weights", "pool"},
-    {"train", "synthesis", "evaluate", "plan", "page"},
+    {"train", "synthesis", "evaluate", "plan"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -32,13 +32,13 @@ def test_a_tone_is_brightest_at_its_own_frequency():
     tone = np.sin(2 * np.pi * 2000 * np.arange(16000) / 16000).astype(np.float32)
     image = page.spectrogram(tone, 16000)
     rows = image.shape[0]
-    assert abs(np.argmax(image[:, 60]) - rows * 2000 / 8000) <= 1
+    assert abs(np.argmax(image[:, 60]) - rows * 2000 / 5000) <= 1
     assert image.min() >= 0 and image.max() <= 1 and image[rows // 2 :, 60].max() < 0.3
 
 
 def test_harmonics_show_as_lines_and_noise_does_not():
     def ripple(wav):  # how much brighter the lines are than what lies between them, 200 to 1500 Hz
-        image = page.spectrogram(wav, 16000)[6:48, 20:200]
+        image = page.spectrogram(wav, 16000)[13:96, 20:200]
         return np.mean(np.abs(np.diff(image.mean(axis=1))))
 
     assert ripple(tiny_model.buzz(f0_hz=200.0)) > 3 * ripple(tiny_model.hiss())

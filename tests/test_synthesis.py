@@ -68,7 +68,8 @@ def test_a_request_that_fails_leaves_the_others_of_its_batch_alone(made):
 
 def test_within_a_style_the_clip_is_the_prompt_if_its_transcript_is_known(made):
     result = made.batch([ask(style="normal", voice_text="Hello there.")])[0]
-    assert (result.task, result.prompt, result.notes) == ("N2N", "self", ())
+    assert (result.task, result.prompt) == ("N2N", "self")
+    assert not any("pool" in n for n in result.notes)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_a_clip_far_from_the_training_level_is_aligned_and_the_output_follows_th
     wav = tiny_model.buzz()
     monkeypatch.setattr(made, "clip_level_db", {"normal": synthesis.level_db(wav)})
     loud, quiet = (made.batch([ask(voice=g * wav, seed=1)])[0] for g in (1.0, 0.05))
-    assert not loud.notes[:-1] and any("26 dB quieter" in n for n in quiet.notes)
+    assert not any("dB" in n for n in loud.notes) and any("26 dB quieter" in n for n in quiet.notes)
     np.testing.assert_allclose(quiet.audio, 0.05 * loud.audio, atol=2e-3 * np.abs(loud.audio).max())
 
 

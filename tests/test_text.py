@@ -179,9 +179,12 @@ def test_numbers_in_words(number, en, zh):
     assert text.number_words(number, "zh") == zh
 
 
-def test_an_unknown_normaliser_is_refused():
+def test_an_unknown_or_missing_normaliser_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="festival"):
         text.normalize("a", "en", backend="festival")
+    monkeypatch.setitem(sys.modules, "wetext", None)
+    with pytest.raises(ValueError, match="pip install wetext"):
+        text.normalize("a", "en", backend="wetext")
 
 
 # ---------------------------------------------------------------- sentences

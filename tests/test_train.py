@@ -53,6 +53,18 @@ def loss(model, cfg, batch, key):
     return total, jnp.sum(active, dtype=jnp.float32), {"rows": (jnp.float32(wav.shape[0]), jnp.float32(1.0))}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Programs compiled by one run of these tests are read back by the next one that needs them."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    old = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.2), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, old, strict=True):
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return fixture_data.write(tmp_path_factory.mktemp("data"))
@@ -241,7 +253,7 @@ def test_resuming_with_another_learning_rate_is_allowed_and_reported(folder, tmp
 @pytest.mark.parametrize("stage", ["lm", "vocoder_adversarial", "speech_tokenizer"])
 @pytest.mark.parametrize("source", ["export", ""])
 def test_a_new_run_starts_from_the_weights_of_another(folder, tmp_path, stage, source):
-    first = train.train(tiny(folder, stage, steps=2), tmp_path / "first")
+    first = train.train(tiny(folder, stage, steps=2, eval_batches=0), tmp_path / "first")
     cfg = tiny(folder, stage, init_from=str(tmp_path / "first" / source), seed=5)
     checkpoints = checkpoint.Checkpoints(tmp_path / "second")
     step, state = train.start(cfg, checkpoints, iter(input_pipeline.make(cfg.data)))
@@ -293,11 +305,14 @@ def test_every_config_builds_abstractly_on_its_own_mesh(name):
         ("constant", {0: 0.1, 9: 1.0, 500: 1.0, 999: 1.0}),
         ("noam", {0: 0.1, 9: 1.0, 39: 0.5, 999: 0.1}),
         ("cosine", {0: 0.1, 9: 1.0, 504: 0.5, 999: 0.0}),
+        ("exponential", {0: 0.1, 9: 0.9772, 499: 0.3162, 999: 0.1}),
         ("wsd", {0: 0.1, 9: 1.0, 799: 1.0, 899: 0.5, 999: 0.0}),
     ],
 )
 def test_schedules_pass_through_their_stated_points(schedule, expected):
-    rate = train.make_schedule(train.Optim(lr=1.0, schedule=schedule, warmup_steps=10), 1000)
+    final = 0.1 if schedule == "exponential" else 0.0
+    optim = train.Optim(lr=1.0, schedule=schedule, warmup_steps=10, final_lr_ratio=final)
+    rate = train.make_schedule(optim, 1000)
     for count, value in expected.items():
         assert float(rate(count)) == pytest.approx(value, abs=1e-3)
 

@@ -6,32 +6,15 @@ Run from the repository root: python tests/golden/make_vocoder.py
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from golden.fill import fill  # noqa: E402
+from test_vocoder import PAIRED, SINGLE, filled  # noqa: E402
 
-from deepasmr_jax import sharding, vocoder  # noqa: E402
-
-PAIRED = vocoder.Config(
-    initial_channels=32,
-    period_channels=(4, 4, 8, 8, 8),
-    scale_channels=(8, 8, 16, 16, 16, 16, 16),
-    scale_groups=(1, 4, 4, 8, 8, 8, 1),
-)
-SINGLE = vocoder.Config(
-    initial_channels=16,
-    upsample_rates=(8, 8, 4),
-    upsample_kernels=(16, 16, 8),
-    residual_kernels=(3, 5, 7),
-    residual_dilations=((1, 2), (2, 6), (3, 12)),
-    is_paired=False,
-    adversarial=False,
-)
+from deepasmr_jax import sharding  # noqa: E402
 
 
 def tensors(module, transposed=False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,8 +81,8 @@ def main() -> None:
     real = (0.3 * rng.standard_normal((2, 1537))).astype(np.float32)
     fake = (0.3 * rng.standard_normal((2, 1537))).astype(np.float32)
     out = dict(mel=mel, real=real, fake=fake)
-    paired = fill(jax.jit(vocoder.init, static_argnums=0)(PAIRED, jax.random.key(0)), 1)
-    single = fill(jax.jit(vocoder.init, static_argnums=0)(SINGLE, jax.random.key(0)), 2)
+    paired = filled(PAIRED, 1)
+    single = filled(SINGLE, 2)
     with torch.no_grad():
         mel = torch.tensor(mel.transpose(0, 2, 1).copy())
         out["paired"] = generate(paired.generator, PAIRED, mel).numpy()

@@ -6,24 +6,21 @@ Run from the repository root: python tests/golden/make_vocoder_istft.py
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from golden.fill import fill  # noqa: E402
+from test_vocoder_istft import TINY, filled_generator  # noqa: E402
 
-from deepasmr_jax import sharding, vocoder_istft  # noqa: E402
-
-CONFIG = vocoder_istft.Config(width=16, mlp_width=48, num_layers=3)
+from deepasmr_jax import sharding  # noqa: E402
 
 
 def main() -> None:
     torch.set_num_threads(1)
     sharding.make_mesh()
-    model = fill(vocoder_istft.init_generator(CONFIG, jax.random.key(0)), 1)
+    model = filled_generator(TINY, 1)
     w = {  # plain names of every weight
         "embed": model.embed.kernel, "embed_b": model.embed.bias,
         "norm": model.norm.scale, "norm_b": model.norm.bias,

@@ -1,0 +1,38 @@
+"""HiFi-GAN V1 at full size, with both kinds of discriminators.
+
+What: 13.9 M parameters of the generator, mel profile hifigan (22.05 kHz, hop 256), 2,500,000 steps of 16
+  crops of 8192 samples, AdamW 2e-4, betas (0.8, 0.99) (HiFi-GAN, Kong et al., 2020; there the rate falls by
+  0.999 an epoch, which over as many steps is the same exponential down to 0.047 of it on LJSpeech).
+Command: python -m deepasmr_jax.train --config=configs/vocoder.py --workdir=RUN --set=data.data_dirs=CORPUS
+  where the records of CORPUS are at 22.05 kHz; add --set=init_from=MODEL to go on from public weights.
+Hardware and hours: 1 accelerator; hours unmeasured; not viable on a CPU (about 1,000 samples/s on two cores).
+Number to see: unmeasured.
+"""
+
+from deepasmr_jax import input_pipeline, vocoder
+from deepasmr_jax.train import Optim, TrainConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        component="vocoder",
+        model=vocoder.v1(),
+        data=input_pipeline.Config(
+            stage="vocoder", batch_size=16, num_samples=8192, mel_profile="hifigan", num_threads=8
+        ),
+        optim=Optim(
+            name="adamw",
+            lr=2e-4,
+            schedule="exponential",
+            final_lr_ratio=0.047,
+            warmup_steps=1,
+            betas=(0.8, 0.99),
+            weight_decay=0.01,
+            clip_norm=None,
+        ),
+        steps=2_500_000,
+        save_every=5000,
+        keep_every=100_000,
+        eval_every=5000,
+        eval_batches=8,
+    )

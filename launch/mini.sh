@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Rebuilds the built-in model from nothing: corpus, tokenizer, tokens, speaker encoder, LM, flow, vocoder, judge, pool.
+# Every step goes on where it was stopped; a finished step is skipped. All speech in it is synthetic.
+#
+#   bash launch/mini.sh [WORK]          WORK holds corpus and runs (default workdir); the model ends in WORK/mini
+#   EXTRA_SET="--set=max_seconds=600" bash launch/mini.sh    options for every training stage
+#
+# Needs: pip install -e ".[corpus,zh,judge]" and the programs flite, festival and its voice (see data/README.md).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work="${1:-workdir}"
+model="$work/mini"
+corpus="$work/corpus/records/synthetic/1.0.0"
+features="$work/corpus/features/1.0.0"
+read -r -a extra <<<"${EXTRA_SET:-}"
+mkdir -p "$work/runs"
+python="${PYTHON:-python}"
+
+step() { # name, command...: runs the command once
+  local name="$1"
+  shift
+  if [ -f "$work/runs/$name.done" ]; then
+    echo "== $name: done before"
+    return
+  fi
+  echo "== $name: $*"
+  "$@"
+  touch "$work/runs/$name.done"
+}
+
+train() { # stage, data, more options: a training stage of configs/mini.py, exported into the model
+  local stage="$1" data="$2"
+  shift 2
+  step "$stage" "$python" -m deepasmr_jax.train "--config=configs/mini.py:$stage" "--workdir=$work/runs/$stage" \
+    "--set=data.data_dirs=$data" "${extra[@]}" "$@"
+}
+
+step corpus_raw "$python" data/synthetic.py make --out "$work/corpus/raw" --workers "${WORKERS:-2}"
+step corpus "$python" data/synthetic.py build --raw "$work/corpus/raw" --out "$work/corpus/records"
+train speech_tokenizer "$corpus" "--export=$model"
+train speaker "$corpus" "--export=$model"
+step features "$python" data/add_features.py --data "$corpus" --model "$model" --out "$features"
+train lm_normal "$features"
+train lm "$features" "--set=init_from=$work/runs/lm_normal/export" "--export=$model"
+train flow_normal "$features"
+train flow "$features" "--set=init_from=$work/runs/flow_normal/export" "--export=$model"
+train vocoder "$corpus" "--export=$model"
+train recognizer "$corpus" "--export=$work/judge"
+step pool_sources "$python" data/mini_assets.py pool --data "$corpus" --out "$work/pool_sources"
+step pool "$python" -m deepasmr_jax.cli pool build "$work/pool_sources/manifest.jsonl" \
+  --asmr-sample "$work/pool_sources/asmr_en.wav" --asmr-sample "$work/pool_sources/asmr_zh.wav" --model "$model" --out "$model/pool.safetensors"
+step demo "$python" data/mini_assets.py demo --data "$corpus" --out "$model/demo"
+step table "$python" launch/table.py --data "$corpus" --model "$model" --judge "$work/judge" --out "$work/table"
+echo "model: $model"

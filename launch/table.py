@@ -1,0 +1,247 @@
+"""The built-in model's results table, in one command: unseen voices, unseen sentences, every row judged alike.
+
+    python launch/table.py --data WORK/corpus/records/synthetic/1.0.0 --judge WORK/judge --out WORK/table
+
+Everything it hears is synthetic speech. Rows: the recordings, their copy through the vocoder, the flow on their true
+tokens, and text to the four tasks; then pool retrieval against one static prompt (the paper's Table III) and one to
+three refinement passes (Table V). Judges: evaluate.py. A finished row is kept and not made again; `--rows` picks some.
+Needs the extras eval and zh. The Markdown table is printed and written to OUT/table.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from deepasmr_jax import audio, evaluate, input_pipeline, sharding, synthesis  # noqa: E402
+
+STYLES = {"N": "normal", "A": "asmr"}
+TASKS = ("N2A", "A2A", "N2N", "A2N")
+FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind")
+GALLERY_CLIPS = 6  # clips of each unseen speaker and style from which the judge knows the voice
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One sentence of an unseen speaker, and another one of the same speaker as the voice clip; by style."""
+
+    language: str
+    speaker: str
+    text: str
+    clip_text: str
+    target: dict[str, np.ndarray]
+    clip: dict[str, np.ndarray]
+
+
+def read_items(data: str, split: str, per_row: int) -> tuple[dict[str, list[Item]], dict[str, list]]:
+    """(language -> items, style -> [(speaker, wav)] of sentences that are in no item), from matrix sentences."""
+    records = input_pipeline.Records(
+        input_pipeline.Config(stage="vocoder", batch_size=1, data_dirs=(data,), split=split), FIELDS
+    )
+    pairs: dict[tuple, dict] = {}
+    for i in range(len(records)):
+        record = {k: v.decode() if isinstance(v, bytes) else v for k, v in records[i].items()}
+        style = record["style"]
+        pair = pairs.setdefault((record["language"], record["speaker"], record["pair_id"]), record | {"wavs": {}})
+        pair["wavs"][style] = np.asarray(record["audio"], np.float32) / 32768
+    by_speaker: dict[tuple, list] = {}
+    for (language, speaker, _), pair in sorted(pairs.items()):
+        by_speaker.setdefault((language, speaker), []).append(pair)
+    items: dict[str, list[Item]] = {}
+    gallery: dict[str, list] = {"normal": [], "asmr": []}
+    for (language, speaker), own in by_speaker.items():
+        matrix = [p for p in own if p["kind"] == "matrix"]
+        others = [p for p in own if p["kind"] != "matrix"] or matrix
+        for p in others[:GALLERY_CLIPS]:
+            for style in gallery:
+                gallery[style].append((speaker, p["wavs"][style]))
+        clips = others[GALLERY_CLIPS:] or matrix
+        for i, p in enumerate(matrix):
+            clip = clips[i % len(clips)] if clips is not matrix else matrix[(i + 1) % len(matrix)]
+            items.setdefault(language, []).append(
+                Item(language, speaker, p["text"], clip["text"], p["wavs"], clip["wavs"])
+            )
+    return {k: _spread(v, per_row) for k, v in items.items()}, gallery
+
+
+def _spread(items: list[Item], count: int) -> list[Item]:
+    """`count` items, taken from all speakers in turn."""
+    queues: dict[str, list[Item]] = {}
+    for item in items:
+        queues.setdefault(item.speaker, []).append(item)
+    turn = [q[i] for i in range(max(map(len, queues.values()))) for q in queues.values() if i < len(q)]
+    return turn[:count]
+
+
+class Rows:
+    """Makes the sounds of a row: a folder with wavs and results.jsonl."""
+
+    def __init__(self, synthesizer: synthesis.Synthesizer):
+        self.synthesizer = synthesizer
+
+    def truth(self, items: list[Item], style: str) -> list[np.ndarray]:
+        """The recordings."""
+        return [item.target[style] for item in items]
+
+    def copy(self, items: list[Item], style: str) -> list[np.ndarray]:
+        """Mel of the recordings through the vocoder."""
+        s, made = self.synthesizer, []
+        for item in items:
+            wav = item.target[style]
+            frames = len(wav) // s.mel_config.hop_samples
+            padded = synthesis._padded(frames, 128)
+            row = np.zeros((1, padded * s.mel_config.hop_samples), np.float32)
+            row[0, : len(wav)] = wav[: row.shape[1]]
+            lengths = np.array([frames * s.mel_config.hop_samples], np.int32)
+            mel = audio.log_mel(sharding.replicate(row), sharding.replicate(lengths), s.mel_config)
+            vocoder = s._parts["vocoder"]
+            out = s._vocode(vocoder.module, vocoder.config, mel, sharding.replicate(np.array([frames], np.int32)))
+            made.append(np.asarray(jax.device_get(out))[0, : frames * s.mel_config.hop_samples])
+        return made
+
+    def from_tokens(self, items: list[Item], task: str) -> list[np.ndarray]:
+        """The flow and the vocoder on the recordings' own tokens, in the voice of the clip."""
+        s, source, target = self.synthesizer, STYLES[task[0]], STYLES[task[2]]
+        jobs = []
+        for i, item in enumerate(items):
+            request = self._request(item, task, seed=i)
+            clip = s.read_clip(item.clip[source], s.sample_rate, voice_style=source)
+            job = s._job(i, request, item.language, clip, "truth", clip, 1.0, [])
+            job.chunks = job.chunks[:1]
+            job.tokens = [s.read_clip(item.target[target], s.sample_rate, voice_style=target).tokens]
+            jobs.append(job)
+        s._sound(jobs, 0)
+        return [job.wav for job in jobs]
+
+    def _request(self, item: Item, task: str, **options) -> synthesis.Request:
+        source, target = STYLES[task[0]], STYLES[task[2]]
+        return synthesis.Request(
+            text=item.text, voice=item.clip[source], voice_rate=self.synthesizer.sample_rate, style=target,
+            voice_style=source, voice_text=item.clip_text if source == target else None, language=item.language,
+            **options,
+        )  # fmt: skip
+
+    def speak(self, items: list[Item], task: str, **options) -> list[np.ndarray | None]:
+        """Text to speech; None where a request failed."""
+        requests = [self._request(item, task, seed=i, **options) for i, item in enumerate(items)]
+        made = []
+        for start in range(0, len(requests), 32):
+            for result in self.synthesizer.batch(requests[start : start + 32]):
+                made.append(None if isinstance(result, synthesis.Failure) else result.audio)
+        return made
+
+
+def row_table() -> dict[str, tuple]:
+    """Name of each row -> (method of Rows, its arguments, style of its output)."""
+    rows: dict[str, tuple] = {}
+    for style in ("normal", "asmr"):
+        rows[f"truth {style}"] = ("truth", (style,), {}, style)
+        rows[f"vocoder copy {style}"] = ("copy", (style,), {}, style)
+    for task in TASKS:
+        rows[f"true tokens to {task}"] = ("from_tokens", (task,), {}, STYLES[task[2]])
+    for task in TASKS:
+        rows[f"text to {task}"] = ("speak", (task,), {}, STYLES[task[2]])
+    for task in ("A2N", "N2A"):
+        rows[f"text to {task}, static prompt"] = ("speak", (task,), {"pool_strategy": "static"}, STYLES[task[2]])
+        for passes in (2, 3):
+            rows[f"text to {task}, {passes} passes"] = ("speak", (task,), {"refine": passes}, STYLES[task[2]])
+    return rows
+
+
+def make_row(rows: Rows, name: str, spec: tuple, items: dict[str, list[Item]], folder: Path) -> None:
+    """Writes the sounds of one row and their results.jsonl; a row that is whole is left alone."""
+    if (folder / evaluate.RESULTS).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    method, args, options, _ = spec
+    lines = []
+    for language, own in items.items():
+        for i, (item, wav) in enumerate(zip(own, getattr(rows, method)(own, *args, **options), strict=True)):
+            if wav is None:
+                wav = np.zeros(rows.synthesizer.sample_rate // 2, np.float32)  # failed: all its words are lost
+            file = f"{language}_{i:04d}.wav"
+            audio.save(folder / file, wav, rows.synthesizer.sample_rate)
+            lines.append(
+                {"file": file, "text": item.text, "language": language, "speaker": item.speaker, "group": language}
+            )
+    part = folder / "results.part"
+    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    part.rename(folder / evaluate.RESULTS)
+
+
+def cell(value: dict | None, scale: float = 100.0) -> str:
+    """"12.3 [10.1, 14.9]" of an interval or a rate; a dash where nothing was measured."""
+    if not value:
+        return "-"
+    middle = value["value"] * scale if "value" in value else value["rate"]
+    low, high = (value[k] * (scale if "value" in value else 1.0) for k in ("low", "high"))
+    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="corpus with the held-out splits (TFDS version folder)")
+    parser.add_argument("--split", default="test", help="test: unseen speakers; hts: unseen engine")
+    parser.add_argument("--model", help="model folder; the built-in one if absent")
+    parser.add_argument("--judge", help="folder with the Mandarin recogniser")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--per-row", type=int, default=208, help="utterances per row and language")
+    parser.add_argument("--rows", help="only rows whose name contains this")
+    parser.add_argument("--languages", default="en,zh")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args(argv)
+
+    items, gallery_wavs = read_items(args.data, args.split, args.per_row)
+    items = {k: v for k, v in items.items() if k in args.languages.split(",")}
+    rows = Rows(synthesis.load(args.model))
+    matrix = evaluate.MatrixJudge()
+    mandarin = evaluate.MandarinJudge(args.judge) if args.judge else None
+    speaker = evaluate.SpeakerJudge()
+    gallery = {
+        style: (np.stack([speaker.embed(w, 16000) for _, w in clips]), [s for s, _ in clips])
+        for style, clips in gallery_wavs.items()
+    }
+    out = Path(args.out)
+    lines = [
+        "| row | utterances en/zh | WER en, matrix | symbol error zh | unvoiced en | unvoiced zh "
+        "| right voice first en | cosine en |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, spec in row_table().items():
+        if args.rows and args.rows not in name:
+            continue
+        folder = out / name.replace(" ", "_").replace(",", "")
+        make_row(rows, name, spec, items, folder)
+        report_file = folder / "evaluation.json"
+        if not report_file.exists():
+            known = {s for v in items.values() for s in (i.speaker for i in v)}
+            english = {i.speaker for i in items.get("en", [])}
+            embeddings, names = gallery[spec[3]]
+            keep = [i for i, n in enumerate(names) if n in english] or [i for i, n in enumerate(names) if n in known]
+            evaluate.evaluate_folder(
+                folder, matrix=matrix, mandarin=mandarin, speaker=speaker,
+                gallery=(embeddings[keep], [names[i] for i in keep]), workers=args.workers,
+            )  # fmt: skip
+        groups = json.loads(report_file.read_text())["groups"]
+        en, zh = groups.get("en", {}), groups.get("zh", {})
+        lines.append(
+            f"| {name} | {en.get('clips', 0)}/{zh.get('clips', 0)} | {cell(en.get('matrix_wer'))} | "
+            f"{cell(zh.get('mandarin_ser'))} | {cell(en.get('unvoiced'))} | {cell(zh.get('unvoiced'))} | "
+            f"{cell(en.get('retrieval_first'))} | {cell(en.get('speaker_cosine'), 1.0).replace('0.', '.')} |"
+        )
+        print(lines[-1], flush=True)
+    text = "\n".join(lines) + "\n\nUnvoiced ratio: " + evaluate.PitchSettings().describe() + ".\n"
+    (out / "table.md").write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

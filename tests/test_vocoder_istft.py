@@ -1,0 +1,187 @@
+"""The inverse-STFT vocoder against PyTorch and NumPy, its masks, switches, mesh and training."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from fill import fill
+
+from deepasmr_jax import audio, sharding, vocoder_istft
+
+GOLDEN = Path(__file__).parent / "golden" / "vocoder_istft.npz"
+TINY = vocoder_istft.Config(width=16, mlp_width=48, num_layers=3)
+TINY_GAN = vocoder_istft.Config(
+    width=16,
+    mlp_width=32,
+    num_layers=1,
+    stft_sizes=(512,),
+    adversarial=True,
+    periods=(3,),
+    period_channels=(4, 4),
+    spectrogram_sizes=(256,),
+    spectrogram_channels=(4,),
+)
+
+
+def filled(make, cfg: vocoder_istft.Config, seed: int):
+    """Module of `make` (init or init_generator) with the weights of `fill`; nothing is drawn or compiled."""
+    shapes = jax.eval_shape(lambda: make(cfg, jax.random.key(0)))
+    return fill(sharding.replicate(jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)), seed)
+
+
+def filled_generator(cfg: vocoder_istft.Config, seed: int) -> vocoder_istft.Generator:
+    return filled(vocoder_istft.init_generator, cfg, seed)
+
+
+def buzz() -> np.ndarray:
+    """Two synthetic clips [2, 3200] at 16 kHz: harmonics of 200 and 320 Hz with a little noise."""
+    t = np.arange(3200) / 16000
+    rows = [sum(0.3 / k * np.sin(2 * np.pi * f * k * t) for k in range(1, 8000 // f)) for f in (200, 320)]
+    return (np.stack(rows) + 0.01 * np.random.default_rng(0).standard_normal((2, 3200))).astype(np.float32)
+
+
+def test_generator_equals_the_reference():
+    golden = np.load(GOLDEN)
+    wav = jax.jit(vocoder_istft.apply, static_argnums=1)(filled_generator(TINY, 1), TINY, golden["mel"])
+    assert wav.shape == (2, 9 * 320) and np.std(golden["wav"]) > 0.01
+    np.testing.assert_allclose(wav, golden["wav"], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["mini", "cv2", "hifigan", "f5"])
+def test_inverse_stft_equals_overlap_add_in_float64(name):
+    cfg = audio.MEL_PROFILES[name]
+    rng = np.random.default_rng(0)
+    num_frames, bins = 7, cfg.n_fft // 2 + 1
+    spectrum = rng.standard_normal((2, num_frames, bins)) + 1j * rng.standard_normal((2, num_frames, bins))
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(cfg.n_fft) / cfg.n_fft)
+    total = (num_frames - 1) * cfg.hop_samples + cfg.n_fft
+    wav, energy = np.zeros((2, total)), np.zeros(total)
+    for t in range(num_frames):
+        place = slice(t * cfg.hop_samples, t * cfg.hop_samples + cfg.n_fft)
+        wav[:, place] += np.fft.irfft(spectrum[:, t], n=cfg.n_fft) * window
+        energy[place] += window**2
+    start = cfg.pad_samples
+    want = (wav / np.maximum(energy, 1e-8))[:, start : start + num_frames * cfg.hop_samples]
+    got = vocoder_istft.inverse_stft(jnp.asarray(spectrum, jnp.complex64), cfg)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_inverse_stft_of_a_clip_gives_the_clip_back():
+    cfg = audio.MEL_PROFILES["mini"]
+    wav = np.random.default_rng(1).standard_normal(10 * 320).astype(np.float32)
+    padded = np.pad(wav, cfg.pad_samples, mode="reflect")
+    frames = np.stack([padded[t * 320 : t * 320 + 1024] * audio.hann(1024) for t in range(10)])
+    got = vocoder_istft.inverse_stft(jnp.asarray(np.fft.rfft(frames)[None], jnp.complex64), cfg)
+    np.testing.assert_allclose(got[0], wav, atol=1e-4)
+
+
+def test_a_padded_row_equals_the_row_alone_and_is_silent_after_its_end():
+    model = filled_generator(TINY, 2)
+    mel = np.random.default_rng(0).standard_normal((3, 12, 80)).astype(np.float32)
+    lengths = np.array([12, 7, 1])
+    run = jax.jit(vocoder_istft.apply, static_argnums=1)
+    wav = np.asarray(run(model, TINY, mel, lengths))
+    for i, n in enumerate(lengths):
+        alone = np.asarray(run(model, TINY, mel[i : i + 1, :n]))[0]
+        assert alone.any()
+        np.testing.assert_allclose(wav[i, : n * 320], alone, atol=1e-5)
+        assert not wav[i, n * 320 :].any()
+    np.testing.assert_allclose(run(model, TINY, mel), run(model, TINY, mel, np.full(3, 12)), atol=1e-6)
+
+
+def test_training_from_new_weights_overfits_one_batch():
+    cfg = vocoder_istft.Config(width=32, mlp_width=64, num_layers=3, stft_sizes=(512,))
+    model, tx, wav = (
+        jax.jit(vocoder_istft.init, static_argnums=0)(cfg, jax.random.key(0)),
+        optax.adam(5e-3),
+        buzz(),
+    )
+    state = vocoder_istft.init_opt(tx, model)
+
+    @jax.jit
+    def step(model, state, i):
+        return vocoder_istft.train_step(model, state, tx, cfg, {"wav": wav}, None, i)
+
+    losses = []
+    for i in range(120):
+        model, state, aux = step(model, state, jnp.int32(i))
+        losses.append(float(aux["mel"][0] / aux["mel"][1]))
+    assert losses[-1] < 0.1 * losses[0]  # 2.7 at first, about 0.15 after 100 steps
+
+
+def test_adversarial_step_trains_both_players_only_from_its_start_on():
+    cfg, tx = dataclasses.replace(TINY_GAN, adversarial_start_step=1), optax.sgd(1e-2)
+    model = filled(vocoder_istft.init, cfg, 3)
+    state = vocoder_istft.init_opt(tx, model)
+    step = jax.jit(lambda m, s, i: vocoder_istft.train_step(m, s, tx, cfg, {"wav": buzz()}, None, i))
+    early, _, aux = step(model, state, jnp.int32(0))
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), model.discriminators, early.discriminators)
+    assert all(jax.tree.leaves(same)) and float(aux["discriminator"][0]) == 0.0
+    late, _, aux = step(model, state, jnp.int32(1))
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), model.discriminators, late.discriminators)
+    assert all(jax.tree.leaves(moved)) and float(aux["discriminator"][0]) > 0.0
+    # the generator's gradient has an adversarial part
+    differs = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), early.generator, late.generator)
+    assert any(jax.tree.leaves(differs))
+
+
+def test_generator_update_of_the_two_player_step_is_the_gradient_of_the_whole_loss():
+    cfg, tx = TINY_GAN, optax.sgd(1.0)
+    model, batch = filled(vocoder_istft.init, cfg, 3), {"wav": buzz()}
+    got, _, _ = jax.jit(
+        lambda m: vocoder_istft.train_step(m, vocoder_istft.init_opt(tx, m), tx, cfg, batch, None, 0)
+    )(model)
+
+    def whole(generator):  # least squares and feature matching written out once more
+        total, count, _ = vocoder_istft.loss(vocoder_istft.Gan(generator, None), cfg, batch)
+        mel = audio.log_mel(batch["wav"], None, cfg.mel)
+        fake = got.discriminators(cfg, vocoder_istft._synthesize(generator, cfg, mel))
+        real = got.discriminators(cfg, batch["wav"])
+        scores = [jnp.mean((f[-1] - 1) ** 2) for f in fake]
+        matches = [
+            sum(jnp.mean(jnp.abs(a - b)) for a, b in zip(r[:-1], f[:-1], strict=True))
+            for r, f in zip(real, fake, strict=True)
+        ]
+        return (
+            total / count + cfg.adversarial_weight * sum(scores) / 2 + cfg.feature_weight * sum(matches) / 2
+        )
+
+    grads = jax.jit(jax.grad(whole))(model.generator)
+    scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
+    for old, g, fresh in zip(*map(jax.tree.leaves, (model.generator, grads, got.generator)), strict=True):
+        np.testing.assert_allclose(old - g, fresh, atol=1e-4 * scale)
+
+
+def test_loss_does_not_depend_on_the_mesh():
+    wav = 0.1 * np.random.default_rng(0).standard_normal((8, 1600)).astype(np.float32)
+    totals = []
+    for sizes in ((1, 1, 1), (2, 4, 1)):
+        sharding.make_mesh(*sizes)
+        model, tx = filled(vocoder_istft.init, TINY_GAN, 3), optax.sgd(1e-3)
+        state = vocoder_istft.init_opt(tx, model)
+        step = jax.jit(lambda m, s, b, tx=tx: vocoder_istft.train_step(m, s, tx, TINY_GAN, b, None, 0))
+        _, _, aux = jax.block_until_ready(step(model, state, sharding.put({"wav": wav})))
+        totals.append([float(x / n) for x, n in aux.values()])
+    np.testing.assert_allclose(totals[0], totals[1], rtol=1e-4)
+
+
+def test_presets_have_their_stated_sizes():
+    def size(cfg):
+        model = jax.eval_shape(lambda: vocoder_istft.init_generator(cfg, jax.random.key(0)))
+        return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(model))
+
+    assert size(vocoder_istft.mini()) == 1_471_234
+    assert size(vocoder_istft.vocos_24khz()) == 13_531_650
+
+
+def test_wrong_configurations_and_inputs_are_refused_with_their_numbers():
+    with pytest.raises(ValueError, match="kernel 6"):
+        vocoder_istft.Config(kernel=6)
+    with pytest.raises(ValueError, match="100"):
+        vocoder_istft.apply(filled_generator(TINY, 1), TINY, jnp.zeros((1, 4, 100)))
+    with pytest.raises(ValueError, match="1600"):
+        vocoder_istft.loss(filled(vocoder_istft.init, TINY, 1), TINY, {"wav": jnp.zeros((1, 1700))})
