@@ -2,10 +2,11 @@
 
     python data/mini_assets.py pool --data CORPUS/1.0.0 --out WORK/pool_sources
     python data/mini_assets.py demo --data CORPUS/1.0.0 --out MODEL/demo
+    python data/mini_assets.py settings --out MODEL
 
 `pool` writes one ordinary sentence of each of 50 training voices (32 English, 18 Mandarin) and one whispered sentence
 per language (asmr_en, asmr_zh), as wavs with a manifest for `deepasmr pool build`; that synthesises the ASMR half with
-our own model.
+our own model. `settings` writes name, sampling and licence into the model's config.json.
 `demo` writes clips of two voices that training never heard, the festival engine (English) and a held-out espeak voice
 (Mandarin), both styles, with demo.json. All of it is synthetic speech.
 """
@@ -32,21 +33,42 @@ SENTENCES = {
 }
 
 
-def read_pairs(data: str, split: str) -> list[dict]:
-    """Sentences of a split, in a fixed order: the record's fields and "wavs", style -> [W] float32 at 16 kHz."""
+SETTINGS = {
+    "name": "mini",
+    "sample_rate": SAMPLE_RATE,
+    "text": {"tokenizer": "mini"},
+    "sampling": {
+        # a text token is a phone, a pause mark or a word boundary: 1.2 to 2.5 speech tokens each
+        "lm": {"min_ratio": 0.8, "max_ratio": 4.0},
+        "flow": {"num_steps": 10, "guidance": 1.0, "method": "euler", "schedule": "cosine"},
+    },
+    "provenance": {
+        "data": "synthetic speech only (data/synthetic.py): flite, festival and espeak-ng read, WORLD whispers",
+        "licence": "Apache-2.0; the Mandarin and 6.7 % of the English training speech come from espeak-ng (GPL-3)",
+    },
+}
+
+
+def write_settings(model: str | Path) -> None:
+    """Merges SETTINGS into the config.json of an exported model folder."""
+    path = Path(model) / "config.json"
+    values = json.loads(path.read_text("utf-8"))
+    values |= SETTINGS | {"provenance": values.get("provenance", {}) | SETTINGS["provenance"]}
+    _write(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_records(data: str, split: str):
+    """Yields the records of a split in their stored order: its fields, and "wav" [W] float32 at 16 kHz."""
     records = input_pipeline.Records(
         input_pipeline.Config(stage="vocoder", batch_size=1, data_dirs=(data,), split=split), FIELDS
     )
-    pairs: dict[str, dict] = {}
     for i in range(len(records)):
         record = {k: v.decode() if isinstance(v, bytes) else v for k, v in records[i].items()}
-        pair = pairs.setdefault(record["pair_id"], record | {"wavs": {}})
-        pair["wavs"][record["style"]] = np.asarray(record["audio"], np.float32) / 32768
-    return [pairs[k] for k in sorted(pairs) if len(pairs[k]["wavs"]) == 2]
+        yield record | {"wav": np.asarray(record.pop("audio"), np.float32) / 32768}
 
 
-def _seconds(pair: dict, style: str) -> float:
-    return len(pair["wavs"][style]) / SAMPLE_RATE
+def _lasts(record: dict, limits: tuple[float, float]) -> bool:
+    return limits[0] <= len(record["wav"]) / SAMPLE_RATE <= limits[1]
 
 
 def _write(path: Path, text: str) -> None:
@@ -65,28 +87,30 @@ def pool_sources(data: str, out: str | Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     lines, prompts = [], {}
     chosen: dict[str, dict[str, dict]] = {language: {} for language in POOL_SIZE}
-    for pair in read_pairs(data, "train"):
-        language = pair["language"]
-        if pair["kind"] == "matrix" or not POOL_SECONDS[0] <= _seconds(pair, "normal") <= POOL_SECONDS[1]:
+    for record in read_records(data, "train"):  # the order is shuffled: a few hundred hold every voice
+        language, speaker = record["language"], record["speaker"]
+        if record["kind"] == "matrix" or not _lasts(record, POOL_SECONDS):
             continue
-        if language == "en" and pair["engine"] != "flite":
+        if language == "en" and record["engine"] != "flite":
             continue
-        chosen[language].setdefault(pair["speaker"], pair)
-        is_plain = language == "zh" or "_a100_" in pair["speaker"]  # an unwarped voice whispers most clearly
-        if language not in prompts and is_plain and pair["kind"] == "asmr":
-            prompts[language] = pair
+        if record["style"] == "normal":
+            chosen[language].setdefault(speaker, record)
+        elif record["kind"] == "asmr" and (language == "zh" or "_a100_" in speaker):
+            prompts.setdefault(language, record)  # an unwarped voice whispers most clearly
+        if len(prompts) == 2 and len(chosen["en"]) >= 40 and len(chosen["zh"]) >= 20:
+            break
     for language, size in POOL_SIZE.items():
         speakers = sorted(chosen[language])
         if len(speakers) < size or language not in prompts:
             raise ValueError(f"the corpus has {len(speakers)} usable {language} voices, the pool needs {size}")
         for index in np.linspace(0, len(speakers) - 1, size).round().astype(int):
             pair = chosen[language][speakers[index]]
-            audio.save(out / f"{pair['speaker']}.wav", pair["wavs"]["normal"], SAMPLE_RATE)
+            audio.save(out / f"{pair['speaker']}.wav", pair["wav"], SAMPLE_RATE)
             lines.append({
                 "audio": f"{pair['speaker']}.wav", "name": pair["speaker"], "text": pair["text"], "style": "normal",
                 "kind": "synthesis", "language": language, "attributes": {"engine": pair["engine"]},
             })  # fmt: skip
-        audio.save(out / f"asmr_{language}.wav", prompts[language]["wavs"]["asmr"], SAMPLE_RATE)
+        audio.save(out / f"asmr_{language}.wav", prompts[language]["wav"], SAMPLE_RATE)
         (out / f"asmr_{language}.txt").write_text(prompts[language]["text"], encoding="utf-8")
     _write(out / "manifest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)
@@ -105,18 +129,21 @@ def demo_clips(data: str, out: str | Path) -> None:
         ("en", "hts", "festival HTS slt, an engine that training never heard (synthetic)"),
         ("zh", "test", "an espeak-ng voice that training never heard (synthetic)"),
     ):
-        for pair in read_pairs(data, split):
-            is_base = language == "en" or "_marcelo_" in pair["speaker"] or "_steph_" in pair["speaker"]
-            fits = DEMO_SECONDS[0] <= _seconds(pair, "normal") <= DEMO_SECONDS[1]
-            if pair["language"] == language and pair["kind"] == "asmr" and fits and is_base:
-                break
-        else:
-            raise ValueError(f"split {split} has no {language} sentence of {DEMO_SECONDS[0]} to {DEMO_SECONDS[1]} s")
+        pairs: dict[str, dict[str, dict]] = {}
+        for record in read_records(data, split):
+            is_base = language == "en" or "_marcelo_" in record["speaker"] or "_steph_" in record["speaker"]
+            if record["language"] == language and record["kind"] == "asmr" and is_base:
+                pairs.setdefault(record["pair_id"], {})[record["style"]] = record
+        usable = [
+            pairs[k] for k in sorted(pairs) if len(pairs[k]) == 2 and _lasts(pairs[k]["normal"], DEMO_SECONDS)
+        ]
+        if not usable:
+            raise ValueError(f"{split} has no {language} sentence of {DEMO_SECONDS[0]} to {DEMO_SECONDS[1]} s")
         clips = {}
-        for style in ("normal", "asmr"):
+        for style, record in usable[0].items():
             file = f"{language}_{style}.wav"
-            audio.save(out / file, pair["wavs"][style], SAMPLE_RATE)
-            clips[style] = {"file": file, "text": pair["text"]}
+            audio.save(out / file, record["wav"], SAMPLE_RATE)
+            clips[style] = {"file": file, "text": record["text"]}
         voices.append({"voice": title, "language": language, "clips": clips, "sentences": SENTENCES[language]})
     _write(out / "demo.json", json.dumps({"voices": voices}, indent=1, ensure_ascii=False) + "\n")
 
@@ -124,11 +151,15 @@ def demo_clips(data: str, out: str | Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Command line: pool, demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pool", "demo"))
-    parser.add_argument("--data", required=True, help="TFDS version folder of the corpus")
+    parser.add_argument("what", choices=("pool", "demo", "settings"))
+    parser.add_argument("--data", help="TFDS version folder of the corpus; not for settings")
     parser.add_argument("--out", required=True)
     args = parser.parse_args(argv)
-    if args.what == "pool":
+    if args.what != "settings" and not args.data:
+        parser.error(f"{args.what} needs --data, the corpus")
+    if args.what == "settings":
+        write_settings(args.out)
+    elif args.what == "pool":
         print(f"{pool_sources(args.data, args.out)} normal recordings in {args.out}")
     else:
         demo_clips(args.data, args.out)

@@ -13,7 +13,6 @@ et al., Voice Conversion for Whispered Speech Synthesis (2019), with our own set
 import ctypes
 import dataclasses
 import functools
-import re
 import shutil
 import subprocess
 import tempfile

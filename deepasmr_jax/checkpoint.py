@@ -306,7 +306,7 @@ class Checkpoints:
         """
         self.wait()
         self._pending = self._checkpointer.save_checkpointables_async(
-            step, {"state": state, "data": data}, force=True, overwrite=True
+            step, {"state": _flat(state), "data": data}, force=True, overwrite=True
         )
         if wait or jax.default_backend() == "cpu":
             self.wait()
@@ -366,7 +366,21 @@ class Checkpoints:
                 f"saved by {hosts} hosts, now {jax.process_count()}: the data order starts afresh", flush=True
             )
             targets = {"state": targets["state"]}
-        return ocp.load_checkpointables(path, targets)
+        state = targets["state"]
+        flat = _flat(state)
+        try:
+            loaded = ocp.load_checkpointables(path, targets | {"state": flat})["state"]
+        except Exception:  # a run of the first development version, which saved the tree itself
+            return ocp.load_checkpointables(path, targets)
+        return {"state": jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in flat])}
+
+
+def _flat(state) -> dict:
+    """A state as one dict by dotted path: Orbax cannot restore NNX lists, whose keys are numbers and text."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    flat = {path_name(path): x for path, x in leaves}
+    assert len(flat) == len(leaves), "two leaves of the state have one name"
+    return flat
 
 
 def steps(folder) -> list[int]:
@@ -399,11 +413,8 @@ def load_weights(folder) -> dict[str, np.ndarray]:
     root = Path(folder).absolute() / "checkpoints"
     for step in reversed(steps(root)):
         if _problem(root / str(step)) is None:
-            state = ocp.load_checkpointables(root / str(step), {"state": None})["state"]
-            weights = state["ema"] if state.get("ema") is not None else state["model"]
-            return {
-                k: np.asarray(_to_host(x))
-                for k, x in named_arrays(weights).items()
-                if "_pytree__state" not in k
-            }
+            state = named_arrays(ocp.load_checkpointables(root / str(step), {"state": None})["state"])
+            prefix = "ema." if any(name.startswith("ema.") for name in state) else "model."
+            wanted = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+            return {name: np.asarray(_to_host(x)) for name, x in wanted.items()}
     raise ValueError(f"{folder} holds no complete checkpoint")

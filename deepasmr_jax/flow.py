@@ -306,6 +306,22 @@ class Block(nnx.Module):
         return x + self.mlp_out(_dropout(hidden, cfg.dropout, keys[1]))
 
 
+def _token_table(key: jax.Array, cfg: Config) -> jax.Array:
+    """Start of the token table [codes + 1, width], unit variance, row 0 the filler.
+
+    A code is eight ternary digits (speech_tokenizer.py), and codes that share digits sound alike. Rows are random
+    projections of the digits, so that what is learned of one code holds for its neighbours from the first step.
+    """
+    shape = (cfg.num_codes + 1, cfg.token_width)
+    if cfg.num_codes != 3**8:
+        return jax.random.normal(key, shape, out_sharding=spec(None, None))
+    digits = np.arange(cfg.num_codes)[:, None] // 3 ** np.arange(8) % 3
+    features = np.eye(3, dtype=np.float32)[digits].reshape(cfg.num_codes, 24) / np.sqrt(8)
+    features = np.concatenate([np.zeros((1, 24), np.float32), features])
+    projection = jax.random.normal(key, (24, cfg.token_width), out_sharding=spec(None, None))
+    return jnp.matmul(features, projection, precision="highest")
+
+
 class Decoder(nnx.Module):
     """Velocity network: noisy mel, condition mel, tokens and flow time to a velocity.
 
@@ -314,10 +330,8 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        table = jax.nn.initializers.normal(1.0)  # as torch's embedding; the input projection scales it
-        shape = (cfg.num_codes + 1, cfg.token_width)
         # replicated: 6562 rows divide by no mesh, and the table is 1 % of the weights
-        self.token_table = nnx.Param(table(rngs.params(), shape, jnp.float32, out_sharding=spec(None, None)))
+        self.token_table = nnx.Param(_token_table(rngs.params(), cfg))
         frame = cfg.patch_frames * cfg.mel_bins
         self.input = nn.Linear(
             2 * frame + cfg.token_width, cfg.width, (None, "embed"), rngs=rngs, dtype=cfg.dtype

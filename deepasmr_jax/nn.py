@@ -249,8 +249,8 @@ def attention(
         mask: [B, N, S], [B, 1, S] or [1, N, S] bool, True where attention is allowed; None allows all.
         scale: factor of the scores; 1/sqrt(E) if None.
         dtype: type of the operands of both products.
-        causal_chunk: promise that N = S and that the mask allows no key after its query. Queries are then
-            taken in chunks of this many, each with the keys up to its end only: near half the work.
+        causal_chunk: promise that N = S and that the mask, [B or 1, N, S], allows no key after its query.
+            Queries are then taken in chunks of this many, each with the keys up to its end only.
 
     Returns:
         [B, N, H, E] float32.
@@ -262,7 +262,7 @@ def attention(
         chunks = []
         for start in range(0, q.shape[1], causal_chunk):
             end = start + causal_chunk
-            part = None if mask is None else mask[:, start:end, :end]
+            part = mask[:, start:end, :end]
             chunks.append(attention(q[:, start:end], k[:, :end], v[:, :end], part, scale=scale, dtype=dtype))
         return jnp.concatenate(chunks, axis=1)
     num_heads, num_kv_heads, size = q.shape[2], k.shape[2], q.shape[3]

@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 
 from deepasmr_jax import audio, nn, text
-from deepasmr_jax.sharding import spec
 
 NUM_DIGITS = 8
 NUM_CODES = 3**NUM_DIGITS
@@ -447,8 +446,10 @@ def _ctc(logits: jax.Array, slots: jax.Array, labels: jax.Array, label_lengths: 
         )
 
     # each device runs its own rows: the scan in optax starts from unsplit states, which explicit axes refuse
-    rows = jax.shard_map(rows, in_specs=spec("batch"), out_specs=spec("batch"), check_vma=False)
-    return rows(logits, slots, labels, label_lengths)
+    rows_axis = nn.axes_of(logits)[0]
+    inputs = [jnp.asarray(x) for x in (logits, slots, labels, label_lengths)]
+    inputs = [jax.sharding.reshard(x, jax.P(rows_axis, *(None,) * (x.ndim - 1))) for x in inputs]
+    return jax.shard_map(rows, out_specs=jax.P(rows_axis), check_vma=False)(*inputs)
 
 
 def _num_distinct(tokens: jax.Array, mask: jax.Array) -> jax.Array:

@@ -198,7 +198,8 @@ def init(cfg: TrainConfig, key: jax.Array) -> TrainState:
     """The state of a new run: the single description of what a checkpoint holds."""
     file = _file(cfg.model)
     model_key, run_key = jax.random.split(key)
-    model = file.init(cfg.model, model_key)
+    # astype drops JAX's weak types, which would be gone after the first step and make the second compile anew
+    model = jax.tree.map(lambda x: x.astype(x.dtype), file.init(cfg.model, model_key))
     tx = make_optimizer(cfg.optim, cfg.steps)
     opt_state = file.init_opt(tx, model) if hasattr(file, "init_opt") else tx.init(model)
     ema = None if cfg.ema_decay is None else jax.tree.map(jnp.copy, averaged_part(model))

@@ -46,6 +46,7 @@ train flow_normal "$features"
 train flow "$features" "--set=init_from=$work/runs/flow_normal/export" "--export=$model"
 train vocoder "$corpus" "--export=$model"
 train recognizer "$corpus" "--export=$work/judge"
+step settings "$python" data/mini_assets.py settings --out "$model"
 step pool_sources "$python" data/mini_assets.py pool --data "$corpus" --out "$work/pool_sources"
 step pool "$python" -m deepasmr_jax.cli pool build "$work/pool_sources/manifest.jsonl" \
   --asmr-sample "$work/pool_sources/asmr_en.wav" --asmr-sample "$work/pool_sources/asmr_zh.wav" --model "$model" --out "$model/pool.safetensors"

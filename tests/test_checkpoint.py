@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from deepasmr_jax import checkpoint, lm, speech_tokenizer, vocoder_istft
 
@@ -257,3 +258,13 @@ def test_weights_of_a_run_are_read_by_name_without_its_config(run):
     expected = checkpoint.named_arrays(make_state(3, seed=3).model)
     assert sorted(found) == sorted(expected)
     assert all(np.array_equal(found[k], expected[k]) for k in expected)
+
+
+def test_a_module_with_a_list_of_modules_comes_back(tmp_path):
+    def make(key):
+        return nnx.List([nnx.Linear(2, 3, rngs=nnx.Rngs(k)) for k in jax.random.split(key, 12)])
+
+    data, checkpoints = make_data(), checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, make(jax.random.key(0)), data)
+    step, found = checkpoints.restore(checkpoint.abstract(make, jax.random.key(1)), data)
+    assert step == 1 and all_equal(found, make(jax.random.key(0)))

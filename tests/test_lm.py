@@ -154,7 +154,16 @@ def test_packing_changes_no_sum_and_no_count(model):
     assert float(packed[0]) == pytest.approx(float(alone[0]), rel=1e-5)
 
 
-def test_loss_and_gradient_are_the_same_on_every_mesh(model):
+def test_attention_in_causal_chunks_changes_no_logit(model, monkeypatch):
+    whole = logits(model, TINY, random_batch(2))
+    monkeypatch.setattr(lm, "CAUSAL_CHUNK", 7)
+    chunked = jax.jit(lambda m, batch: lm.logits(m, TINY, batch))(model, random_batch(2))
+    np.testing.assert_allclose(chunked, whole, atol=2e-5)
+
+
+def test_loss_and_gradient_are_the_same_on_every_mesh(model, monkeypatch):
+    monkeypatch.setattr(lm, "CAUSAL_CHUNK", 16)
+
     def mean(model, batch):
         total, count, _ = lm.loss(model, TINY, batch)
         return total / count

@@ -157,15 +157,25 @@ def test_accumulation_of_a_real_model_equals_one_big_batch(folder):
     np.testing.assert_allclose(losses[1], losses[2], rtol=2e-5)
 
 
-@pytest.mark.parametrize("stage", ["lm", "flow", "vocoder_adversarial"])
-def test_ten_steps_need_one_compilation(folder, stage):
-    cfg = tiny(folder, stage)
+def test_ten_steps_need_one_compilation(folder):
+    cfg = tiny(folder, "lm")
     state = jax.jit(functools.partial(train.init, cfg))(jax.random.key(0))
     step = train.make_step(cfg)
     for batch in batches(cfg, 10):
         state, out = step(state, batch)
         jax.block_until_ready(out)
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("stage", ["flow", "vocoder", "vocoder_adversarial", "speech_tokenizer", "speaker"])
+def test_a_step_gives_back_a_state_of_the_same_kind_so_that_nothing_compiles_twice(folder, stage):
+    cfg = tiny(folder, stage)
+    before = jax.eval_shape(functools.partial(train.init, cfg), jax.random.key(0))
+    after, _ = jax.eval_shape(train.make_step(cfg), before, batches(cfg, 1)[0])
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        kinds = [(v.shape, v.dtype, v.weak_type, train._spec(v)) for v in (x, y)]
+        assert kinds[0] == kinds[1], jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
@@ -250,17 +260,17 @@ def test_resuming_with_another_learning_rate_is_allowed_and_reported(folder, tmp
     assert "optim.lr: 0.001 -> 0.5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["lm", "vocoder_adversarial", "speech_tokenizer"])
-@pytest.mark.parametrize("source", ["export", ""])
-def test_a_new_run_starts_from_the_weights_of_another(folder, tmp_path, stage, source):
-    first = train.train(tiny(folder, stage, steps=2, eval_batches=0), tmp_path / "first")
-    cfg = tiny(folder, stage, init_from=str(tmp_path / "first" / source), seed=5)
-    checkpoints = checkpoint.Checkpoints(tmp_path / "second")
-    step, state = train.start(cfg, checkpoints, iter(input_pipeline.make(cfg.data)))
-    assert step == 0 and int(state.step) == 0
-    public = checkpoint.public_part(state.model, cfg.model)[0]
-    expected = checkpoint.public_part(train.with_averaged(first.model, first.ema), cfg.model)[0]
-    assert same(public, expected) and same(state.ema, train.averaged_part(state.model))
+@pytest.mark.parametrize("stage", ["vocoder_adversarial", "speech_tokenizer"])
+def test_a_new_run_starts_from_the_weights_of_another_run_or_of_its_export(folder, tmp_path, stage):
+    first = train.train(tiny(folder, stage, steps=1, eval_batches=0), tmp_path / "first")
+    for source in ("export", ""):
+        cfg = tiny(folder, stage, init_from=str(tmp_path / "first" / source), seed=5)
+        checkpoints = checkpoint.Checkpoints(tmp_path / "second")
+        step, state = train.start(cfg, checkpoints, iter(input_pipeline.make(cfg.data)))
+        assert step == 0 and int(state.step) == 0
+        public = checkpoint.public_part(state.model, cfg.model)[0]
+        expected = checkpoint.public_part(train.with_averaged(first.model, first.ema), cfg.model)[0]
+        assert same(public, expected) and same(state.ema, train.averaged_part(state.model))
 
 
 def test_start_weights_of_another_shape_are_refused(folder, tmp_path):

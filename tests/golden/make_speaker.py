@@ -22,8 +22,8 @@ from fill import fill  # noqa: E402
 from deepasmr_jax import sharding, speaker  # noqa: E402
 
 CONFIGS = {
-    "basic": speaker.Config(base_channels=4, repeats=(2, 1, 3, 2), embedding_size=16),
-    "bottleneck": speaker.Config(base_channels=4, repeats=(1, 2, 1, 2), bottleneck=True, embedding_size=16),
+    "basic": speaker.Config(base_channels=4, repeats=(1, 3, 1, 1), embedding_size=16),
+    "bottleneck": speaker.Config(base_channels=4, repeats=(2, 1, 1, 1), bottleneck=True, embedding_size=16),
 }
 SEED = 7
 

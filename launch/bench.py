@@ -1,0 +1,399 @@
+"""Speed: whole requests, each model beside PyTorch, and training steps, as one Markdown report.
+
+    python launch/bench.py --out speed.md                       the built-in sizes, every part
+    python launch/bench.py --size full --only lm flow           true sizes (several GB of memory)
+    python launch/bench.py --size tiny --rounds 1               does the script work? (its numbers mean nothing)
+
+Parts: say (`deepasmr say` with a cold and a warm compilation cache, then a loaded Synthesizer), lm, hifigan, vocoder,
+speech_tokenizer, flow (JAX and PyTorch in turn, A B A B), train (updates of each stage, JAX only); see docs/speed.md.
+Each timing waits for its result; the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows.
+Needs: pip install torch einops s3tokenizer, and for flow the line in tests/golden/make_flow.py.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/golden")]
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and `say` use the same GPU
+os.environ["DEEPASMR_CACHE"] = "off"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from deepasmr_jax import config, flow, lm, sharding, vocoder, vocoder_istft  # noqa: E402
+from deepasmr_jax import speech_tokenizer as s3  # noqa: E402
+
+PARTS = ("say", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train")
+DROPPED = 2  # rounds that compile and warm up
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+STAGES = ("clip_s", "lm_s", "flow_s", "vocoder_s")
+NUM_TEXT, NUM_PROMPT, NUM_NEW = 50, 98, 50  # with the two markers 150 positions before the first new token
+PREFILL, FLOW_FRAMES, VOCODER_S, TOKENIZER_S = 2 + NUM_TEXT + NUM_PROMPT, 500, 5, 10
+
+
+def model_config(part: str, size: str):
+    """Config of a part beside PyTorch at the size tiny, mini or full."""
+    full = dict(hifigan=vocoder.v1(), vocoder=vocoder_istft.vocos_24khz(), speech_tokenizer=s3.s3_v2())
+    full |= dict(lm=lm.cosyvoice2(text_vocab=1024), flow=flow.deepasmr())  # a text table is only looked up
+    if size == "full" or part == "hifigan":
+        return full[part]
+    size = "mini" if part == "speech_tokenizer" else size  # the PyTorch package is bound to heads of 64
+    return config.load(f"{ROOT}/configs/{size}.py:{part}").model
+
+
+class Bench:
+    """The command line's choices, the report so far, and PyTorch if it can use JAX's device."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.lines, self.torch, self.device = args, [], None, "cpu"
+
+    def add(self, *lines: str) -> None:
+        """Adds lines to the report and prints them."""
+        self.lines += lines
+        print("\n".join(lines), flush=True)
+
+    def table(self, title: str, columns: str, rows: list[tuple]) -> None:
+        """Adds a heading and a table; numbers get three digits."""
+        self.add("", f"## {title}", "", f"| {columns} |", "|" + "---|" * (columns.count("|") + 1))
+        self.add(*(f"| {' | '.join(x if isinstance(x, str) else f'{x:.3g}' for x in row)} |" for row in rows), "")
+
+    def find_torch(self) -> None:
+        """Sets `torch` and `device`, or says that PyTorch is not measured."""
+        try:
+            import torch
+        except ImportError:
+            return self.add("- JAX alone is measured: PyTorch is not installed (pip install torch)")
+        if jax.default_backend() == "gpu" and torch.cuda.is_available():
+            self.device = "cuda"
+            torch.set_float32_matmul_precision("high")  # TF32, as XLA's default there
+            torch.backends.cudnn.benchmark = True
+        elif jax.default_backend() != "cpu":
+            return self.add("- JAX alone is measured: this PyTorch cannot use its device")
+        self.torch = torch
+
+    def time(self, variants: dict) -> dict[str, list[float]]:
+        """Seconds of each function, all in turn, round after round, without the first rounds."""
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for number in range(DROPPED + self.args.rounds):
+            for name in list(seconds):
+                began = time.perf_counter()
+                try:
+                    variants[name]()
+                    if self.device == "cuda":
+                        self.torch.cuda.synchronize()
+                except Exception as e:  # what PyTorch's side cannot do must not end the run
+                    if not name.startswith("torch"):
+                        raise
+                    self.add(f"- {name}: left out, {type(e).__name__}: {' '.join(str(e).split())[:160]}")
+                    del seconds[name]
+                else:
+                    seconds[name] += [time.perf_counter() - began] if number >= DROPPED else []
+        return seconds
+
+    def side_by_side(self, cfg, ours: dict, make, mode: str | None = None) -> list[tuple]:
+        """Times JAX in float32 and bfloat16 and every variant of PyTorch in turn; returns rows of the table.
+
+        `ours`: row -> function of a config that starts the work and returns its arrays. `make`: function of (torch
+        dtype, wrapper that may compile) that yields a function (or None) per row. `mode`: of torch.compile on a GPU.
+        """
+        compiled = functools.partial(self.torch.compile, mode=mode) if self.torch else None
+        kinds = [("fp32", lambda f: f), ("bf16", lambda f: f)]
+        kinds += [("bf16", compiled)] if self.args.compile or self.device == "cuda" else []
+        variants: dict[str, dict] = {row: {} for row in ours}
+        for kind, wrap in kinds if self.torch else ():
+            try:
+                for row, function in zip(ours, make(getattr(self.torch, DTYPES[kind]), wrap), strict=True):
+                    if function is not None:
+                        name = f"torch {kind}{', compiled' if wrap is compiled else ''}"
+                        variants[row][name] = self.torch.inference_mode()(function)
+            except ImportError as e:
+                self.add(f"- {', '.join(ours)}: PyTorch's side is left out, {e.name or e} is not installed")
+                break
+        table = []
+        for row, run in ours.items():
+            print(f"{row} ...", file=sys.stderr, flush=True)
+            for kind, dtype in DTYPES.items():
+                c = dataclasses.replace(cfg, dtype=dtype)
+                variants[row][f"JAX {kind}"] = lambda run=run, c=c: jax.block_until_ready(run(c))
+            seconds = self.time(variants[row])
+            best = min((v for k, v in seconds.items() if k.startswith("torch")), key=np.median, default=None)
+            for name, own in seconds.items():
+                ratio = [a / b for a, b in zip(best, own, strict=True)] if best and name.startswith("JAX") else []
+                table.append((row, name, *summary(own), *(summary(ratio) if ratio else ("", ""))))
+        return table
+
+
+def summary(values: list[float]) -> tuple[float, str]:
+    """(median, "least to greatest")."""
+    return float(np.median(values)), f"{min(values):.3g} to {max(values):.3g}"
+
+
+def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
+    """Prefill alone, and prefill with new tokens for one row and for eight."""
+    rng, size = np.random.default_rng(0), PREFILL + NUM_NEW
+    model = jax.jit(lm.init, static_argnums=0)(cfg, jax.random.key(0))
+    weights = {v: lm.unstack(model, dataclasses.replace(cfg, dtype=v)) for v in DTYPES.values()}
+    del model
+    prefill = jax.jit(lm.prefill, static_argnums=(1, 5))
+    put = lambda *arrays: sharding.put({i: np.int32(x) for i, x in enumerate(arrays)}).values()
+
+    def generate(rows: int):
+        full, keys = functools.partial(np.full, rows), jax.random.split(jax.random.key(1), rows)
+        words, prompt = (rng.integers(0, 40, (rows, n)) for n in (NUM_TEXT, NUM_PROMPT))
+        arrays = put(words, full(NUM_TEXT), prompt, full(NUM_PROMPT), full(NUM_NEW), full(NUM_NEW))
+        return lambda c: lm.generate(weights[c.dtype], c, lm.Sampling(), *arrays, keys=keys, max_new=NUM_NEW)
+
+    one = put(rng.integers(0, cfg.num_codes, (1, PREFILL)), np.full((1, PREFILL), lm.SPEECH), [PREFILL])
+    ours = {f"LM prefill {PREFILL}": lambda c: prefill(weights[c.dtype], c, *one, size)}
+    ours |= {f"LM prefill {PREFILL} + {NUM_NEW} tokens, batch {n}": generate(n) for n in (1, 8)}
+
+    def make(dtype, wrap):
+        from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
+
+        settings = Qwen2Config(
+            vocab_size=cfg.num_speech_rows, hidden_size=cfg.width, intermediate_size=cfg.mlp_width,
+            num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
+            num_key_value_heads=cfg.num_kv_heads, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base}, attn_implementation="sdpa",
+        )  # fmt: skip
+        theirs = Qwen2ForCausalLM(settings).to(bench.device, dtype).eval()
+        step = wrap(theirs)  # only the step is compiled
+
+        def speak(cache, ids, num_new: int):
+            cache.reset()
+            scores = theirs(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            for left in range(num_new, 0, -1):
+                token = scores[:, -1].argmax(-1, keepdim=True)  # less work than our sampling
+                if left > 1:
+                    scores = step(input_ids=token, past_key_values=cache, use_cache=True).logits
+
+        for rows, num_new in ((1, 0), (1, NUM_NEW), (8, NUM_NEW)):
+            ids = bench.torch.randint(0, cfg.num_codes, (rows, PREFILL), device=bench.device)
+            cache = StaticCache(config=settings, max_cache_len=size)
+            yield functools.partial(speak, cache, ids, num_new) if num_new or step is theirs else None
+
+    return bench.side_by_side(cfg, ours, make, "reduce-overhead")
+
+
+def measure_flow(bench: Bench, cfg: flow.Config) -> list[tuple]:
+    """One guided Euler step: the network on the conditional and the unconditional row."""
+    rng, model = np.random.default_rng(0), jax.jit(flow.init, static_argnums=0)(cfg, jax.random.key(0))
+    num_tokens = FLOW_FRAMES * cfg.frames_per_token[1] // cfg.frames_per_token[0]
+    inputs = dict(speech_tokens=np.int32(rng.integers(0, cfg.num_codes, (1, num_tokens))))
+    inputs |= dict(num_tokens=np.int32([num_tokens]), prompt_frames=np.int32([100]))
+    inputs["prompt_mel"] = np.float32(rng.standard_normal((1, FLOW_FRAMES, cfg.mel_bins)))
+    inputs = sharding.put(inputs) | {"keys": jax.random.split(jax.random.key(1), 1)}
+
+    def make(dtype, wrap):
+        importlib.metadata.version("f5-tts")  # an ImportError if it is absent
+        from make_flow import reference_class
+
+        theirs = reference_class()(
+            dim=cfg.width, depth=cfg.num_layers, heads=cfg.num_heads, dim_head=cfg.head_dim, ff_mult=cfg.mlp_ratio,
+            mel_dim=cfg.mel_bins * cfg.patch_frames, text_num_embeds=cfg.num_codes, text_dim=cfg.token_width,
+            text_mask_padding=False, pe_attn_head=cfg.rotary_heads,
+        )  # fmt: skip
+        torch, network = bench.torch, wrap(theirs.to(bench.device, dtype).eval())
+        shape, kind = (1, FLOW_FRAMES // cfg.patch_frames), dict(device=bench.device, dtype=dtype)
+        condition, t = torch.randn(*shape, cfg.mel_bins * cfg.patch_frames, **kind), torch.zeros(1, **kind)
+        tokens = torch.randint(0, cfg.num_codes, shape, device=bench.device)
+
+        def step():
+            x = torch.randn_like(condition)
+            v, null = network(x=x, cond=condition, text=tokens, time=t, cfg_infer=True).chunk(2)
+            return x + (v + 1.0 * (v - null))
+
+        yield step
+
+    run = lambda c: flow.sample(model, c, **inputs, num_steps=1, guidance=1.0)
+    return bench.side_by_side(cfg, {f"flow, guided step, {FLOW_FRAMES} frames": run}, make)
+
+
+def measure_vocoder(bench: Bench, cfg) -> list[tuple]:
+    """Mel to waveform, by either vocoder."""
+    is_hifigan = isinstance(cfg, vocoder.Config)
+    file, make_torch = (vocoder, torch_hifigan) if is_hifigan else (vocoder_istft, torch_istft)
+    num_frames = VOCODER_S * cfg.mel.sample_rate // cfg.mel.hop_samples
+    mel = np.float32(np.random.default_rng(0).standard_normal((1, num_frames, cfg.mel.num_mels)))
+    model, placed = jax.jit(file.init_generator, static_argnums=0)(cfg, jax.random.key(0)), sharding.put({"mel": mel})
+
+    def make(dtype, wrap):
+        network = wrap(make_torch(cfg).to(bench.device, dtype).eval())
+        yield functools.partial(network, bench.torch.tensor(mel).to(bench.device, dtype))
+
+    row, run = f"{'HiFi-GAN' if is_hifigan else 'iSTFT'}, {VOCODER_S} s", jax.jit(file.apply, static_argnums=1)
+    return bench.side_by_side(cfg, {row: lambda c: run(model, c, **placed)}, make)
+
+
+def torch_hifigan(cfg: vocoder.Config):
+    """The HiFi-GAN of transformers, [B, T, M] to [B, W]."""
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    sizes = dict(model_in_dim=cfg.mel.num_mels, upsample_initial_channel=cfg.initial_channels)
+    sizes |= dict(upsample_rates=cfg.upsample_rates, upsample_kernel_sizes=cfg.upsample_kernels)
+    sizes |= dict(resblock_kernel_sizes=cfg.residual_kernels, resblock_dilation_sizes=cfg.residual_dilations)
+    return SpeechT5HifiGan(SpeechT5HifiGanConfig(**sizes))
+
+
+def torch_istft(cfg: vocoder_istft.Config):
+    """The blocks of Vocos (Siuzdak, 2023) and the inverse-STFT head of transformers, [B, T, M] to [B, 1, W]."""
+    from torch import nn
+    from transformers.models.xcodec2.modeling_xcodec2 import Xcodec2ISTFTHead
+
+    width, norm = cfg.width, functools.partial(nn.LayerNorm, eps=1e-6)
+
+    class Conv(nn.Conv1d):
+        def forward(self, x):  # channels last
+            return super().forward(x.mT).mT
+
+    class Block(nn.Sequential):
+        def forward(self, x):  # the gain of a block is left out: it folds into its last product
+            return x + super().forward(x)
+
+    conv = functools.partial(Conv, out_channels=width, kernel_size=cfg.kernel, padding=cfg.kernel // 2)
+    mlp = lambda: (nn.Linear(width, cfg.mlp_width), nn.GELU(), nn.Linear(cfg.mlp_width, width))
+    blocks = [Block(conv(width, groups=width), norm(width), *mlp()) for _ in range(cfg.num_layers)]
+    sizes = argparse.Namespace(hidden_size=width, n_fft=cfg.mel.n_fft, hop_length=cfg.mel.hop_samples)
+    return nn.Sequential(conv(cfg.mel.num_mels), norm(width), *blocks, norm(width), Xcodec2ISTFTHead(sizes))
+
+
+def measure_s3(bench: Bench, cfg: s3.Config) -> list[tuple]:
+    """Log-mel to speech tokens; PyTorch's bf16 is by autocast, since its norms want float32 weights."""
+    frames = TOKENIZER_S * 100
+    mel = np.float32(np.random.default_rng(0).standard_normal((1, frames, cfg.num_mels)))
+    inputs = sharding.put({"log_mel": mel, "lengths": np.int32([frames])})
+    model, run = jax.jit(s3.init, static_argnums=0)(cfg, jax.random.key(0)), jax.jit(s3.encode, static_argnums=1)
+
+    def make(dtype, wrap):
+        from make_speech_tokenizer import ModelConfig, S3TokenizerV2
+
+        torch, device = bench.torch, bench.device
+        sizes = ModelConfig(cfg.num_mels, 1500, cfg.width, cfg.num_heads, cfg.num_blocks, use_sdpa=True)
+        quantize = wrap(S3TokenizerV2("speech_tokenizer_v2_25hz", sizes).to(device).eval().quantize)
+        inputs = torch.tensor(mel, device=device).mT.contiguous(), torch.tensor([frames], device=device)
+        yield lambda: torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)(quantize)(*inputs)
+
+    return bench.side_by_side(cfg, {f"S3 tokenizer, {TOKENIZER_S} s": lambda c: run(model, c, **inputs)}, make)
+
+
+def measure_say(bench: Bench) -> None:
+    """Whispered speech from a normal clip: fresh processes, then a loaded Synthesizer on one sentence and on eight."""
+    from deepasmr_jax import synthesis
+
+    folder = Path(bench.args.model) if bench.args.model else synthesis.BUILT_IN
+    voice = json.loads((folder / "demo/demo.json").read_text("utf-8"))["voices"][0]
+    clip, sentence = str(folder / "demo" / voice["clips"]["normal"]["file"]), voice["sentences"][0]
+    found: dict[str, list] = {"cold": [], "warm": []}
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, "-m", "deepasmr_jax.cli", "say", sentence, "--json", "--model", str(folder)]
+        command += ["--voice", clip, "--voice-style", "normal", "--out", f"{place}/out.wav"]
+        for number in range(1 + min(bench.args.rounds, 3)):  # the first pair reads the programs from disk
+            env = os.environ | {"DEEPASMR_CACHE": f"{place}/cache{number}", "PYTHONPATH": str(ROOT)}
+            for made in found.values():
+                began = time.perf_counter()
+                done = subprocess.run(command, env=env, capture_output=True, text=True)
+                if done.returncode:
+                    raise ValueError(done.stderr.strip()[-300:])
+                made += [(time.perf_counter() - began, json.loads(done.stdout.splitlines()[-1]))] if number else []
+    rows = []
+    for kind, made in found.items():
+        stages = np.median([[f["timings"][k] for k in ("compile_s", *STAGES)] for _, f in made], axis=0)
+        rows.append((f"{kind} cache", *summary([s for s, _ in made]), *stages, made[0][1]["duration_s"]))
+    names = "median s | range | of it compilation | clip | LM | flow | vocoder | s of speech"
+    bench.table("`deepasmr say` in a fresh process, N2A, one sentence", f"process | {names}", rows)
+    synthesizer, rows = synthesis.load(folder), []
+    for count in (1, 8):
+        kept, requests = [], [dict(text=sentence, voice=clip, voice_style="normal", seed=i) for i in range(count)]
+        [seconds] = bench.time({"": lambda r=requests, kept=kept: kept.append(synthesizer.batch(r))}).values()
+        if failed := [r.error for r in kept[0] if isinstance(r, synthesis.Failure)]:
+            raise ValueError(failed[0])
+        stages = np.median([[sum(r.timings[k] for r in made) for k in STAGES] for made in kept[DROPPED:]], axis=0)
+        speech_s = sum(r.duration_s for r in kept[0])
+        rows.append((str(count), *summary([s / speech_s for s in seconds]), *summary(seconds), *stages, speech_s))
+    names = "sentences at once | real-time factor | range | median s | range | clip | LM | flow | vocoder | s of speech"
+    bench.table("Loaded `Synthesizer`, N2A", names, rows)
+
+
+def measure_train(bench: Bench) -> None:
+    """Updates of each stage on one batch of the tests' noise dataset; batches have one shape whatever is in them."""
+    import fixture_data
+    from absl import flags
+
+    from deepasmr_jax import input_pipeline, train
+
+    flags.FLAGS.mark_as_parsed()  # Grain reads them
+    rows, file = [], "tiny" if bench.args.size == "tiny" else "mini"
+    stages = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder", "recognizer")
+    with tempfile.TemporaryDirectory() as place:
+        folder = fixture_data.write(Path(place), {"train": 400})
+        for stage in stages[: 5 if file == "tiny" else 6]:  # there is no tiny recogniser
+            print(f"training {stage} ...", file=sys.stderr, flush=True)
+            cfg = config.load(f"{ROOT}/configs/{file}.py:{stage}")
+            data = dataclasses.replace(cfg.data, data_dirs=(folder,), languages=(), spell_probability=0.0)
+            [batch] = input_pipeline.first_batches(data, 1)
+            update, batch = train.make_step(cfg), (sharding.put(batch),)
+            states = [jax.jit(functools.partial(train.init, cfg))(jax.random.key(0))]
+            step = lambda u=update, b=batch, s=states: s.append(jax.block_until_ready(u(s.pop(), b))[0])
+            [seconds] = bench.time({stage: step}).values()
+            speed = f"{data.items_per_batch / np.median(seconds):,.0f} {data.item}"
+            rows.append((stage, str(data.batch_size), *summary(seconds), speed))
+    bench.table(f"Training, configs/{file}.py, noise", "stage | rows | median s a step | range | per second", rows)
+
+
+def machine() -> str:
+    """What the numbers depend on."""
+    info = Path("/proc/cpuinfo")
+    cpu = (info.read_text().partition("model name")[2] if info.exists() else "").partition("\n")[0].strip("\t :")
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    versions = (f"{k} {installed.get(k)}" for k in ("jax", "flax", "torch", "transformers", "s3tokenizer", "f5-tts"))
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
+    chosen = (f"{k}={os.environ.get(k)}" for k in ("XLA_FLAGS", "OMP_NUM_THREADS"))
+    return f"- device: {device}; host: {os.cpu_count()} x {cpu or 'CPU'}; {', '.join([*versions, *chosen])}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    load = os.getloadavg()[0]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
+    parser.add_argument("--size", choices=("tiny", "mini", "full"), default="mini", help="of the parts beside PyTorch")
+    parser.add_argument("--rounds", type=int, default=5, choices=range(1, 100), metavar="N", help="rounds that count")
+    parser.add_argument("--model", help="model folder with demo clips for `say`; the built-in one if absent")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on the CPU too")
+    parser.add_argument("--out", help="also write the report here")
+    args = parser.parse_args(argv)
+    bench = Bench(args)
+    sharding.ensure_mesh()
+    busy = " (**the machine was busy: do not quote these numbers**)" if load > 0.25 * (os.cpu_count() or 1) else ""
+    title = f"# Speed, {time.strftime('%Y-%m-%d %H:%M')}, size {args.size}, {args.rounds} rounds"
+    bench.add(title, "", machine(), f"- load average before: {load:.2f}{busy}")
+    if "say" in args.only:
+        try:
+            measure_say(bench)
+        except (ValueError, OSError) as e:
+            bench.add(f"- say: left out, {e}; give --model FOLDER, a whole model with its demo clips")
+    measures = dict(lm=measure_lm, hifigan=measure_vocoder, vocoder=measure_vocoder)
+    measures |= dict(speech_tokenizer=measure_s3, flow=measure_flow)  # last: they put an empty torchaudio here
+    if chosen := [p for p in measures if p in args.only]:
+        bench.find_torch()
+        rows = [row for p in chosen for row in measures[p](bench, model_config(p, args.size))]
+        bench.table("Beside PyTorch", "work | side | median s | range | best PyTorch / this | range", rows)
+    if "train" in args.only:
+        measure_train(bench)
+    bench.add(f"- load average after: {os.getloadavg()[0]:.2f}")
+    if args.out:
+        Path(args.out).write_text("\n".join(bench.lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
