@@ -12,8 +12,10 @@ exported model):
   python -m deepasmr_jax.train --config=configs/mini.py:lm --workdir=RUN/lm --export=MODEL \
       --set=data.data_dirs=FEATURES --set=init_from=RUN/lm_normal/export
   the same with flow_normal and flow, then vocoder; recognizer is the Mandarin judge of the evaluation.
-Hardware and hours: two CPU cores; hours unmeasured, printed by the run itself as "h left".
-Numbers to see: unmeasured; held-out loss is in metrics.jsonl as eval/loss.
+launch/mini.sh runs all of it.
+Hardware and hours: two CPU cores. The whole has not been run to its end yet; measured per step on one core of a busy
+machine: tokenizer 0.7 s, LM 1.5 s, flow 1.5 s, vocoder 0.9 s. Steps below are what such a machine does in a day.
+Numbers to see: docs/training.md has the held-out numbers of the runs behind the shipped weights.
 """
 
 from deepasmr_jax import flow, input_pipeline, lm, recognizer, speaker, speech_tokenizer, text, vocoder_istft
@@ -48,7 +50,7 @@ def get_config(stage: str = "") -> TrainConfig:
         return TrainConfig(
             component="speaker",
             model=speaker.mini(num_speakers=60),  # train speakers of data/synthetic.py
-            data=input_pipeline.Config(stage="speaker", batch_size=32, num_samples=32000),
+            data=input_pipeline.Config(stage="speaker", batch_size=16, num_samples=16000),
             optim=Optim(lr=1e-3, warmup_steps=100),
             steps=2000,
             **common,
@@ -57,11 +59,11 @@ def get_config(stage: str = "") -> TrainConfig:
         styles = NORMAL if stage == "lm_normal" else {}
         return TrainConfig(
             component="lm",
-            model=lm.mini(text.MiniTokenizer().vocab_size),
+            model=lm.mini(text.MiniTokenizer().vocab_size, dtype="bfloat16"),  # 1.7 x faster to train on CPU
             data=input_pipeline.Config(
                 stage="lm", batch_size=8, num_tokens=512, spell_probability=0.05, **styles
             ),
-            optim=Optim(lr=1e-3 if stage == "lm_normal" else 5e-4, warmup_steps=200, betas=(0.9, 0.98)),
+            optim=Optim(lr=1e-3, warmup_steps=200, betas=(0.9, 0.98)),
             steps=6000 if stage == "lm_normal" else 8000,
             **common,
         )
@@ -70,8 +72,8 @@ def get_config(stage: str = "") -> TrainConfig:
         return TrainConfig(
             component="flow",
             model=flow.mini(),
-            data=input_pipeline.Config(stage="flow", batch_size=16, num_tokens=192, **styles),
-            optim=Optim(lr=1e-3 if stage == "flow_normal" else 5e-4, warmup_steps=200),
+            data=input_pipeline.Config(stage="flow", batch_size=8, num_tokens=192, **styles),
+            optim=Optim(lr=1e-3, warmup_steps=200),
             steps=4000 if stage == "flow_normal" else 10000,
             **common,
         )
@@ -80,7 +82,7 @@ def get_config(stage: str = "") -> TrainConfig:
             component="vocoder",
             model=vocoder_istft.mini(),
             data=input_pipeline.Config(stage="vocoder", batch_size=16, num_samples=16000),
-            optim=Optim(lr=5e-4, warmup_steps=200, betas=(0.8, 0.99), clip_norm=10.0),
+            optim=Optim(lr=1e-3, warmup_steps=200, betas=(0.8, 0.99), clip_norm=10.0),
             steps=15000,
             **common,
         )

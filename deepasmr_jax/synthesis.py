@@ -242,6 +242,9 @@ class Synthesizer:
         self.mel_config = audio.mel_profile(config["mel_profile"])
         self.sample_rate = self.mel_config.sample_rate
         self._parts = {name: _Part(folder, name, config) for name in COMPONENTS}
+        if jax.default_backend() == "cpu":  # products of one row are slow in bfloat16 there
+            own_lm = self._parts["lm"]
+            own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
         self._decode_weights = lm.unstack(self._parts["lm"].module, self._parts["lm"].config)
         settings = config.get("sampling", {})
         self.sampling = lm.Sampling(**settings.get("lm", {}))

@@ -112,7 +112,8 @@ class Rows:
         for i, item in enumerate(items):
             request = self._request(item, task, seed=i)
             clip = s.read_clip(item.clip[source], s.sample_rate, voice_style=source)
-            job = s._job(i, request, item.language, clip, "truth", clip, 1.0, [])
+            prompt = dataclasses.replace(clip, transcript=item.clip_text, language=item.language)  # not used
+            job = s._job(i, request, item.language, clip, "truth", prompt, 1.0, [])
             job.chunks = job.chunks[:1]
             job.tokens = [s.read_clip(item.target[target], s.sample_rate, voice_style=target).tokens]
             jobs.append(job)
