@@ -128,6 +128,9 @@ class Conv(nnx.Module):
         kernel = self.kernel[...].astype(dtype)
         pad = (kernel.shape[0] - 1) // 2 * dilation
         groups = x.shape[-1] // kernel.shape[1]
+        if groups > 1 and jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1:
+            # seen with jax 0.10.2: the kernel gradient of a grouped convolution is wrong on such a mesh
+            raise ValueError("the scale discriminators train on a mesh with model=1 only; set mesh.model=1")
         options = dict(feature_group_count=groups)
         if x.ndim == 3:
             layout, pads = ("NWC", "WIO", "NWC"), [(pad, pad)]
