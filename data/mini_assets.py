@@ -131,7 +131,7 @@ def demo_clips(data: str, out: str | Path) -> None:
     ):
         pairs: dict[str, dict[str, dict]] = {}
         for record in read_records(data, split):
-            is_base = language == "en" or "_marcelo_" in record["speaker"] or "_steph_" in record["speaker"]
+            is_base = language == "en" or "_f1_" in record["speaker"]
             if record["language"] == language and record["kind"] == "asmr" and is_base:
                 pairs.setdefault(record["pair_id"], {})[record["style"]] = record
         usable = [
