@@ -31,13 +31,18 @@ def leaves(tree, trained=True):
 
 
 def voices(num_rows, seconds=0.6, seed=0):
-    """Stand-in voices: noise through one of three resonances, one per speaker."""
+    """Stand-in voices: noise in one of three bands, one per speaker, on and off six times a second.
+
+    A steady band would not do: the mean over time, which the front-end removes, would be all of the speaker.
+    """
     rng = np.random.default_rng(seed)
-    index = (np.arange(num_rows) % 3).astype(np.int32)
-    spectrum = np.fft.rfft(rng.standard_normal((num_rows, int(16000 * seconds))))
+    index, num_samples = (np.arange(num_rows) % 3).astype(np.int32), int(16000 * seconds)
+    spectrum = np.fft.rfft(rng.standard_normal((num_rows, num_samples)))
     hz = np.linspace(0, 8000, spectrum.shape[1])
-    shape = 0.05 + np.exp(-0.5 * ((hz - np.asarray([700, 1800, 3500])[index][:, None]) / 300) ** 2)
-    wav = np.fft.irfft(spectrum * shape)
+    band = np.exp(-0.5 * ((hz - np.asarray([700, 1800, 3500])[index][:, None]) / 300) ** 2)
+    turns = 6 * np.arange(num_samples) / 16000 + rng.uniform(0, 1, (num_rows, 1))
+    wav = np.fft.irfft(spectrum * band, num_samples) * (np.sin(2 * np.pi * turns) > 0)
+    wav = wav + 0.02 * rng.standard_normal(wav.shape)
     wav = (0.2 * wav / np.abs(wav).max()).astype(np.float32)
     return {"wav": wav, "lengths": np.full(num_rows, wav.shape[1], np.int32), "speaker_index": index}
 
