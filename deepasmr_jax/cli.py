@@ -19,10 +19,9 @@ _EXAMPLES = """examples:
   deepasmr demo --out demo
 """
 NOTICE = (
-    "This is a small demonstration: the built-in model was trained by this project's own recipes on "
-    "synthetic speech "
-    "only. It shows that every stage works; it does not show the quality of a model of full size trained on "
-    "people."
+    "This is a small demonstration: the built-in model was trained by this project's own recipes on synthetic speech "
+    "only, and not for long yet. Style and voice follow the clips; the words do not follow the text yet. It does not "
+    "show the quality of a model of full size trained on people."
 )
 
 
