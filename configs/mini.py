@@ -59,9 +59,13 @@ def get_config(stage: str = "") -> TrainConfig:
         styles = NORMAL if stage == "lm_normal" else {}
         return TrainConfig(
             component="lm",
-            model=lm.mini(text.MiniTokenizer().vocab_size, dtype="bfloat16"),  # 1.7 x faster to train on CPU
+            model=lm.mini(
+                text.MiniTokenizer().vocab_size,
+                dtype="bfloat16",  # 1.7 x faster to train on CPU
+                alignment_weight=0.3,
+            ),
             data=input_pipeline.Config(
-                stage="lm", batch_size=8, num_tokens=512, spell_probability=0.05, **styles
+                stage="lm", batch_size=8, num_tokens=512, spell_probability=0.05, align=True, **styles
             ),
             optim=Optim(lr=1e-3, warmup_steps=200, betas=(0.9, 0.98)),
             steps=6000 if stage == "lm_normal" else 8000,

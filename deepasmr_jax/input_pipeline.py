@@ -8,7 +8,8 @@ speech_tokens [N], mel float16 [T, M] and text_ids.
 Batches, B rows each, all lengths static:
   lm: tokens, kinds, segment_ids, positions, targets, each [B, N] int32; kinds as in lm.py;
     segment_ids 0 = padding; targets -1 = ignored. A segment is 1..k utterances of one speaker and one style:
-    [sos] text_1 .. text_k [task] speech_1 .. speech_k, targets on the speech ids and the end id.
+    [sos] text_1 .. text_k [task] speech_1 .. speech_k, targets on the speech ids and the end id. With
+    `align` also aligned [B, N, 2]: row positions of the symbols heard in the two halves of the target.
   flow: speech_tokens [B, N] int32, num_tokens [B] int32, mel [B, T, M] float32, prompt_frames [B]
     int32 (0: no prompt).
   vocoder: wav [B, W] float32 in [-1, 1], no padding.
@@ -58,6 +59,7 @@ class Config:
         0.0  # share of English words spelled by letters; text_ids must be of text.MiniTokenizer
     )
     spell_room: int = 16  # positions of each row kept free for them when spell_probability > 0
+    align: bool = False  # adds `aligned`; needs `phones`, and text_ids of text.MiniTokenizer
     # flow
     mel_profile: str = "mini"
     no_prompt_prob: float = 0.2
@@ -337,6 +339,62 @@ def pack(lengths: np.ndarray, capacity: int, num_open: int = _OPEN_ROWS) -> list
 # ---------------------------------------------------------------- rows of each stage
 
 
+def align(symbols: list[str], phones: np.ndarray, num_frames: int) -> np.ndarray:
+    """Which symbol of a text is heard in each 20 ms frame, by dynamic time warping.
+
+    The recording and the text may disagree (weak forms, letters, other lexicon): every frame gets a symbol,
+    in the order of the text.
+
+    Args:
+        symbols: M names of text.MiniTokenizer.
+        phones: [W] int, index in text.PHONES of each frame.
+        num_frames: frames wanted; beyond W the last one is repeated.
+
+    Returns:
+        [num_frames] int32 in 0..M-1, never decreasing.
+    """
+    import librosa
+
+    classes = np.array([_symbol_class(s) for s in symbols])
+    cost = _phone_costs()[classes][:, phones]
+    path = librosa.sequence.dtw(C=cost)[1][::-1]  # [steps, 2] of (symbol, frame)
+    # a frame at which several symbols are passed has the one that fits it best
+    order = np.lexsort((cost[path[:, 0], path[:, 1]], path[:, 1]))
+    frames, first = np.unique(path[order, 1], return_index=True)
+    found = np.maximum.accumulate(path[order[first], 0])
+    # the way through a mark without a pause takes a frame of one of the sounds beside it
+    for frame in np.flatnonzero((classes[found] == len(_phone_costs()) - 1) & (phones != 0)):
+        beside = [i for i in (found[frame] - 1, found[frame] + 1) if 0 <= i < len(symbols)]
+        found[frame] = min(beside, key=lambda i: cost[i, frame], default=found[frame])
+    found = np.maximum.accumulate(found)
+    return found[np.minimum(np.arange(num_frames), len(frames) - 1)].astype(np.int32)
+
+
+@functools.cache
+def _symbol_class(symbol: str) -> int:
+    """Row of `_phone_costs`: the phone itself, or one of the rows behind them (vowel, consonant, mark)."""
+    name = symbol.rstrip("012345")
+    if name in text.PHONES:
+        return text.PHONES.index(name)
+    is_letter = len(name) == 1 and name.isalpha()
+    return len(text.PHONES) + (0 if name in [*"aeiouy"] else 1 if is_letter else 2)
+
+
+@functools.cache
+def _phone_costs() -> np.ndarray:
+    """[symbol class, phone of the frame]: 0 for the same, 1 for speech against silence."""
+    names = text.PHONES
+    vowel = np.array([n[0] in "AEIOU" or n[3:] in text.ZH_FINALS for n in names])
+    cost = np.where(vowel[:, None] == vowel, 0.5, 0.8)
+    np.fill_diagonal(cost, 0.0)
+    cost = np.concatenate(
+        [cost, [np.where(vowel, 0.2, 0.5), np.where(vowel, 0.5, 0.2), np.full(len(names), 0.6)]]
+    )
+    cost[1:, 0] = cost[0, 1:] = 1.0
+    cost[-1, 0] = 0.0
+    return cost
+
+
 class _Lm:
     """Packed rows of whole segments; the packing of an epoch is planned from the index alone."""
 
@@ -344,7 +402,7 @@ class _Lm:
 
     def __init__(self, cfg: Config, index: Index):
         self.cfg, self.index = cfg, index
-        self.records = Records(cfg, self.fields)
+        self.records = Records(cfg, self.fields + (("phones",) if cfg.align else ()))
         cost = index.num_text + index.num_tokens
         self._capacity = cfg.num_tokens - (cfg.spell_room if cfg.spell_probability else 0)
         usable = (index.num_tokens > 0) & (cost + 2 <= self._capacity)
@@ -360,6 +418,7 @@ class _Lm:
         self._lock = threading.Lock()
         self.num_rows = len(self._plan(0))
         self.tokenizer = text.MiniTokenizer() if cfg.spell_probability else None
+        self._symbols = text.MiniTokenizer().symbols if cfg.align else []
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_plans": {}}
@@ -411,9 +470,11 @@ class _Lm:
             for name in ("tokens", "kinds", "segment_ids", "positions")
         }
         out["targets"] = np.full(cfg.num_tokens, IGNORED, np.int32)
+        if cfg.align:
+            out["aligned"] = np.full((cfg.num_tokens, 2), IGNORED, np.int32)
         at = 0
         for number, segment in enumerate(segments, 1):
-            texts, speech = [], []
+            texts, speech, heard = [], [], []
             for i in segment:
                 record = self.records[i]
                 ids = np.asarray(record["text_ids"], np.int32)
@@ -421,6 +482,11 @@ class _Lm:
                 if other is not None and len(other) - len(ids) <= room:
                     room -= len(other) - len(ids)
                     ids = other
+                if cfg.align:
+                    first = at + 1 + sum(map(len, texts))
+                    symbols = [self._symbols[i] for i in ids]
+                    frames = 2 * len(record["speech_tokens"])
+                    heard.append(first + align(symbols, np.asarray(record["phones"]), frames).reshape(-1, 2))
                 texts.append(ids)
                 speech.append(np.asarray(record["speech_tokens"], np.int32))
             texts, speech = np.concatenate(texts), np.concatenate(speech)
@@ -430,6 +496,9 @@ class _Lm:
             span = slice(at, at + len(tokens))
             out["tokens"][span], out["kinds"][span], out["targets"][span] = tokens, kinds, targets
             out["segment_ids"][span], out["positions"][span] = number, np.arange(len(tokens))
+            if cfg.align:
+                start = at + 1 + len(texts)  # [task], which predicts the first token
+                out["aligned"][start : start + len(speech)] = np.concatenate(heard)
             at = span.stop
         return out
 

@@ -25,6 +25,8 @@ from deepasmr_jax.sharding import spec
 # queries per part of the training attention; on CPU 512 positions take 0.6 of the time of one part
 CAUSAL_CHUNK = 128
 
+NUM_ALIGNED = 2  # heads that `alignment_loss` teaches, one for each half of the token to come
+
 # kinds of a position in a packed row
 PAD, SOS, TEXT, TASK, SPEECH = range(5)
 
@@ -59,6 +61,8 @@ class Config:
     dtype: str = "float32"  # operands of matrix products: float32 or bfloat16
     remat: str = "full"  # what the backward pass keeps of a layer: none (all), dots, full (nothing)
     z_loss: float = 0.0  # weight of logsumexp(logits)^2
+    alignment_weight: float = 0.0  # of the supervised attention in `alignment_loss`; 0: none, needs no labels
+    alignment_layers: tuple[int, ...] = ()  # layers whose first two heads it teaches
     label_smoothing: float = 0.0
 
     def __post_init__(self):
@@ -72,6 +76,15 @@ class Config:
             raise ValueError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r} is unknown; use one of {', '.join(REMAT)}")
+        if self.alignment_weight and not (
+            self.alignment_layers
+            and all(0 <= i < self.num_layers for i in self.alignment_layers)
+            and self.num_heads >= NUM_ALIGNED
+        ):
+            raise ValueError(
+                f"alignment_weight {self.alignment_weight} needs alignment_layers in 0..{self.num_layers - 1} "
+                f"and {NUM_ALIGNED} heads, found {self.alignment_layers} and {self.num_heads}"
+            )
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ValueError(f"label_smoothing {self.label_smoothing} is outside [0, 1)")
 
@@ -105,7 +118,8 @@ def cosyvoice2(**changes) -> Config:
 def mini(text_vocab: int, **changes) -> Config:
     """The built-in model: 4.7 M parameters in the layers, 8.1 M with the speech table and head."""
     sizes = dict(width=256, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=64, mlp_width=768)
-    return Config(**(dict(text_vocab=text_vocab, rope_base=1e4, remat="none") | sizes | changes))
+    training = dict(remat="none", alignment_layers=(2, 3))
+    return Config(**(dict(text_vocab=text_vocab, rope_base=1e4) | sizes | training | changes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,16 +306,28 @@ def hidden(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Arr
     Returns:
         [B, N, D] float32, after the final norm.
     """
-    positions, segments = batch["positions"], batch["segment_ids"]
-    mask = (segments[:, :, None] == segments[:, None, :]) & (positions[:, :, None] >= positions[:, None, :])
+    return _run(model, cfg, batch, keep=False)[0]
+
+
+def _run(
+    model: SpeechLM, cfg: Config, batch: dict[str, jax.Array], keep: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Final hidden states [B, N, D] and, if `keep`, the input of every layer [L, B, N, D]."""
+    positions, mask = batch["positions"], _mask(batch)
 
     def body(x, layer):
-        return layer(x, positions, mask), None
+        return layer(x, positions, mask), x if keep else None
 
     if cfg.remat != "none":
         body = jax.checkpoint(body, policy=REMAT[cfg.remat])
-    x, _ = jax.lax.scan(body, embed(model, batch["tokens"], batch["kinds"]), model.layers)
-    return model.norm(x)
+    x, inputs = jax.lax.scan(body, embed(model, batch["tokens"], batch["kinds"]), model.layers)
+    return model.norm(x), inputs
+
+
+def _mask(batch: dict[str, jax.Array]) -> jax.Array:
+    """[B, N, N], True where a position sees another one: earlier or the same, of its own segment."""
+    positions, segments = batch["positions"], batch["segment_ids"]
+    return (segments[:, :, None] == segments[:, None, :]) & (positions[:, :, None] >= positions[:, None, :])
 
 
 def logits(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Array:
@@ -319,16 +345,19 @@ def loss(
         cfg: its settings.
         batch: each [B, N] int32: `tokens` (text or speech id), `kinds` (0 padding, 1 start, 2 text, 3 task,
             4 speech), `segment_ids` (0 padding), `positions` (from 0 in each segment), `targets` (speech id
-            or end id; -1 ignored). Position i predicts `targets[i]`, which is the token at i + 1.
+            or end id; -1 ignored). Position i predicts `targets[i]`, which is the token at i + 1. With
+            cfg.alignment_weight also `aligned` [B, N, 2], see `alignment_loss`.
         key: not used; the loss is deterministic.
 
     Returns:
         (sum in nats, count of targets, aux); aux holds (sum, count) of `nll_nats` (without smoothing and
-        z-loss), `accuracy` (most probable token is the target) and `end_nll_nats` (end targets only).
+        z-loss), `accuracy` (most probable token is the target) and `end_nll_nats` (end targets only); with
+        cfg.alignment_weight also those of `alignment_loss`, whose sum is added with that weight.
     """
     del key
     targets = batch["targets"]
-    scores = logits(model, cfg, batch)
+    states, inputs = _run(model, cfg, batch, keep=bool(cfg.alignment_weight))
+    scores = model.head(states)
     valid = (targets >= 0).astype(jnp.float32)
     is_end = (targets == cfg.end_id).astype(jnp.float32)
     log_total = jax.nn.logsumexp(scores, axis=-1)
@@ -348,11 +377,66 @@ def loss(
         "accuracy": (jnp.sum(is_right * valid), count),
         "end_nll_nats": (jnp.sum(nll * is_end), jnp.sum(is_end)),
     }
-    return jnp.sum(total * valid), count, aux
+    total = jnp.sum(total * valid)
+    if cfg.alignment_weight:
+        alignment, more = alignment_loss(model, cfg, batch, inputs)
+        total, aux = total + cfg.alignment_weight * alignment, aux | more
+    return total, count, aux
+
+
+def alignment_loss(
+    model: SpeechLM, cfg: Config, batch: dict[str, jax.Array], inputs: jax.Array
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+    """Cross-entropy of where two heads look: at the text symbol that is heard in the token to come.
+
+    A small model that sees each sentence a few times does not find the way from speech back to its text by
+    itself; recordings whose phones are known in time can show it (for sources without such labels, leave the
+    weight at 0). Only training is concerned: the network is the same.
+
+    Args:
+        model: the module.
+        cfg: its settings; the layers `alignment_layers`, heads 0 and 1.
+        batch: as in `loss`, and `aligned` [B, N, 2] int32: for a position that predicts a speech token, the
+            row positions of the text symbols heard in the first and the second half of that token; -1
+            elsewhere.
+        inputs: [L, B, N, D] input of every layer.
+
+    Returns:
+        (sum in nats, a mean over heads and layers; aux with (sum, count) of `alignment_nll_nats` and
+        `alignment_accuracy`, the share of heads that look there most).
+
+    Source: the idea of guided attention (Tachibana et al., 2018), with known positions in place of a diagonal.
+    """
+    aligned = jnp.moveaxis(batch["aligned"], 2, 1)  # [B, 2, N]
+    mask, positions = _mask(batch), batch["positions"]
+    valid = (aligned >= 0).astype(jnp.float32)
+    nll = right = 0.0
+    for number in cfg.alignment_layers:
+        block = jax.tree.map(lambda x: x[number], model.layers)  # noqa: B023
+        attn, x = block.attn, block.attn_norm(inputs[number])
+        rows = nn.axes_of(x)[0]
+
+        def heads(linear, count, rows=rows, x=x):
+            flat = jax.sharding.reshard(linear(x), PartitionSpec(rows, None, None))
+            split = flat.reshape(*flat.shape[:2], count, cfg.head_dim)
+            return nn.rotary(split, positions, cfg.rope_base)
+
+        q = heads(attn.q, cfg.num_heads)[:, :, :NUM_ALIGNED]
+        k = heads(attn.k, cfg.num_kv_heads)
+        k = jnp.stack([k[:, :, h * cfg.num_kv_heads // cfg.num_heads] for h in range(NUM_ALIGNED)], axis=2)
+        # float32: XLA:CPU has no bfloat16 product of this layout
+        scores = nn.product("bnhe,bshe->bhns", q, k, "float32", PartitionSpec(rows, None, None, None))
+        scores = jnp.where(mask[:, None], scores * cfg.head_dim**-0.5, nn.MASKED)
+        found = _pick(scores, aligned)
+        nll += jnp.sum((jax.nn.logsumexp(scores, axis=-1) - found) * valid)
+        right += jnp.sum((found >= jnp.max(scores, axis=-1)) * valid)
+    share, count = 1 / (NUM_ALIGNED * len(cfg.alignment_layers)), jnp.sum(valid) / NUM_ALIGNED
+    nll, right = nll * share, right * share
+    return nll, {"alignment_nll_nats": (nll, count), "alignment_accuracy": (right, count)}
 
 
 def _pick(scores: jax.Array, ids: jax.Array) -> jax.Array:
-    """Entry `ids` [B, N] of the last axis of `scores` [B, N, V]; 0 where the id is out of range."""
+    """Entry `ids` [...] of the last axis of `scores` [..., V]; 0 where the id is out of range."""
     is_id = jnp.arange(scores.shape[-1]) == ids[..., None]
     return jnp.sum(jnp.where(is_id, scores, 0.0), axis=-1)
 

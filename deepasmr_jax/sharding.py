@@ -48,9 +48,7 @@ def make_mesh(slice: int = 1, data: int = 1, model: int = 1, devices=None) -> Me
             f"mesh {slice}x{data}x{model} needs {count} devices, found {len(devices)}; "
             "lower one of slice, data, model"
         )
-    mesh = jax.make_mesh(
-        (slice, data, model), MESH_AXES, (AxisType.Explicit,) * 3, devices=devices[:count]
-    )
+    mesh = jax.make_mesh((slice, data, model), MESH_AXES, (AxisType.Explicit,) * 3, devices=devices[:count])
     jax.set_mesh(mesh)
     return mesh
 

@@ -6,7 +6,7 @@ import fixture_data
 import numpy as np
 import pytest
 
-from deepasmr_jax import input_pipeline, lm
+from deepasmr_jax import input_pipeline, lm, text
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,41 @@ def test_a_segment_is_start_texts_task_speech_with_targets_only_on_speech_and_en
             assert targets[-1] == cfg.end_id
             seen += 1
     assert seen > 20
+
+
+def test_frames_are_aligned_to_the_symbols_that_are_heard_in_them():
+    ids = {name: i for i, name in enumerate(text.PHONES)}
+    heard = "sil sil K K AE AE AE T T T HH IH IH Z Z sil sil".split()
+    symbols = ["<en>", "|", "K", "AE1", "T", "|", "HH", "IH1", "Z", "."]
+    found = input_pipeline.align(symbols, np.array([ids[p] for p in heard]), 20)
+    names = [symbols[i] for i in found]
+    assert names[2:10] == "K K AE1 AE1 AE1 T T T".split()
+    assert names[10:15] == "HH IH1 IH1 Z Z".split()
+    assert names[15:] == ["."] * 5  # the last one goes on beyond the labels
+    assert np.all(np.diff(found) >= 0)
+
+
+def test_letters_and_mandarin_finals_are_aligned_too():
+    ids = {name: i for i, name in enumerate(text.PHONES)}
+    letters = input_pipeline.align(list("dog"), np.array([ids[p] for p in "D D AO AO G G".split()]), 6)
+    assert letters.tolist() == [0, 0, 1, 1, 2, 2]
+    heard = np.array([ids[p] for p in "zh_n zh_i zh_i zh_h zh_ao".split()])
+    assert input_pipeline.align(["zh_n", "zh_i3", "zh_h", "zh_ao3"], heard, 5).tolist() == [0, 1, 1, 2, 3]
+
+
+def test_aligned_positions_are_text_of_the_same_segment_wherever_speech_is_predicted(folder):
+    cfg = make_config(folder, "lm", align=True, spell_probability=0.3, seed=3)
+    plain = input_pipeline.first_batches(dataclasses.replace(cfg, align=False), 3)
+    for batch, without in zip(input_pipeline.first_batches(cfg, 3), plain, strict=True):
+        aligned = batch.pop("aligned")
+        assert same(batch, without)
+        speaks = (batch["targets"] >= 0) & (batch["targets"] != cfg.end_id)
+        assert np.array_equal(aligned[..., 0] >= 0, speaks) and np.array_equal(aligned[..., 1] >= 0, speaks)
+        rows, at = np.nonzero(speaks)
+        for half in range(2):
+            found = aligned[rows, at, half]
+            assert np.all(batch["kinds"][rows, found] == lm.TEXT)
+            assert np.array_equal(batch["segment_ids"][rows, found], batch["segment_ids"][rows, at])
 
 
 def test_every_utterance_is_in_the_epoch_once_and_each_segment_has_one_speaker_and_style(folder):

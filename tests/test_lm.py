@@ -10,7 +10,7 @@ import optax
 import pytest
 from fill import fill
 
-from deepasmr_jax import lm, sharding
+from deepasmr_jax import checkpoint, lm, sharding
 
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 SIZES = dict(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=64)
@@ -215,6 +215,76 @@ def test_loss_matches_numpy_with_smoothing_and_z_loss(model):
     assert float(aux["end_nll_nats"][0]) == pytest.approx(nll[is_end].sum(), rel=1e-5)
     assert float(aux["end_nll_nats"][1]) == 4
     assert float(aux["accuracy"][0]) == (scores.argmax(-1) == batch["targets"])[valid].sum()
+
+
+ALIGNED = dataclasses.replace(TINY, alignment_weight=0.3, alignment_layers=(1,))
+
+
+def aligned_batch():
+    """A batch and, for each position that predicts speech, two random text positions of its segment."""
+    batch, rng = random_batch(), np.random.default_rng(1)
+    batch["aligned"] = np.full((*batch["targets"].shape, 2), -1, np.int32)
+    for row, at in zip(*np.nonzero((batch["targets"] >= 0) & (batch["targets"] != TINY.end_id)), strict=True):
+        same = batch["segment_ids"][row] == batch["segment_ids"][row, at]
+        batch["aligned"][row, at] = rng.choice(np.flatnonzero(same & (batch["kinds"][row] == lm.TEXT)), 2)
+    return batch
+
+
+def test_alignment_loss_is_the_cross_entropy_of_two_heads_over_visible_positions(model):
+    batch = aligned_batch()
+    total, count, aux = loss(model, ALIGNED, batch)
+    plain = loss(model, TINY, batch)[0]
+    # the weights of the second layer's heads, in numpy
+    w = {k: np.asarray(v, np.float64) for k, v in checkpoint.named_arrays(model).items()}
+    one = dataclasses.replace(TINY, num_layers=1)
+    first = jax.tree.map(lambda x: x[:1], model.layers)
+    x = np.asarray(jax.jit(lambda m: _layers(m, first, one, batch))(model), np.float64)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + TINY.norm_eps) * w["layers.attn_norm.scale"][1]
+
+    def rotated(name, heads):
+        y = x @ w[f"layers.attn.{name}.kernel"][1] + w[f"layers.attn.{name}.bias"][1]
+        y = y.reshape(*y.shape[:2], heads, -1)
+        half = y.shape[-1] // 2
+        angle = batch["positions"][:, :, None, None] * TINY.rope_base ** (-np.arange(half) / half)
+        a, b = y[..., :half], y[..., half:]
+        turned = [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+        return np.concatenate(turned, -1)
+
+    q, k = rotated("q", TINY.num_heads)[:, :, :2], rotated("k", TINY.num_kv_heads)
+    scores = np.einsum("bnhe,bse->bhns", q, k[:, :, 0]) * TINY.head_dim**-0.5  # both read key head 0
+    expected, seen = 0.0, 0
+    for row, at in zip(*np.nonzero(batch["aligned"][..., 0] >= 0), strict=True):
+        visible = (batch["segment_ids"][row] == batch["segment_ids"][row, at]) & (
+            np.arange(scores.shape[-1]) <= at
+        )
+        for head in range(2):
+            line = scores[row, head, at]
+            expected += np.log(np.exp(line[visible]).sum()) - line[batch["aligned"][row, at, head]]
+        seen += 1
+    assert float(aux["alignment_nll_nats"][1]) == seen == float(count) - 16  # all but the ends
+    assert float(aux["alignment_nll_nats"][0]) == pytest.approx(expected / 2, rel=1e-4)
+    assert float(total) == pytest.approx(float(plain) + 0.3 * expected / 2, rel=1e-4)
+
+
+def _layers(model, layers, cfg, batch):
+    positions, segments = batch["positions"], batch["segment_ids"]
+    mask = (segments[:, :, None] == segments[:, None, :]) & (positions[:, :, None] >= positions[:, None, :])
+    x = lm.embed(model, batch["tokens"], batch["kinds"])
+    for number in range(cfg.num_layers):
+        x = jax.tree.map(lambda p: p[number], layers)(x, positions, mask)  # noqa: B023
+    return x
+
+
+def test_alignment_is_learned_and_speech_reads_what_it_looks_at(model):
+    batch = aligned_batch()
+    trained, _ = fit(model, lambda m: lm.loss(m, ALIGNED, batch)[0] / 96, 150, 3e-3)
+    aux = loss(trained, ALIGNED, batch)[2]
+    assert aux["alignment_accuracy"][0] / aux["alignment_accuracy"][1] > 0.9
+
+
+def test_alignment_settings_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="alignment_layers in 0..1 and 2 heads"):
+        dataclasses.replace(TINY, alignment_weight=0.3, alignment_layers=(2,))
 
 
 def fit(model, objective, num_steps, rate):

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODEL = Path(os.environ.get("DEEPASMR_TEST_MODEL") or ROOT / "deepasmr_jax" / "mini").absolute()
 needs_model = pytest.mark.skipif(
-    not (MODEL / "config.json").is_file(), reason=f"the model folder {MODEL.name} has no config.json: no weights yet"
+    not (MODEL / "config.json").is_file(),
+    reason=f"the model folder {MODEL.name} has no config.json: no weights yet",
 )
 
 
@@ -66,7 +67,9 @@ def run_notebook(name: str, folder: Path, **variables: str) -> str:
         "TMPDIR": str(temporary),
     }
     command = [sys.executable, __file__, str(ROOT / "notebooks" / f"{name}.ipynb")]
-    done = subprocess.run(command, cwd=cwd, env=env | variables, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run(
+        command, cwd=cwd, env=env | variables, capture_output=True, text=True, encoding="utf-8"
+    )
     assert done.returncode == 0, f"{name}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert not list(cwd.iterdir()), f"{name} leaves files where it runs"
     return done.stdout
