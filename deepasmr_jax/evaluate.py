@@ -717,6 +717,8 @@ def evaluate_folder(
     Returns:
         {"settings": ..., "groups": {name: {"clips", "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser":
         ..., "retrieval_first": Interval, "speaker_cosine"}}}, rates in percent where the key says wer or ser.
+        Where each line names a `token_speaker`, whose tokens were spoken, also "token_speaker_first": how
+        often that voice is heard instead.
 
     Raises:
         ValueError: if results.jsonl is missing, empty or a line lacks a field; a file is missing.
@@ -741,14 +743,14 @@ def evaluate_folder(
             if judge is not None and pairs:
                 made[key] = summarise_errors([judge.errors(w, settings.sample_rate, t) for w, t in pairs])
         if speaker is not None and gallery is not None:
-            known = [
-                (w, r["speaker"])
-                for w, r in zip(wavs, members, strict=True)
-                if r.get("speaker") in gallery[1]
-            ]
+            known = [(w, r) for w, r in zip(wavs, members, strict=True) if r.get("speaker") in gallery[1]]
             if known:
                 embeddings = np.stack([speaker.embed(w, settings.sample_rate) for w, _ in known])
-                found = speaker_retrieval(embeddings, [s for _, s in known], *gallery)
+                found = speaker_retrieval(embeddings, [r["speaker"] for _, r in known], *gallery)
+                lenders = [r.get("token_speaker") for _, r in known]
+                if all(s in gallery[1] for s in lenders):
+                    wrong = speaker_retrieval(embeddings, lenders, *gallery)
+                    made["token_speaker_first"] = dataclasses.asdict(wrong.within(1))
                 made["retrieval_first"] = dataclasses.asdict(found.within(1))
                 made["retrieval_first_three"] = dataclasses.asdict(found.within(3))
                 made["retrieval_chance"] = 1 / found.num_speakers

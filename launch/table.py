@@ -11,6 +11,7 @@ Needs the extras eval and zh. The Markdown table is printed and written to OUT/t
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -79,6 +80,22 @@ def _spread(items: list[Item], count: int) -> list[Item]:
     return turn[:count]
 
 
+def voices_of_others(items: list[Item]) -> list[Item]:
+    """For each item, an item of another speaker that lends its voice.
+
+    Raises:
+        ValueError: if there is only one speaker.
+    """
+    lent = []
+    for i, item in enumerate(items):
+        others = (items[(i + k) % len(items)] for k in range(1, len(items)))
+        other = next((o for o in others if o.speaker != item.speaker), None)
+        if other is None:
+            raise ValueError(f"only the speaker {item.speaker!r}: another speaker's voice needs two; leave the row out")
+        lent.append(other)
+    return lent
+
+
 class Rows:
     """Makes the sounds of a row: a folder with wavs and results.jsonl."""
 
@@ -105,20 +122,24 @@ class Rows:
             made.append(np.asarray(jax.device_get(out))[0, : frames * s.mel_config.hop_samples])
         return made
 
-    def from_tokens(self, items: list[Item], task: str) -> list[np.ndarray]:
-        """The flow and the vocoder on the recordings' own tokens, in the voice of the clip."""
+    def from_tokens(self, items: list[Item], task: str, voices: list[Item] | None = None) -> list[np.ndarray]:
+        """The flow and the vocoder on the recordings' own tokens, in the voice of the clip (of `voices`)."""
         s, source, target = self.synthesizer, STYLES[task[0]], STYLES[task[2]]
         jobs = []
-        for i, item in enumerate(items):
+        for i, (spoken, item) in enumerate(zip(items, voices or items, strict=True)):
             request = self._request(item, task, seed=i)
             clip = s.read_clip(item.clip[source], s.sample_rate, voice_style=source)
             prompt = dataclasses.replace(clip, transcript=item.clip_text, language=item.language)  # not used
             job = s._job(i, request, item.language, clip, "truth", prompt, 1.0, [])
             job.chunks = job.chunks[:1]
-            job.tokens = [s.read_clip(item.target[target], s.sample_rate, voice_style=target).tokens]
+            job.tokens = [s.read_clip(spoken.target[target], s.sample_rate, voice_style=target).tokens]
             jobs.append(job)
         s._sound(jobs, 0)
         return [job.wav for job in jobs]
+
+    def from_other_tokens(self, items: list[Item], task: str) -> list[np.ndarray]:
+        """Tokens of each recording in the voice of another speaker: whose voice is heard?"""
+        return self.from_tokens(items, task, voices_of_others(items))
 
     def _request(self, item: Item, task: str, **options) -> synthesis.Request:
         source, target = STYLES[task[0]], STYLES[task[2]]
@@ -146,6 +167,8 @@ def row_table() -> dict[str, tuple]:
         rows[f"vocoder copy {style}"] = ("copy", (style,), {}, style)
     for task in TASKS:
         rows[f"true tokens to {task}"] = ("from_tokens", (task,), {}, STYLES[task[2]])
+    for task in ("N2A", "N2N"):
+        rows[f"another speaker's tokens to {task}"] = ("from_other_tokens", (task,), {}, STYLES[task[2]])
     for task in TASKS:
         rows[f"text to {task}"] = ("speak", (task,), {}, STYLES[task[2]])
     for task in ("A2N", "N2A"):
@@ -163,14 +186,17 @@ def make_row(rows: Rows, name: str, spec: tuple, items: dict[str, list[Item]], f
     method, args, options, _ = spec
     lines = []
     for language, own in items.items():
+        lent = voices_of_others(own) if method == "from_other_tokens" else own
         for i, (item, wav) in enumerate(zip(own, getattr(rows, method)(own, *args, **options), strict=True)):
             if wav is None:
                 wav = np.zeros(rows.synthesizer.sample_rate // 2, np.float32)  # failed: all its words are lost
             file = f"{language}_{i:04d}.wav"
             audio.save(folder / file, wav, rows.synthesizer.sample_rate)
-            lines.append(
-                {"file": file, "text": item.text, "language": language, "speaker": item.speaker, "group": language}
-            )
+            line = {"file": file, "text": item.text, "language": language, "group": language}
+            line["speaker"] = lent[i].speaker
+            if lent is not own:
+                line["token_speaker"] = item.speaker
+            lines.append(line)
     part = folder / "results.part"
     part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     part.rename(folder / evaluate.RESULTS)
@@ -212,13 +238,13 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(args.out)
     lines = [
         "| row | utterances en/zh | WER en, matrix | symbol error zh | unvoiced en | unvoiced zh "
-        "| right voice first en | cosine en |",
-        "|---|---|---|---|---|---|---|---|",
+        "| right voice first en | token's voice first en | cosine en |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, spec in row_table().items():
         if args.rows and args.rows not in name:
             continue
-        folder = out / name.replace(" ", "_").replace(",", "")
+        folder = out / re.sub("[^A-Za-z0-9]+", "_", name)
         make_row(rows, name, spec, items, folder)
         report_file = folder / "evaluation.json"
         if not report_file.exists():
@@ -235,7 +261,8 @@ def main(argv: list[str] | None = None) -> int:
         lines.append(
             f"| {name} | {en.get('clips', 0)}/{zh.get('clips', 0)} | {cell(en.get('matrix_wer'))} | "
             f"{cell(zh.get('mandarin_ser'))} | {cell(en.get('unvoiced'))} | {cell(zh.get('unvoiced'))} | "
-            f"{cell(en.get('retrieval_first'))} | {cell(en.get('speaker_cosine'), 1.0).replace('0.', '.')} |"
+            f"{cell(en.get('retrieval_first'))} | {cell(en.get('token_speaker_first'))} | "
+            f"{cell(en.get('speaker_cosine'), 1.0).replace('0.', '.')} |"
         )
         print(lines[-1], flush=True)
     text = "\n".join(lines) + "\n\nUnvoiced ratio: " + evaluate.PitchSettings().describe() + ".\n"

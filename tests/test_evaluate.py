@@ -303,6 +303,7 @@ def test_a_result_folder_is_measured_by_group(tmp_path):
         audio.save(tmp_path / f"{i}.wav", wav, RATE)
         rows.append(
             {"file": f"{i}.wav", "text": sentence, "language": "en", "style": style, "speaker": "buzz"}
+            | ({"token_speaker": "hiss"} if style == "asmr" else {})
         )
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     gallery = (np.eye(2), ["buzz", "hiss"])
@@ -311,6 +312,7 @@ def test_a_result_folder_is_measured_by_group(tmp_path):
     assert normal["clips"] == 2 and normal["matrix_wer"]["rate"] == 20 and "matrix_wer" not in asmr
     assert normal["unvoiced"]["value"] < 0.1 < 0.6 < asmr["unvoiced"]["value"]
     assert normal["retrieval_first"]["value"] == 1 and asmr["retrieval_first"]["value"] == 0
+    assert asmr["token_speaker_first"]["value"] == 1 and "token_speaker_first" not in normal
     assert "pYIN" in report["settings"]["unvoiced"]
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
 
