@@ -65,7 +65,7 @@ def get_config(stage: str = "") -> TrainConfig:
                 alignment_weight=0.3,
             ),
             data=input_pipeline.Config(
-                stage="lm", batch_size=8, num_tokens=512, spell_probability=0.05, align=True, **styles
+                stage="lm", batch_size=4, num_tokens=512, spell_probability=0.05, align=True, **styles
             ),
             optim=Optim(lr=1e-3, warmup_steps=200, betas=(0.9, 0.98)),
             steps=6000 if stage == "lm_normal" else 8000,
@@ -76,7 +76,9 @@ def get_config(stage: str = "") -> TrainConfig:
         return TrainConfig(
             component="flow",
             model=flow.mini(),
-            data=input_pipeline.Config(stage="flow", batch_size=8, num_tokens=192, **styles),
+            data=input_pipeline.Config(
+                stage="flow", batch_size=8, num_tokens=160, no_prompt_prob=0.1, **styles
+            ),
             optim=Optim(lr=1e-3, warmup_steps=200),
             steps=4000 if stage == "flow_normal" else 10000,
             **common,

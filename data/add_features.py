@@ -88,7 +88,7 @@ def write_metadata(folder: Path, features, shard_lengths: dict[str, list[int]], 
 # ---------------------------------------------------------------- features
 
 
-def padded_length(num_samples: int, step_s: float = 2.0) -> int:
+def padded_length(num_samples: int, step_s: float = 1.0) -> int:
     """The static length a waveform is padded to: the next multiple of `step_s` seconds."""
     step = int(step_s * SAMPLE_RATE)
     return -(-max(num_samples, 1) // step) * step

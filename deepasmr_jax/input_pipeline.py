@@ -136,6 +136,11 @@ class Records:
             raise ValueError("no data: give the dataset with --set data.data_dirs=FOLDER")
         for folder in cfg.data_dirs:
             absent = sorted(set(fields or ()) - set(_builder(folder).info.features))
+            if absent == ["phones"] and cfg.align:
+                raise ValueError(
+                    f"records of {folder} have no phone labels `phones`; train without them: "
+                    "--set=data.align=false --set=model.alignment_weight=0"
+                )
             if absent:
                 raise ValueError(
                     f"records of {folder} have no {absent}; run data/add_features.py on the corpus first"

@@ -405,8 +405,16 @@ def alignment_loss(
         (sum in nats, a mean over heads and layers; aux with (sum, count) of `alignment_nll_nats` and
         `alignment_accuracy`, the share of heads that look there most).
 
+    Raises:
+        ValueError: if the batch has no `aligned`.
+
     Source: the idea of guided attention (Tachibana et al., 2018), with known positions in place of a diagonal.
     """
+    if "aligned" not in batch:
+        raise ValueError(
+            f"alignment_weight {cfg.alignment_weight} needs batches with `aligned`: set data.align=true, or "
+            "model.alignment_weight=0 for a corpus without phone labels"
+        )
     aligned = jnp.moveaxis(batch["aligned"], 2, 1)  # [B, 2, N]
     mask, positions = _mask(batch), batch["positions"]
     valid = (aligned >= 0).astype(jnp.float32)

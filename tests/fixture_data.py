@@ -47,7 +47,11 @@ def record(i: int, split: str, num_speakers: int, has_features: bool) -> dict:
 
 
 def write(
-    folder: Path, counts: dict[str, int] | None = None, num_speakers: int = 3, has_features: bool = True
+    folder: Path,
+    counts: dict[str, int] | None = None,
+    num_speakers: int = 3,
+    has_features: bool = True,
+    has_labels: bool = True,
 ) -> str:
     """Writes the dataset into `folder/noise/1.0.0` and returns that path; two shards per split."""
     import tensorflow_datasets as tfds
@@ -57,7 +61,8 @@ def write(
     names = ("id", "pair_id", "text", "language", "speaker", "style", "engine", "kind")
     features = {name: tfds.features.Text() for name in names}
     features["audio"] = tensor(shape=(None,), dtype=np.int16, encoding="bytes")
-    features |= {name: tensor(shape=(None,), dtype=np.int32) for name in ("phones", "f0_class")}
+    labels = ("phones", "f0_class") if has_labels else ()
+    features |= {name: tensor(shape=(None,), dtype=np.int32) for name in labels}
     if has_features:
         features |= {name: tensor(shape=(None,), dtype=np.int32) for name in ("speech_tokens", "text_ids")}
         features["mel"] = tensor(shape=(None, 80), dtype=np.float16, encoding="bytes")
@@ -66,6 +71,7 @@ def write(
     root, lengths = Path(folder) / "noise" / "1.0.0", {}
     for split, count in (counts or {"train": 48, "valid": 12}).items():
         rows = [record(i, split, num_speakers, has_features) for i in range(count)]
+        rows = [{k: v for k, v in row.items() if k in features} for row in rows]
         halves = [rows[: count // 2], rows[count // 2 :]]
         lengths[split] = [len(h) for h in halves]
         for i, half in enumerate(halves):

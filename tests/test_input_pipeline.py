@@ -281,6 +281,13 @@ def test_a_corpus_without_features_is_sent_to_add_features(tmp_path):
         input_pipeline.make(make_config(folder, "flow"))
 
 
+def test_alignment_without_phone_labels_says_how_to_train_without_it(tmp_path):
+    folder = fixture_data.write(tmp_path, {"train": 4}, has_labels=False)
+    with pytest.raises(ValueError, match="no phone labels.*data.align=false"):
+        input_pipeline.make(make_config(folder, "lm", align=True))
+    next(iter(input_pipeline.make(make_config(folder, "lm"))))
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -287,6 +287,11 @@ def test_alignment_settings_that_cannot_work_are_refused():
         dataclasses.replace(TINY, alignment_weight=0.3, alignment_layers=(2,))
 
 
+def test_alignment_without_labels_names_both_ways_out(model):
+    with pytest.raises(ValueError, match="data.align=true, or model.alignment_weight=0"):
+        lm.loss(model, ALIGNED, random_batch())
+
+
 def fit(model, objective, num_steps, rate):
     """Model after `num_steps` of Adam on `objective(model) -> scalar`, and the last value."""
     tx = optax.adam(rate)
