@@ -292,6 +292,9 @@ def matrix_words(path: str | Path = MATRIX_FILE) -> list[list[str]]:
     return words
 
 
+FACTORS = (0.8, 0.9, 1.0, 1.12, 1.25)  # speeds that `MatrixJudge.enrol` tries
+
+
 class MatrixJudge:
     """Closed-set English recogniser: knows the word lists of the matrix sentences and nothing else.
 
@@ -340,14 +343,15 @@ class MatrixJudge:
         words = words_for_errors(sentence, "en")
         return len(words) == len(self.words) and all(w in s for w, s in zip(words, self.words, strict=True))
 
-    def transcribe(self, wav: np.ndarray, sample_rate: int) -> str:
+    def transcribe(self, wav: np.ndarray, sample_rate: int, factor: float = 1.0) -> str:
         """The sentence of the grammar that was heard; "" if none fits (then all words count as deleted).
 
         Args:
             wav: [W] float in [-1, 1]; its level does not matter.
             sample_rate: Hz.
+            factor: the clip is heard at this speed, formants and all; see `enrol`.
         """
-        wav = np.asarray(wav, np.float32)
+        wav, sample_rate = np.asarray(wav, np.float32), round(sample_rate * factor)
         wav = audio.resample(wav, sample_rate, 16000) if sample_rate != 16000 else wav
         wav = wav * (0.9 / max(float(np.abs(wav).max(initial=0.0)), 1e-6))
         edge = np.zeros(4000, np.float32)  # the grammar starts and ends in silence
@@ -359,7 +363,7 @@ class MatrixJudge:
         heard = self._decoder.hyp()
         return heard.hypstr if heard else ""
 
-    def errors(self, wav: np.ndarray, sample_rate: int, sentence: str) -> Errors:
+    def errors(self, wav: np.ndarray, sample_rate: int, sentence: str, factor: float = 1.0) -> Errors:
         """Word errors of one clip.
 
         Raises:
@@ -367,7 +371,24 @@ class MatrixJudge:
         """
         if not self.knows(sentence):
             raise ValueError(f"{sentence!r} is no matrix sentence; this judge hears nothing else")
-        return word_errors(sentence, self.transcribe(wav, sample_rate))
+        return word_errors(sentence, self.transcribe(wav, sample_rate, factor))
+
+    def enrol(self, clips: Sequence[tuple[np.ndarray, str]], sample_rate: int) -> float:
+        """The speed at which this judge understands a speaker's true recordings best.
+
+        Its acoustic model knows adult voices. A voice with shorter or longer formants is brought near them by
+        playing it slower or faster, the oldest form of vocal tract length normalisation. Enrol with recordings
+        that are in no row, and hear every row at that speed.
+
+        Args:
+            clips: recordings of one speaker in one style, with their matrix sentences.
+            sample_rate: Hz.
+
+        Returns:
+            One of `FACTORS`: least word errors; among equals the nearest to 1.
+        """
+        rates = {f: sum(self.errors(w, sample_rate, t, f).rate for w, t in clips) for f in FACTORS}
+        return min(FACTORS, key=lambda f: (rates[f], abs(math.log(f))))
 
 
 class MandarinJudge:
@@ -698,6 +719,7 @@ def evaluate_folder(
     mandarin: MandarinJudge | None = None,
     speaker: SpeakerJudge | None = None,
     gallery: tuple[np.ndarray, Sequence[str]] | None = None,
+    factors: dict[str, float] | None = None,
     workers: int = 1,
 ) -> dict:
     """Measures of a folder of results, by group, written to evaluation.json beside them.
@@ -712,6 +734,7 @@ def evaluate_folder(
         mandarin: judges Chinese; None: none.
         speaker: with gallery, measures speaker retrieval.
         gallery: ([G, E] embeddings by the same judge, [G] speakers), in the style of the clips.
+        factors: of each speaker, the speed at which `matrix` hears them (`MatrixJudge.enrol`); 1 for others.
         workers: processes for the unvoiced ratio.
 
     Returns:
@@ -736,12 +759,20 @@ def evaluate_folder(
         unvoiced = unvoiced_ratio(wavs, settings.sample_rate, settings, workers)
         if unvoiced.active.sum():
             made["unvoiced"] = dataclasses.asdict(unvoiced.interval())
-        for key, judge, language in (("matrix_wer", matrix, "en"), ("mandarin_ser", mandarin, "zh")):
-            pairs = [(w, r["text"]) for w, r in zip(wavs, members, strict=True) if r["language"] == language]
-            if language == "en" and judge is not None:
-                pairs = [(w, t) for w, t in pairs if judge.knows(t)]
-            if judge is not None and pairs:
-                made[key] = summarise_errors([judge.errors(w, settings.sample_rate, t) for w, t in pairs])
+        english = [(w, r) for w, r in zip(wavs, members, strict=True) if r["language"] == "en"]
+        english = [(w, r) for w, r in english if matrix is not None and matrix.knows(r["text"])]
+        if english:
+            heard = (factors or {}).get
+            made["matrix_wer"] = summarise_errors(
+                [
+                    matrix.errors(w, settings.sample_rate, r["text"], heard(r.get("speaker"), 1.0))
+                    for w, r in english
+                ]
+            )
+        chinese = [(w, r["text"]) for w, r in zip(wavs, members, strict=True) if r["language"] == "zh"]
+        if mandarin is not None and chinese:
+            errors = [mandarin.errors(w, settings.sample_rate, t) for w, t in chinese]
+            made["mandarin_ser"] = summarise_errors(errors)
         if speaker is not None and gallery is not None:
             known = [(w, r) for w, r in zip(wavs, members, strict=True) if r.get("speaker") in gallery[1]]
             if known:

@@ -25,6 +25,7 @@ from deepasmr_jax import audio, evaluate, input_pipeline, sharding, synthesis  #
 STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
 FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind")
+ENROLMENT = 5  # true matrix sentences of each English speaker and style on which the judge of words is set
 GALLERY_CLIPS = 6  # clips of each unseen speaker and style from which the judge knows the voice
 
 
@@ -40,8 +41,16 @@ class Item:
     clip: dict[str, np.ndarray]
 
 
-def read_items(data: str, split: str, per_row: int) -> tuple[dict[str, list[Item]], dict[str, list]]:
-    """(language -> items, style -> [(speaker, wav)] of sentences that are in no item), from matrix sentences."""
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the judges may know of the speakers beforehand: recordings that are in no item; by style."""
+
+    gallery: dict[str, list[tuple[str, np.ndarray]]]  # (speaker, wav)
+    enrolment: dict[str, dict[str, list[tuple[np.ndarray, str]]]]  # English speaker -> (wav, matrix sentence)
+
+
+def read_items(data: str, split: str, per_row: int) -> tuple[dict[str, list[Item]], Known]:
+    """Items of each language: matrix sentences first; in Mandarin, whose judge hears anything, others too."""
     records = input_pipeline.Records(
         input_pipeline.Config(stage="vocoder", batch_size=1, data_dirs=(data,), split=split), FIELDS
     )
@@ -56,6 +65,7 @@ def read_items(data: str, split: str, per_row: int) -> tuple[dict[str, list[Item
         by_speaker.setdefault((language, speaker), []).append(pair)
     items: dict[str, list[Item]] = {}
     gallery: dict[str, list] = {"normal": [], "asmr": []}
+    enrolment: dict[str, dict[str, list]] = {"normal": {}, "asmr": {}}
     for (language, speaker), own in by_speaker.items():
         matrix = [p for p in own if p["kind"] == "matrix"]
         others = [p for p in own if p["kind"] != "matrix"] or matrix
@@ -63,12 +73,18 @@ def read_items(data: str, split: str, per_row: int) -> tuple[dict[str, list[Item
             for style in gallery:
                 gallery[style].append((speaker, p["wavs"][style]))
         clips = others[GALLERY_CLIPS:] or matrix
+        if language == "en":
+            for style in enrolment:
+                enrolment[style][speaker] = [(p["wavs"][style], p["text"]) for p in matrix[-ENROLMENT:]]
+            matrix = matrix[:-ENROLMENT]
+        else:
+            matrix = matrix + others[:GALLERY_CLIPS]
         for i, p in enumerate(matrix):
             clip = clips[i % len(clips)] if clips is not matrix else matrix[(i + 1) % len(matrix)]
             items.setdefault(language, []).append(
                 Item(language, speaker, p["text"], clip["text"], p["wavs"], clip["wavs"])
             )
-    return {k: _spread(v, per_row) for k, v in items.items()}, gallery
+    return {k: _spread(v, per_row) for k, v in items.items()}, Known(gallery, enrolment)
 
 
 def _spread(items: list[Item], count: int) -> list[Item]:
@@ -178,6 +194,20 @@ def row_table() -> dict[str, tuple]:
     return rows
 
 
+def enrol(judge: evaluate.MatrixJudge, known: Known, path: Path) -> dict[str, dict[str, float]]:
+    """Style -> speaker -> speed at which the judge hears them; kept in a file."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {
+            style: {speaker: judge.enrol(clips, 16000) for speaker, clips in own.items()}
+            for style, own in known.enrolment.items()
+        }
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(found, indent=1))
+        part.rename(path)
+    return json.loads(path.read_text())
+
+
 def make_row(rows: Rows, name: str, spec: tuple, items: dict[str, list[Item]], folder: Path) -> None:
     """Writes the sounds of one row and their results.jsonl; a row that is whole is left alone."""
     if (folder / evaluate.RESULTS).exists():
@@ -225,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
 
-    items, gallery_wavs = read_items(args.data, args.split, args.per_row)
+    items, known = read_items(args.data, args.split, args.per_row)
     items = {k: v for k, v in items.items() if k in args.languages.split(",")}
     rows = Rows(synthesis.load(args.model))
     matrix = evaluate.MatrixJudge()
@@ -233,9 +263,10 @@ def main(argv: list[str] | None = None) -> int:
     speaker = evaluate.SpeakerJudge()
     gallery = {
         style: (np.stack([speaker.embed(w, 16000) for _, w in clips]), [s for s, _ in clips])
-        for style, clips in gallery_wavs.items()
+        for style, clips in known.gallery.items()
     }
     out = Path(args.out)
+    factors = enrol(matrix, known, out / "factors.json") if "en" in items else {}
     lines = [
         "| row | utterances en/zh | WER en, matrix | symbol error zh | unvoiced en | unvoiced zh "
         "| right voice first en | token's voice first en | cosine en |",
@@ -248,13 +279,14 @@ def main(argv: list[str] | None = None) -> int:
         make_row(rows, name, spec, items, folder)
         report_file = folder / "evaluation.json"
         if not report_file.exists():
-            known = {s for v in items.values() for s in (i.speaker for i in v)}
+            present = {s for v in items.values() for s in (i.speaker for i in v)}
             english = {i.speaker for i in items.get("en", [])}
             embeddings, names = gallery[spec[3]]
-            keep = [i for i, n in enumerate(names) if n in english] or [i for i, n in enumerate(names) if n in known]
+            keep = [i for i, n in enumerate(names) if n in english] or [i for i, n in enumerate(names) if n in present]
             evaluate.evaluate_folder(
                 folder, matrix=matrix, mandarin=mandarin, speaker=speaker,
-                gallery=(embeddings[keep], [names[i] for i in keep]), workers=args.workers,
+                gallery=(embeddings[keep], [names[i] for i in keep]), factors=factors.get(spec[3]),
+                workers=args.workers,
             )  # fmt: skip
         groups = json.loads(report_file.read_text())["groups"]
         en, zh = groups.get("en", {}), groups.get("zh", {})

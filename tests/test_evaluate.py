@@ -165,6 +165,21 @@ def test_the_matrix_judge_understands_synthetic_speech_and_gives_the_same_answer
     assert evaluate.summarise_errors(errors)["rate"] <= 5  # one word of twenty
 
 
+@pytest.mark.skipif(shutil.which("flite") is None, reason="needs the program flite")
+def test_a_voice_with_short_formants_is_enrolled_at_a_slower_speed_and_understood(matrix, tmp_path):
+    file, clips = str(tmp_path / "x.wav"), []
+    for i in range(3):
+        sentence = " ".join(np.random.default_rng(i).choice(slot) for slot in matrix.words)
+        subprocess.run(["flite", "-voice", "slt", "-t", sentence, "-o", file], check=True)
+        clips.append((audio.load(file, RATE), sentence))
+    high = [(audio.resample(w, round(1.35 * RATE), RATE), t) for w, t in clips]
+    assert matrix.enrol(clips, RATE) == 1.0
+    factor = matrix.enrol(high, RATE)
+    assert factor < 1.0
+    rates = [np.mean([matrix.errors(w, RATE, t, f).rate for w, t in high]) for f in (1.0, factor)]
+    assert rates[1] <= 0.2 < rates[0]
+
+
 def test_a_grammar_of_other_words_can_be_given(matrix):
     other = evaluate.MatrixJudge([["red", "green"], ["moonstones", "boats"]])
     assert other.knows("green moonstones")
@@ -285,7 +300,8 @@ def test_a_result_folder_is_measured_by_group(tmp_path):
         def knows(self, sentence):
             return sentence != "other"
 
-        def errors(self, wav, rate, sentence):
+        def errors(self, wav, rate, sentence, factor):
+            assert factor == 0.9
             return evaluate.word_errors(sentence, "lucy sees two red beds")
 
     class Speaker:
@@ -307,7 +323,9 @@ def test_a_result_folder_is_measured_by_group(tmp_path):
         )
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     gallery = (np.eye(2), ["buzz", "hiss"])
-    report = evaluate.evaluate_folder(tmp_path, matrix=Hears(), speaker=Speaker(), gallery=gallery)
+    report = evaluate.evaluate_folder(
+        tmp_path, matrix=Hears(), speaker=Speaker(), gallery=gallery, factors={"buzz": 0.9}
+    )
     normal, asmr = report["groups"]["normal"], report["groups"]["asmr"]
     assert normal["clips"] == 2 and normal["matrix_wer"]["rate"] == 20 and "matrix_wer" not in asmr
     assert normal["unvoiced"]["value"] < 0.1 < 0.6 < asmr["unvoiced"]["value"]
