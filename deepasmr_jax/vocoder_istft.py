@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from deepasmr_jax import audio
+from deepasmr_jax import audio, nn
 
 MAX_MAGNITUDE = 100.0  # Vocos: keeps an untrained head from overflowing
 
@@ -30,6 +30,10 @@ class Config:
     mlp_width: int = 768
     num_layers: int = 6
     kernel: int = 7  # frames seen by each block
+    # output frames of each mel frame, and their size (0: the profile's n_fft). A long frame with a long hop
+    # cannot follow a moving pitch: the phase must fit over 64 ms, and harmonics come out as noise.
+    subframes: int = 1
+    frame_size: int = 0
     dtype: str = "float32"  # operands of matrix products and convolutions
     remat: bool = False
     # losses; the adversarial terms are means over discriminators
@@ -49,21 +53,39 @@ class Config:
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel} is even; use an odd one, it is centred")
         mel = audio.mel_profile(self.mel_profile)
-        if mel.n_fft < 2 * mel.hop_samples:
+        if (
+            self.subframes < 1
+            or mel.hop_samples % self.subframes
+            or (self.subframes > 1 and mel.kind == "vocos")
+        ):
             raise ValueError(
-                f"profile {mel.name!r} has hop {mel.hop_samples}, over half of its n_fft {mel.n_fft}; "
-                "choose a profile whose frames overlap"
+                f"subframes {self.subframes} must divide the hop {mel.hop_samples} of profile {mel.name!r}, "
+                "and be 1 for a profile with centred frames"
+            )
+        if self.frames.n_fft < 2 * self.frames.hop_samples:
+            raise ValueError(
+                f"output frames of {self.frames.n_fft} samples every {self.frames.hop_samples} do not overlap by "
+                f"half; raise subframes or frame_size, or choose another profile than {mel.name!r}"
             )
 
     @property
     def mel(self) -> audio.MelConfig:
-        """The mel recipe of the input, whose n_fft and hop are also those of the output frames."""
+        """The mel recipe of the input."""
         return audio.mel_profile(self.mel_profile)
+
+    @property
+    def frames(self) -> audio.MelConfig:
+        """Size, hop and placing of the output frames; its mel bands mean nothing."""
+        size = self.frame_size or self.mel.n_fft
+        hop = self.mel.hop_samples // self.subframes
+        return dataclasses.replace(
+            self.mel, n_fft=size, win_samples=min(size, self.mel.win_samples), hop_samples=hop
+        )
 
 
 def mini() -> Config:
-    """The built-in model's vocoder: 16 kHz, 1.5 M parameters."""
-    return Config(mlp_width=512, num_layers=4)
+    """The built-in model's vocoder: 16 kHz, 1.5 M parameters, frames of 32 ms every 10 ms."""
+    return Config(mlp_width=512, num_layers=4, subframes=2, frame_size=512)
 
 
 def vocos_24khz() -> Config:
@@ -156,7 +178,7 @@ class Generator(nnx.Module):
         self.norm = LayerNorm(cfg.width)
         self.layers = jax.vmap(lambda k: Block(cfg, k))(jax.random.split(keys[1], cfg.num_layers))
         self.final_norm = LayerNorm(cfg.width)
-        self.head = Linear(keys[2], cfg.width, cfg.mel.n_fft + 2)
+        self.head = Linear(keys[2], cfg.width, cfg.subframes * (cfg.frames.n_fft + 2))
 
 
 def overlap_add(frames: jax.Array, hop: int, start: int, num_samples: int) -> jax.Array:
@@ -224,10 +246,14 @@ def _synthesize(model: Generator, cfg: Config, mel: jax.Array, lengths: jax.Arra
     x = keep(model.norm(model.embed(keep(mel.astype(jnp.float32)), cfg.dtype)))
     x, _ = jax.lax.scan(jax.checkpoint(body) if cfg.remat else body, x, model.layers)
     y = model.head(model.final_norm(x), cfg.dtype)
+    if cfg.subframes > 1:
+        rows = jax.P(nn.axes_of(y)[0], None, None)
+        y = y.reshape(y.shape[0], y.shape[1] * cfg.subframes, cfg.frames.n_fft + 2, out_sharding=rows)
+        valid = None if valid is None else jnp.repeat(valid, cfg.subframes, axis=1)
     log_magnitude, phase = jnp.split(y, 2, axis=-1)
     magnitude = jnp.minimum(jnp.exp(log_magnitude), MAX_MAGNITUDE)
     spectrum = jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
-    return inverse_stft(spectrum, cfg.mel, valid)
+    return inverse_stft(spectrum, cfg.frames, valid)
 
 
 def apply(model: Generator, cfg: Config, mel: jax.Array, lengths: jax.Array | None = None) -> jax.Array:

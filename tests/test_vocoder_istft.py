@@ -93,8 +93,29 @@ def test_a_padded_row_equals_the_row_alone_and_is_silent_after_its_end():
     np.testing.assert_allclose(run(model, TINY, mel), run(model, TINY, mel, np.full(3, 12)), atol=1e-6)
 
 
-def test_training_from_new_weights_overfits_one_batch():
-    cfg = vocoder_istft.Config(width=32, mlp_width=64, num_layers=3, stft_sizes=(512,))
+def test_subframes_lie_evenly_inside_their_mel_frame_and_rows_stay_independent():
+    cfg = dataclasses.replace(TINY, subframes=2, frame_size=512)
+    assert (cfg.frames.hop_samples, cfg.frames.n_fft, cfg.mel.hop_samples) == (160, 512, 320)
+    # centres of the two output frames of mel frame t: t * 320 + 80 and + 240, around the mel's t * 320 + 160
+    centres = [i * 160 - cfg.frames.pad_samples + 256 for i in range(4)]
+    assert centres == [80, 240, 400, 560]
+    model, lengths = filled_generator(cfg, 2), np.array([12, 5])
+    mel = np.random.default_rng(0).standard_normal((2, 12, 80)).astype(np.float32)
+    run = jax.jit(vocoder_istft.apply, static_argnums=1)
+    wav = np.asarray(run(model, cfg, mel, lengths))
+    assert wav.shape == (2, 12 * 320) and not wav[1, 5 * 320 :].any()
+    alone = np.asarray(run(model, cfg, mel[1:, :5]))[0]
+    np.testing.assert_allclose(wav[1, : 5 * 320], alone, atol=1e-5)
+    with pytest.raises(ValueError, match="subframes 3 must divide the hop 320"):
+        dataclasses.replace(TINY, subframes=3)
+    with pytest.raises(ValueError, match="do not overlap by half"):
+        dataclasses.replace(TINY, frame_size=512)
+
+
+@pytest.mark.parametrize("subframes", [1, 2])
+def test_training_from_new_weights_overfits_one_batch(subframes):
+    sizes = dict(subframes=subframes, frame_size=1024 // subframes)
+    cfg = vocoder_istft.Config(width=32, mlp_width=64, num_layers=3, stft_sizes=(512,), **sizes)
     model, tx, wav = (
         jax.jit(vocoder_istft.init, static_argnums=0)(cfg, jax.random.key(0)),
         optax.adam(5e-3),
