@@ -2,6 +2,8 @@
 
 A convolution over mel frames, ConvNeXt blocks (stacked, scanned), and a linear head that gives the magnitude
 and the phase of each frame's spectrum; overlap-add makes the samples. Source: Vocos (Siuzdak, 2023).
+With `source`, a pitch predicted from the mel drives a pulse train whose spectrum, filtered by the head, is added:
+harmonics then need no learned phase (source-filter idea of HiFT, Li et al., 2023). Without voice it is silent.
 Training: multi-resolution STFT and mel losses, and optionally small multi-period and spectrogram
 discriminators from a given step on (least squares; Kong et al., 2020; Jang et al., 2021).
 Batch: wav [B, W] float32 in [-1, 1] at the profile's rate; the mel is computed inside the loss.
@@ -16,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from deepasmr_jax import audio, nn
+from deepasmr_jax import audio, nn, pitch
 
 MAX_MAGNITUDE = 100.0  # Vocos: keeps an untrained head from overflowing
 
@@ -36,10 +38,13 @@ class Config:
     frame_size: int = 0
     dtype: str = "float32"  # operands of matrix products and convolutions
     remat: bool = False
+    source: bool = False  # pulse train at the predicted pitch
+    pitch_bins: int = 80  # of the prediction, over pitch.Range on a log scale
     # losses; the adversarial terms are means over discriminators
     stft_sizes: tuple[int, ...] = (256, 512, 1024, 2048)  # windows; the hop is a quarter
     stft_weight: float = 5.0
     mel_weight: float = 15.0
+    pitch_weight: float = 1.0  # pitch (of voiced frames) and voicing, in nats a frame
     adversarial: bool = False
     adversarial_start_step: int = 0
     adversarial_weight: float = 1.0
@@ -84,8 +89,8 @@ class Config:
 
 
 def mini() -> Config:
-    """The built-in model's vocoder: 16 kHz, 1.5 M parameters, frames of 32 ms every 10 ms."""
-    return Config(mlp_width=512, num_layers=4, subframes=2, frame_size=512)
+    """The built-in model's vocoder: 16 kHz, 1.5 M parameters, a pulse source, frames of 32 ms every 10 ms."""
+    return Config(mlp_width=512, num_layers=4, subframes=2, frame_size=512, source=True)
 
 
 def vocos_24khz() -> Config:
@@ -170,7 +175,7 @@ class Block(nnx.Module):
 
 
 class Generator(nnx.Module):
-    """embed, norm, layers (stacked on axis 0), final_norm, head."""
+    """embed, norm, layers (stacked on axis 0), final_norm, head; with a source pitch_head and filter_head."""
 
     def __init__(self, cfg: Config, key: jax.Array):
         keys = jax.random.split(key, 3)
@@ -178,7 +183,12 @@ class Generator(nnx.Module):
         self.norm = LayerNorm(cfg.width)
         self.layers = jax.vmap(lambda k: Block(cfg, k))(jax.random.split(keys[1], cfg.num_layers))
         self.final_norm = LayerNorm(cfg.width)
-        self.head = Linear(keys[2], cfg.width, cfg.subframes * (cfg.frames.n_fft + 2))
+        num_out = cfg.subframes * (cfg.frames.n_fft + 2)
+        self.head = Linear(keys[2], cfg.width, num_out)
+        if cfg.source:
+            pitch_key, filter_key = jax.random.split(keys[2])
+            self.pitch_head = Linear(pitch_key, cfg.width, cfg.pitch_bins + 1)
+            self.filter_head = Linear(filter_key, cfg.width, num_out)
 
 
 def overlap_add(frames: jax.Array, hop: int, start: int, num_samples: int) -> jax.Array:
@@ -231,13 +241,42 @@ def inverse_stft(spectrum: jax.Array, cfg: audio.MelConfig, valid: jax.Array | N
     return jnp.where(energy > 1e-8, wav / jnp.maximum(energy, 1e-8), 0.0)
 
 
-def _synthesize(model: Generator, cfg: Config, mel: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-    """`apply` without the final clip, for losses."""
+def pitch_centres(cfg: Config) -> np.ndarray:
+    """F0 in Hz of the bins of the pitch head, [pitch_bins], evenly spaced in log frequency."""
+    limits = pitch.Range()
+    return np.geomspace(limits.low_hz, limits.high_hz, cfg.pitch_bins)
+
+
+def _decode_pitch(cfg: Config, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, T, bins + 1] to (F0 in Hz, voiced), each [B, T]: the mean of the bins around the most probable one."""
+    scores, centres = logits[..., :-1], jnp.asarray(np.log(pitch_centres(cfg)), jnp.float32)
+    away = jnp.abs(jnp.arange(cfg.pitch_bins) - jnp.argmax(scores, axis=-1)[..., None])
+    weights = jax.nn.softmax(jnp.where(away <= 3, scores, -1e9), axis=-1)
+    return jnp.exp(jnp.sum(weights * centres, axis=-1)), logits[..., -1] > 0
+
+
+def _pitch_loss(cfg: Config, logits: jax.Array, hz: jax.Array, voiced: jax.Array) -> jax.Array:
+    """Cross-entropy per frame, [B]: pitch bins of voiced frames, between the two nearest, and voicing."""
+    centres = np.log(pitch_centres(cfg))
+    place = (jnp.log(hz) - centres[0]) / (centres[1] - centres[0])
+    target = jnp.maximum(1.0 - jnp.abs(jnp.arange(cfg.pitch_bins) - place[..., None]), 0.0)
+    nll = -jnp.sum(target * jax.nn.log_softmax(logits[..., :-1]), axis=-1) * voiced
+    score = logits[..., -1]
+    return jnp.mean(nll + jax.nn.softplus(score) - score * voiced, axis=1)
+
+
+def _synthesize(
+    model: Generator,
+    cfg: Config,
+    mel: jax.Array,
+    lengths: jax.Array | None = None,
+    track: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`apply` without the final clip, and the pitch logits; with a `track` (Hz, voiced) that drives the source."""
     valid = None if lengths is None else jnp.arange(mel.shape[1]) < jnp.asarray(lengths)[:, None]
 
-    def keep(
-        x: jax.Array,
-    ) -> jax.Array:  # frames beyond a row's end must look like a convolution's zero padding
+    def keep(x: jax.Array) -> jax.Array:
+        """Frames beyond a row's end must look like a convolution's zero padding."""
         return x if valid is None else jnp.where(valid[..., None], x, 0.0)
 
     def body(x: jax.Array, block: Block):
@@ -245,15 +284,33 @@ def _synthesize(model: Generator, cfg: Config, mel: jax.Array, lengths: jax.Arra
 
     x = keep(model.norm(model.embed(keep(mel.astype(jnp.float32)), cfg.dtype)))
     x, _ = jax.lax.scan(jax.checkpoint(body) if cfg.remat else body, x, model.layers)
-    y = model.head(model.final_norm(x), cfg.dtype)
-    if cfg.subframes > 1:
-        rows = jax.P(nn.axes_of(y)[0], None, None)
-        y = y.reshape(y.shape[0], y.shape[1] * cfg.subframes, cfg.frames.n_fft + 2, out_sharding=rows)
-        valid = None if valid is None else jnp.repeat(valid, cfg.subframes, axis=1)
-    log_magnitude, phase = jnp.split(y, 2, axis=-1)
-    magnitude = jnp.minimum(jnp.exp(log_magnitude), MAX_MAGNITUDE)
-    spectrum = jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
-    return inverse_stft(spectrum, cfg.frames, valid)
+    x = model.final_norm(x)
+    out_valid = None if valid is None else jnp.repeat(valid, cfg.subframes, axis=1)
+
+    def spectrum(head: Linear) -> jax.Array:
+        y = head(x, cfg.dtype)
+        if cfg.subframes > 1:
+            rows = jax.P(nn.axes_of(y)[0], None, None)
+            shape = (y.shape[0], y.shape[1] * cfg.subframes, cfg.frames.n_fft + 2)
+            y = y.reshape(shape, out_sharding=rows)
+        log_magnitude, phase = jnp.split(y, 2, axis=-1)
+        magnitude = jnp.minimum(jnp.exp(log_magnitude), MAX_MAGNITUDE)
+        return jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
+
+    if not cfg.source:
+        return inverse_stft(spectrum(model.head), cfg.frames, out_valid), None
+    logits = model.pitch_head(x, cfg.dtype)
+    hz, voiced = _decode_pitch(cfg, logits) if track is None else track
+    source = pitch.pulses(hz, voiced, cfg.mel.hop_samples, cfg.mel.sample_rate, valid)
+    frames, size = cfg.frames, cfg.frames.n_fft
+    source = jnp.pad(jax.lax.stop_gradient(source), ((0, 0), (frames.pad_samples,) * 2))
+    left = (size - frames.win_samples) // 2
+    window = np.pad(audio.hann(frames.win_samples), (left, size - frames.win_samples - left))
+    # a pulse train of unit power has about this magnitude in a frame: the filter starts near the level of speech
+    scale = float(np.sqrt(np.sum(window**2)))
+    excitation = jnp.fft.rfft(audio.frame(source, size, frames.hop_samples) * window, axis=-1) / scale
+    total = spectrum(model.head) + excitation * spectrum(model.filter_head)
+    return inverse_stft(total, frames, out_valid), logits
 
 
 def apply(model: Generator, cfg: Config, mel: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
@@ -276,7 +333,7 @@ def apply(model: Generator, cfg: Config, mel: jax.Array, lengths: jax.Array | No
         raise ValueError(
             f"mel has shape {mel.shape}; profile {cfg.mel_profile!r} needs [B, T, {cfg.mel.num_mels}]"
         )
-    wav = jnp.clip(_synthesize(model, cfg, mel, lengths), -1.0, 1.0)
+    wav = jnp.clip(_synthesize(model, cfg, mel, lengths)[0], -1.0, 1.0)
     if lengths is None:
         return wav
     ends = jnp.asarray(lengths)[:, None] * cfg.mel.hop_samples
@@ -453,8 +510,24 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
     Source: multi-resolution STFT loss of Parallel WaveGAN (Yamamoto et al., 2020), mel loss of HiFi-GAN.
     """
     wav, mel = _inputs(cfg, batch)
-    fake = _synthesize(model.generator, cfg, mel)[:, : wav.shape[1]]
-    return _reconstruction(cfg, wav, fake)
+    fake, extra = _with_pitch_loss(model.generator, cfg, wav, mel)
+    total, count, aux = _reconstruction(cfg, wav, fake)
+    if cfg.source:
+        aux["pitch"] = (jnp.sum(extra), count)
+        total = total + cfg.pitch_weight * jnp.sum(extra)
+        aux["loss"] = (total, count)
+    return total, count, aux
+
+
+def _with_pitch_loss(
+    model: Generator, cfg: Config, wav: jax.Array, mel: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Copy synthesis of recordings [B, W], the source driven by their own pitch, and the pitch loss [B]."""
+    if not cfg.source:
+        return _synthesize(model, cfg, mel)[0][:, : wav.shape[1]], jnp.zeros(wav.shape[0])
+    hz, voiced = jax.lax.stop_gradient(pitch.track(wav, cfg.mel))
+    fake, logits = _synthesize(model, cfg, mel, track=(hz, voiced))
+    return fake[:, : wav.shape[1]], _pitch_loss(cfg, logits, hz, voiced)
 
 
 def _discriminator_loss(real: list[list[jax.Array]], fake: list[list[jax.Array]]) -> jax.Array:
@@ -515,14 +588,14 @@ def train_step(
     count = jnp.float32(wav.shape[0])
 
     def synthesize(generator):
-        return _synthesize(generator, cfg, mel)[:, : wav.shape[1]]
+        return _with_pitch_loss(generator, cfg, wav, mel)
 
     def update(grads, state, params):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     # the waveform is made once; both players read it, and the generator's gradient is pulled back from it
-    fake, pull_back = jax.vjp(synthesize, model.generator)
+    (fake, off_pitch), pull_back = jax.vjp(synthesize, model.generator)
 
     def spectral(fake):
         total, _, aux = _reconstruction(cfg, wav, fake)
@@ -561,7 +634,9 @@ def train_step(
         grad, aux, discriminators, state = jax.lax.cond(
             is_on, with_adversary, without_adversary, discriminators, state
         )
-    (grads,) = pull_back(grad)
+    (grads,) = pull_back((grad, jnp.full_like(off_pitch, cfg.pitch_weight / count)))
+    if cfg.source:
+        aux = aux | {"pitch": (jnp.sum(off_pitch), count)}
     generator, generator_state = update(grads, opt_state["generator"], model.generator)
     opt_state = {"generator": generator_state, "discriminators": state}
     return Gan(generator, discriminators), opt_state, aux

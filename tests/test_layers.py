@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
     {"config", "audio", "text"},
     {"sharding", "metrics", "request", "page"},
-    {"nn"},
+    {"nn", "pitch"},
     {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "speaker", "recognizer"},
     {"input_pipeline", "checkpoint", "weights", "pool"},
     {"train", "synthesis", "evaluate", "plan"},

@@ -112,6 +112,55 @@ def test_subframes_lie_evenly_inside_their_mel_frame_and_rows_stay_independent()
         dataclasses.replace(TINY, frame_size=512)
 
 
+SOURCE = dataclasses.replace(TINY, subframes=2, frame_size=512, source=True)
+
+
+def test_a_source_keeps_rows_independent_of_their_padding():
+    model, lengths = filled_generator(SOURCE, 2), np.array([12, 5])
+    mel = np.random.default_rng(0).standard_normal((2, 12, 80)).astype(np.float32)
+    run = jax.jit(vocoder_istft.apply, static_argnums=1)
+    wav = np.asarray(run(model, SOURCE, mel, lengths))
+    alone = np.asarray(run(model, SOURCE, mel[1:, :5]))[0]
+    # a rounding of F0 by 1e-7 grows with time and with the number of the harmonic
+    np.testing.assert_allclose(wav[1, : 5 * 320], alone, atol=1e-3)
+
+
+def test_a_source_sounds_where_voice_is_predicted_and_is_silent_elsewhere():
+    model = filled_generator(SOURCE, 2)
+    mel = np.random.default_rng(0).standard_normal((1, 12, 80)).astype(np.float32)
+
+    def with_voicing(bias):
+        biases = model.pitch_head.bias[...].at[-1].set(bias)
+        kernel = jnp.zeros_like(model.pitch_head.kernel[...])
+        head = model.pitch_head
+        head.bias[...], head.kernel[...] = biases, kernel
+        return np.asarray(vocoder_istft.apply(model, SOURCE, mel))
+
+    silent, voiced = with_voicing(-1.0), with_voicing(1.0)
+    head = model.filter_head
+    head.bias[...] = head.bias[...] - 50.0  # a filter that lets nothing through
+    assert np.abs(voiced - silent).max() > 1e-3
+    np.testing.assert_allclose(with_voicing(1.0), silent, atol=1e-6)
+
+
+def test_training_teaches_pitch_and_voicing_from_the_mel():
+    cfg = dataclasses.replace(SOURCE, width=32, mlp_width=64, stft_sizes=(512,))
+    wav = np.concatenate([buzz(), 0.1 * np.random.default_rng(1).standard_normal((1, 3200))]).astype(
+        np.float32
+    )
+    model, tx = jax.jit(vocoder_istft.init, static_argnums=0)(cfg, jax.random.key(0)), optax.adam(5e-3)
+    state = vocoder_istft.init_opt(tx, model)
+    step = jax.jit(lambda m, s, i: vocoder_istft.train_step(m, s, tx, cfg, {"wav": wav}, None, i))
+    for i in range(120):
+        model, state, aux = step(model, state, jnp.int32(i))
+    mel = audio.log_mel(wav, None, cfg.mel)
+    _, logits = vocoder_istft._synthesize(model.generator, cfg, mel)
+    hz, voiced = vocoder_istft._decode_pitch(cfg, logits)
+    np.testing.assert_allclose(hz[:2, 2:-2], np.array([[200], [320]]) * np.ones(6), rtol=0.03)
+    assert np.all(voiced[:2]) and not np.any(voiced[2])
+    assert float(aux["pitch"][0] / aux["pitch"][1]) < 0.5
+
+
 @pytest.mark.parametrize("subframes", [1, 2])
 def test_training_from_new_weights_overfits_one_batch(subframes):
     sizes = dict(subframes=subframes, frame_size=1024 // subframes)
