@@ -89,7 +89,7 @@ class Config:
 
 
 def mini() -> Config:
-    """The built-in model's vocoder: 16 kHz, 1.5 M parameters, a pulse source, frames of 32 ms every 10 ms."""
+    """The built-in model's vocoder: 16 kHz, 1.8 M parameters, a pulse source, frames of 32 ms every 10 ms."""
     return Config(mlp_width=512, num_layers=4, subframes=2, frame_size=512, source=True)
 
 
