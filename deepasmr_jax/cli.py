@@ -20,8 +20,8 @@ _EXAMPLES = """examples:
 """
 NOTICE = (
     "This is a small demonstration: the built-in model was trained by this project's own recipes on synthetic speech "
-    "only, and not for long yet. The words do not follow the text yet, and in Mandarin the style often does not follow "
-    "either. It does not show the quality of a model of full size trained on people."
+    "only. Its ordinary voices are still too noisy, in Mandarin so much that they half whisper. It does not show the "
+    "quality of a model of full size trained on people."
 )
 
 
