@@ -64,6 +64,8 @@ class Config:
         drop_audio: probability that a training row loses its mel condition.
         drop_both: probability that a training row loses mel condition and tokens (the guidance branch).
         span_min: least fraction of the frames that an infilling span covers; the most is 1.
+        train_schedule: density of flow times in training: "uniform" (F5/E2) or "cosine", t = 1 - cos(pi u / 2)
+            for uniform u, which spends most steps where the shape of the mel is still open (CosyVoice2).
         dtype: type of the operands of matrix products.
         attention_dtype: the same for the two products inside attention.
         remat: "none", "full" (recompute each layer in the backward pass) or "dots" (keep matrix products).
@@ -92,6 +94,7 @@ class Config:
     drop_audio: float = 0.3  # F5/E2
     drop_both: float = 0.2  # F5/E2
     span_min: float = 0.7  # F5/E2, Voicebox
+    train_schedule: str = "uniform"
     dtype: str = "bfloat16"
     attention_dtype: str = "float32"
     remat: str = "none"
@@ -120,6 +123,8 @@ class Config:
         for name in ("drop_audio", "drop_both", "dropout", "span_min", "sigma_min"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if self.train_schedule not in ("uniform", "cosine"):
+            raise ValueError(f"train_schedule is {self.train_schedule!r}; use 'uniform' or 'cosine'")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
 
@@ -149,7 +154,8 @@ def mini(**changes) -> Config:
     It is never asked to speak without a prompt, and its training is short: conditions are dropped less often.
     """
     sizes = dict(patch_frames=2, token_width=128, width=256, num_layers=6, num_heads=4)
-    base = Config(mel_mean=-5.5, mel_std=2.1, drop_audio=0.1, drop_both=0.1, **sizes)
+    training = dict(drop_audio=0.1, drop_both=0.1, train_schedule="cosine")
+    base = Config(mel_mean=-5.5, mel_std=2.1, **training, **sizes)
     return dataclasses.replace(base, **changes)
 
 
@@ -494,6 +500,8 @@ def loss(
     data = jnp.where(valid[..., None], (mel - cfg.mel_mean) / cfg.mel_std, 0.0)
     noise = jax.random.normal(keys["noise"], mel.shape, out_sharding=spec("batch", "frames", "mel"))
     t = uniform("t")
+    if cfg.train_schedule == "cosine":
+        t = 1.0 - jnp.cos(jnp.pi / 2 * t)
     rest = 1.0 - cfg.sigma_min
     state = (1.0 - rest * t[:, None, None]) * noise + t[:, None, None] * data
     condition = jnp.where((valid & ~wanted & ~drop_audio[:, None])[..., None], data, 0.0)

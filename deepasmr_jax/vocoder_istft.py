@@ -19,8 +19,11 @@ import optax
 from flax import nnx
 
 from deepasmr_jax import audio, nn, pitch
+from deepasmr_jax.sharding import spec
 
 MAX_MAGNITUDE = 100.0  # Vocos: keeps an untrained head from overflowing
+WASH_BINS = 3.0  # standard deviation of the smoothing over mel bins in `_spoil`
+ROUGHNESS = 0.5  # greatest standard deviation of its noise, in nats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Config:
     stft_weight: float = 5.0
     mel_weight: float = 15.0
     pitch_weight: float = 1.0  # pitch (of voiced frames) and voicing, in nats a frame
+    # share of training rows whose mel is spoilt as an acoustic model spoils it (`_spoil`)
+    spoil_probability: float = 0.0
     adversarial: bool = False
     adversarial_start_step: int = 0
     adversarial_weight: float = 1.0
@@ -90,7 +95,9 @@ class Config:
 
 def mini() -> Config:
     """The built-in model's vocoder: 16 kHz, 1.8 M parameters, a pulse source, frames of 32 ms every 10 ms."""
-    return Config(mlp_width=512, num_layers=4, subframes=2, frame_size=512, source=True)
+    return Config(
+        mlp_width=512, num_layers=4, subframes=2, frame_size=512, source=True, spoil_probability=0.7
+    )
 
 
 def vocos_24khz() -> Config:
@@ -479,15 +486,39 @@ def _reconstruction(cfg: Config, real: jax.Array, fake: jax.Array):
     return total, count, aux
 
 
-def _inputs(cfg: Config, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """wav [B, W'] cut to whole frames, and its mel [B, T, M]."""
+def _inputs(
+    cfg: Config, batch: dict[str, jax.Array], key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """wav [B, W'] cut to whole frames, and its mel [B, T, M], spoilt for some rows."""
     hop, longest = cfg.mel.hop_samples, max(cfg.stft_sizes + (cfg.mel.n_fft,))
     wav = batch["wav"][:, : batch["wav"].shape[1] // hop * hop]
     if wav.shape[1] < longest:
         raise ValueError(
             f"training crop of {wav.shape[1]} samples; give at least {longest}, the longest window"
         )
-    return wav, jax.lax.stop_gradient(audio.log_mel(wav, None, cfg.mel))
+    return wav, _spoil(cfg, jax.lax.stop_gradient(audio.log_mel(wav, None, cfg.mel)), key)
+
+
+def _spoil(cfg: Config, mel: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Mels [B, T, M] as an acoustic model writes them: harmonics washed out, and rough from bin to bin.
+
+    A generated mel has the right envelope and weak harmonics, and a vocoder that has only met recordings answers
+    with noise. Trained on this, it takes voicing from the envelope and harmonics from the source.
+    """
+    if key is None or cfg.spoil_probability == 0:
+        return mel
+    keys, num_rows = jax.random.split(key, 4), mel.shape[0]
+
+    def per_row(i: int, high: float = 1.0) -> jax.Array:
+        draw = jax.random.uniform(keys[i], (num_rows,), maxval=high, out_sharding=spec("batch"))
+        return draw[:, None, None]
+
+    bins = np.arange(mel.shape[-1])
+    near = np.exp(-0.5 * ((bins[:, None] - bins) / WASH_BINS) ** 2)
+    washed = jnp.einsum("btm,mn->btn", mel, jnp.asarray(near / near.sum(0), jnp.float32))
+    noise = jax.random.normal(keys[0], mel.shape, out_sharding=spec("batch", None, None))
+    spoilt = mel + per_row(1) * (washed - mel) + per_row(2, ROUGHNESS) * noise
+    return jnp.where(per_row(3) < cfg.spoil_probability, spoilt, mel)
 
 
 def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | None = None):
@@ -497,7 +528,7 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
         model: `init(cfg, key)`.
         cfg: its config.
         batch: wav [B, W] float32 in [-1, 1].
-        key: not used.
+        key: draws the rows to spoil; None spoils none.
 
     Returns:
         (sum over rows, number of rows, aux) with aux "loss", "stft" (spectral convergence + log magnitude
@@ -509,7 +540,7 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
 
     Source: multi-resolution STFT loss of Parallel WaveGAN (Yamamoto et al., 2020), mel loss of HiFi-GAN.
     """
-    wav, mel = _inputs(cfg, batch)
+    wav, mel = _inputs(cfg, batch, key)
     fake, extra = _with_pitch_loss(model.generator, cfg, wav, mel)
     total, count, aux = _reconstruction(cfg, wav, fake)
     if cfg.source:
@@ -577,14 +608,14 @@ def train_step(
         tx: optimizer of each player; schedules inside it count the updates of that player.
         cfg: static under jit.
         batch: wav [B, W] float32 in [-1, 1].
-        key: not used.
+        key: draws the rows to spoil; None spoils none.
         step: int32 scalar, 0 for the first update.
 
     Returns:
         (model, opt_state, aux): aux as in `loss`, and "adversarial", "feature", "discriminator" if
         cfg.adversarial, each (sum, count).
     """
-    wav, mel = _inputs(cfg, batch)
+    wav, mel = _inputs(cfg, batch, key)
     count = jnp.float32(wav.shape[0])
 
     def synthesize(generator):

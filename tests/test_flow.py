@@ -349,6 +349,21 @@ def test_the_loss_of_a_zero_velocity_is_the_variance_of_the_target():
     np.testing.assert_allclose(total / count, 4 + 0.25, rtol=0.05)  # 4,000 values: about 2 % noise
 
 
+@pytest.mark.parametrize("schedule, mean", [("uniform", 0.5), ("cosine", 1 - 2 / np.pi)])
+def test_flow_times_of_training_have_the_density_asked_for(monkeypatch, schedule, mean):
+    seen = []
+
+    def velocity(self, x, condition, tokens, t, mask, cfg, key=None):
+        seen.append(np.asarray(t))
+        return x
+
+    monkeypatch.setattr(flow.Decoder, "__call__", velocity)
+    cfg = dataclasses.replace(TINY, train_schedule=schedule)
+    flow.loss(make(cfg), cfg, sharding.put(make_batch(cfg, num_rows=512, num_tokens=4)), jax.random.key(0))
+    assert 0 <= seen[0].min() and seen[0].max() <= 1
+    np.testing.assert_allclose(seen[0].mean(), mean, atol=0.04)  # three standard errors
+
+
 def test_dropped_tokens_and_prompts_are_not_seen_and_the_count_stays():
     batch, model = make_batch(TINY), make(TINY)
     batch["prompt_frames"][:] = 4
@@ -418,6 +433,7 @@ def test_presets_have_the_published_number_of_weights(cfg, total):
         {"mel_std": 0.0},
         {"drop_both": 1.2},
         {"remat": "all"},
+        {"train_schedule": "linear"},
     ],
 )
 def test_a_config_that_cannot_work_is_refused_with_its_value(changes):

@@ -161,6 +161,23 @@ def test_training_teaches_pitch_and_voicing_from_the_mel():
     assert float(aux["pitch"][0] / aux["pitch"][1]) < 0.5
 
 
+def test_spoilt_mels_keep_their_envelope_and_lose_their_harmonics():
+    sharding.make_mesh()
+    cfg = dataclasses.replace(vocoder_istft.mini(), spoil_probability=0.75)
+    bins = np.arange(80)
+    ripple, envelope = np.sin(2 * np.pi * bins / 4), -5 + 2 * np.sin(2 * np.pi * bins / 160)
+    mel = sharding.replicate(np.tile(envelope + ripple, (400, 50, 1)).astype(np.float32))
+    made = np.asarray(vocoder_istft._spoil(cfg, mel, jax.random.key(0)))
+    left = 2 * np.mean((made - envelope) * ripple, axis=(1, 2))  # of a ripple of 1
+    rough = np.std(made - made.mean(1, keepdims=True), axis=(1, 2))
+    clean = np.all(made == np.asarray(mel), axis=(1, 2))
+    np.testing.assert_allclose(clean.mean(), 0.25, atol=0.07)  # three standard errors
+    np.testing.assert_allclose(left[~clean].mean(), 0.5, atol=0.06)
+    assert 0 < rough[~clean].min() and 0.4 < rough.max() < 0.55
+    np.testing.assert_allclose(made.mean((0, 1))[16:64], envelope[16:64] + 0.6 * ripple[16:64], atol=0.1)
+    assert vocoder_istft._spoil(cfg, mel, None) is mel
+
+
 @pytest.mark.parametrize("subframes", [1, 2])
 def test_training_from_new_weights_overfits_one_batch(subframes):
     sizes = dict(subframes=subframes, frame_size=1024 // subframes)
