@@ -23,15 +23,13 @@ import jax.monitoring
 import numpy as np
 
 from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
+from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import text as text_lib
 from deepasmr_jax.request import Request
 
 BUILT_IN = Path(__file__).parent / "mini"
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 TOKEN_RATE = 25  # Hz, S3 tokens
-MIN_CLIP_S = 0.5  # a voice cannot be copied from less; the shortest prompt of the corpora is about 1 s
-MAX_CLIP_S = 10.0  # longer prompts cost time and gain nothing; the tokenizer's own limit is 30 s
-READ_CLIP_S = 60.0  # of a long recording only the first minute is read
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
 TEXT_BASE, TOKEN_BASE, NEW_BASE = (
@@ -39,9 +37,6 @@ TEXT_BASE, TOKEN_BASE, NEW_BASE = (
     64,
     128,
 )  # shortest padded lengths; the others are these times powers of two
-VOICED_SPLIT = (
-    0.25  # share of periodic frames: synthetic normal speech has 0.39 or more, whisper 0.16 or less
-)
 
 
 @dataclass(frozen=True)
@@ -394,48 +389,19 @@ class Synthesizer:
             ValueError: if the clip cannot be used.
         """
         notes = [] if notes is None else notes
-        wav = audio.load(
-            voice,
-            self.sample_rate,
-            voice_rate,
-            min_duration_s=MIN_CLIP_S,
-            max_duration_s=READ_CLIP_S,
-            notes=notes,
+        excerpt = clip_lib.read(
+            voice, voice_rate, self.sample_rate, style=voice_style, levels_db=self.clip_level_db, notes=notes
         )
-        is_cut = any(n.startswith("cut from") for n in notes)
-        trimmed, was_long = _trim(wav, self.sample_rate)
-        if was_long or is_cut:
-            notes.append(f"of the voice clip {len(trimmed) / self.sample_rate:.1f} s are used")
-        style = voice_style
-        if style is None:
-            share = voiced_share(trimmed, self.sample_rate)
-            style = "normal" if share >= VOICED_SPLIT else "asmr"
-            if 0.6 * VOICED_SPLIT <= share <= 1.5 * VOICED_SPLIT:
-                notes.append(
-                    f"the clip was taken as {style}, but this is unsure ({100 * share:.0f} % of it is "
-                    f"voiced); "
-                    "say which with voice_style"
-                )
-        gain = 1.0
-        if style in self.clip_level_db:
-            difference_db = self.clip_level_db[style] - level_db(trimmed)
-            if abs(difference_db) > 6.0:  # within the spread of the training data nothing is touched
-                gain = float(10 ** (difference_db / 20))
-                notes.append(
-                    f"the clip is {abs(difference_db):.0f} dB {'quieter' if difference_db > 0 else 'louder'} "
-                    f"than "
-                    "the model's training data; the output follows the clip's level"
-                )
-        wav16 = trimmed if self.sample_rate == 16000 else audio.resample(trimmed, self.sample_rate, 16000)
+        wav = excerpt.wav
+        wav16 = wav if self.sample_rate == 16000 else audio.resample(wav, self.sample_rate, 16000)
         per_token = self.sample_rate // TOKEN_RATE
-        num_tokens = min(len(wav16) // (16000 // TOKEN_RATE), len(trimmed) // per_token)
+        num_tokens = min(len(wav16) // (16000 // TOKEN_RATE), len(wav) // per_token)
+        levelled = wav[: num_tokens * per_token] * np.float32(excerpt.gain)
         size = _padded(num_tokens, TOKEN_BASE)
         rows = _rows_of_mesh()
         batch = {
             "wav16": _pad(wav16[: num_tokens * 640], size * 640)[None].repeat(rows, 0),
-            "wav": _pad(trimmed[: num_tokens * per_token] * np.float32(gain), size * per_token)[None].repeat(
-                rows, 0
-            ),
+            "wav": _pad(levelled, size * per_token)[None].repeat(rows, 0),
             "num_tokens": np.full(rows, num_tokens, np.int32),
         }
         models = {n: self._parts[n].module for n in ("speech_tokenizer", "speaker")}
@@ -443,15 +409,21 @@ class Synthesizer:
         if not np.isfinite(embedding[0]).all():
             raise ValueError("the speaker encoder gave no finite embedding for this clip; record it again")
         transcript, language = "", ""
-        if voice_text and not (was_long or is_cut):
+        if voice_text and excerpt.is_whole:
             transcript, language = voice_text.strip(), text_lib.detect_language(voice_text)
         num_frames = self._num_frames(num_tokens)
         return Clip(
-            tokens[0, :num_tokens], mel[0, :num_frames], embedding[0], style, transcript, language, gain
+            tokens[0, :num_tokens],
+            mel[0, :num_frames],
+            embedding[0],
+            excerpt.style,
+            transcript,
+            language,
+            excerpt.gain,
         )
 
     def entry(self, recording: pool.Recording, provenance: dict | None = None) -> pool.Entry:
-        """A pool entry of a recording; ValueError if it cannot be read or is longer than `MAX_CLIP_S`."""
+        """A pool entry of a recording; ValueError if it cannot be read or is longer than `clip.MAX_DURATION_S`."""
         notes: list[str] = []
         try:
             clip = self.read_clip(
@@ -461,8 +433,8 @@ class Synthesizer:
             raise ValueError(f"recording {recording.name}: {e}") from None
         if not clip.transcript:
             raise ValueError(
-                f"recording {recording.name} is longer than {MAX_CLIP_S:g} s; cut it with its transcript to "
-                f"2 to 8 s"
+                f"recording {recording.name} is longer than {clip_lib.MAX_DURATION_S:g} s; cut it with its "
+                "transcript to 2 to 8 s"
             )
         return _entry(recording, clip, provenance or {"kind": recording.kind})
 
@@ -878,46 +850,6 @@ class _Part:
         self.module, self.config = checkpoint.load_component(folder, name)
 
 
-def voiced_share(wav: np.ndarray, sample_rate: int) -> float:
-    """Share of the active frames that are periodic: high in normal speech, near zero in whisper.
-
-    A frame (50 ms, every 20 ms) is active within 30 dB of the loud ones (95th percentile of RMS), and
-    periodic if its normalised difference function below 1200 Hz reaches 0.7 at a lag of 65 to 400 Hz. On 27
-    synthetic normal clips (flite, festival, espeak-ng) it read 0.39 to 0.9, on their whispered versions 0 to
-    0.16. It decides the style of a clip; it is not the unvoiced ratio of the evaluation.
-
-    Args:
-        wav: [W] float, any level.
-        sample_rate: Hz.
-
-    Source: the normalised square difference function of McLeod and Wyvill (2005).
-    """
-    x = np.asarray(wav, np.float64)
-    window, hop = round(0.05 * sample_rate), round(0.02 * sample_rate)
-    if len(x) < window:
-        x = np.pad(x, (0, window - len(x)))
-    spectrum = np.fft.rfft(x)
-    hz = np.fft.rfftfreq(len(x), 1 / sample_rate)
-    low = np.fft.irfft(np.where((hz >= 50) & (hz <= 1200), spectrum, 0), len(x))
-    at = np.arange(0, len(x) - window + 1, hop)[:, None] + np.arange(window)
-    rms = np.sqrt(np.mean(x[at] ** 2, axis=1))
-    active = rms >= 10 ** (-30 / 20) * max(np.percentile(rms, 95), 1e-9)
-    frames = low[at[active]]
-    frames = frames - frames.mean(axis=1, keepdims=True)
-    correlation = np.fft.irfft(np.abs(np.fft.rfft(frames, 2 * window)) ** 2)[:, :window]
-    energy = np.cumsum(frames**2, axis=1)
-    lags = np.arange(round(sample_rate / 400), round(sample_rate / 65))
-    both = energy[:, window - 1 - lags] + energy[:, -1:] - energy[:, lags - 1]
-    periodicity = np.max(2 * correlation[:, lags] / (both + 1e-12), axis=1)
-    return float(np.mean(periodicity > 0.7))
-
-
-def level_db(wav: np.ndarray) -> float:
-    """Level of the loud parts of [W] in dB of full scale: RMS of 320 samples each, 90th percentile."""
-    frames = np.asarray(wav[: len(wav) // 320 * 320], np.float64).reshape(-1, 320)
-    return float(20 * np.log10(np.percentile(np.sqrt(np.mean(frames**2, axis=1)), 90) + 1e-9))
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def _keys(seeds: jax.Array, chunks: jax.Array, stage: int) -> jax.Array:
     """[B] keys from each request's seed, the number of the chunk, and the stage; never from the place."""
@@ -1026,28 +958,6 @@ def _stack(rows: Iterable[dict]) -> dict[str, np.ndarray]:
     count = _padded(len(rows), _rows_of_mesh())
     rows += rows[-1:] * (count - len(rows))
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
-
-
-def _trim(wav: np.ndarray, sample_rate: int) -> tuple[np.ndarray, bool]:
-    """(clip without outer silence and at most `MAX_CLIP_S` long, True if speech was cut off).
-
-    Silence is 40 dB below the loud frames; 0.1 s of it stay. A cut is made at the quietest 20 ms of the last
-    3 s.
-    """
-    frame = round(0.02 * sample_rate)
-    count = len(wav) // frame
-    rms = np.sqrt(np.mean(wav[: count * frame].reshape(count, frame) ** 2, axis=1))
-    loud = np.flatnonzero(rms > 0.01 * np.percentile(rms, 95))
-    if len(loud):
-        first, last = max(loud[0] - 5, 0), min(loud[-1] + 6, count)
-        if (last - first) * frame >= MIN_CLIP_S * sample_rate:
-            wav, rms = wav[first * frame : last * frame], rms[first:last]
-    longest = int(MAX_CLIP_S * sample_rate)
-    if len(wav) <= longest:
-        return wav, False
-    start, end = int((MAX_CLIP_S - 3.0) * sample_rate) // frame, longest // frame
-    cut = start + int(np.argmin(rms[start:end]))
-    return wav[: cut * frame], True
 
 
 def _join(wavs: list[np.ndarray], sample_rate: int, pause_s: float) -> np.ndarray:

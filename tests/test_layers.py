@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
     {"config", "audio", "text"},
-    {"sharding", "metrics", "request", "page"},
+    {"sharding", "metrics", "request", "page", "clip"},
     {"nn", "pitch"},
     {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "speaker", "recognizer"},
     {"input_pipeline", "checkpoint", "weights", "pool"},

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, pool, sharding, synthesis
+from deepasmr_jax import audio, clip, pool, sharding, synthesis
 from deepasmr_jax.request import Request
 
 TEXT = "Close your eyes, and listen to the rain."
@@ -86,9 +86,9 @@ def test_within_a_style_the_pool_helps_out_where_the_clip_cannot_be_the_prompt(m
 
 
 def test_across_styles_the_prompt_is_the_nearest_entry_of_the_wanted_style_and_language(made):
-    clip = made.read_clip(tiny_model.hiss(), tiny_model.RATE)
+    voice = made.read_clip(tiny_model.hiss(), tiny_model.RATE)
     for style, language, text in (("normal", "en", TEXT), ("normal", "zh", "今晚下雨了。")):
-        expected, cosine = made.pool.retrieve(clip.embedding, style, language)
+        expected, cosine = made.pool.retrieve(voice.embedding, style, language)
         result = made.batch([ask(voice=tiny_model.hiss(), style=style, text=text)])[0]
         assert (result.task, result.prompt, result.language) == ("A2N", expected.name, language)
         assert result.prompt_similarity == pytest.approx(cosine, abs=1e-5)
@@ -128,20 +128,6 @@ def test_joined_chunks_fade_to_the_pause_and_keep_their_outer_edges():
     assert joined[999] == 0 and joined[1000 + 1600] == 0 and np.abs(np.diff(joined)).max() < 0.01
 
 
-def test_the_style_of_a_clip_is_told_from_its_periodicity():
-    rng = np.random.default_rng(0)
-    for f0 in (80, 120, 220, 330):
-        wav = tiny_model.buzz(f0_hz=float(f0))
-        assert synthesis.voiced_share(wav, 16000) > 0.9
-        noisy = wav + 0.02 * rng.standard_normal(len(wav))  # about 15 dB below
-        assert synthesis.voiced_share(noisy, 16000) > 0.8
-    for seed in range(3):
-        assert synthesis.voiced_share(tiny_model.hiss(seed=seed), 16000) < 0.15
-        assert synthesis.voiced_share(1e-3 * tiny_model.hiss(seed=seed), 16000) < 0.15
-    mixed = np.concatenate([tiny_model.buzz(1.0), tiny_model.hiss(1.0)])
-    assert 0.3 < synthesis.voiced_share(mixed, 16000) < 0.7
-
-
 def test_the_style_that_is_given_wins_over_the_detected_one(made):
     assert made.read_clip(tiny_model.hiss(), tiny_model.RATE).style == "asmr"
     assert made.read_clip(tiny_model.hiss(), tiny_model.RATE, voice_style="normal").style == "normal"
@@ -162,10 +148,10 @@ def test_odd_clips_are_used_with_a_note(made, tmp_path):
     for name, (wav, rate, words) in cases.items():
         soundfile.write(tmp_path / f"{name}.wav", wav, rate)
         notes = []
-        clip = made.read_clip(tmp_path / f"{name}.wav", notes=notes)
+        voice = made.read_clip(tmp_path / f"{name}.wav", notes=notes)
         assert any(words in n for n in notes), (name, notes)
-        assert len(clip.tokens) <= 250 and len(clip.mel) == 2 * len(clip.tokens)
-        assert np.isfinite(clip.mel).all() and np.isfinite(clip.embedding).all()
+        assert len(voice.tokens) <= 250 and len(voice.mel) == 2 * len(voice.tokens)
+        assert np.isfinite(voice.mel).all() and np.isfinite(voice.embedding).all()
 
 
 def test_what_is_padded_behind_a_clip_changes_nothing(made):
@@ -176,19 +162,9 @@ def test_what_is_padded_behind_a_clip_changes_nothing(made):
     np.testing.assert_allclose(whole.mel[:120], fitting.mel[:120], atol=1e-3)
 
 
-def test_outer_silence_is_trimmed_and_long_speech_is_cut_at_a_quiet_place():
-    wav = np.concatenate([np.zeros(16000), tiny_model.buzz(3.0), np.zeros(32000)]).astype(np.float32)
-    trimmed, was_cut = synthesis._trim(wav, 16000)
-    assert not was_cut and 3.0 <= len(trimmed) / 16000 <= 3.3
-    long = tiny_model.buzz(14.0)
-    long[int(8.2 * 16000) : int(8.4 * 16000)] *= 0.01
-    trimmed, was_cut = synthesis._trim(long, 16000)
-    assert was_cut and 8.15 <= len(trimmed) / 16000 <= 8.45
-
-
 def test_a_clip_far_from_the_training_level_is_aligned_and_the_output_follows_the_clip(made, monkeypatch):
     wav = tiny_model.buzz()
-    monkeypatch.setattr(made, "clip_level_db", {"normal": synthesis.level_db(wav)})
+    monkeypatch.setattr(made, "clip_level_db", {"normal": clip.level_db(wav)})
     loud, quiet = (made.batch([ask(voice=g * wav, seed=1)])[0] for g in (1.0, 0.05))
     assert not any("dB" in n for n in loud.notes) and any("26 dB quieter" in n for n in quiet.notes)
     np.testing.assert_allclose(quiet.audio, 0.05 * loud.audio, atol=2e-3 * np.abs(loud.audio).max())

@@ -1,0 +1,48 @@
+"""The user's clip before any model hears it: style, trimming, level, and what is noted."""
+
+import numpy as np
+import pytest
+import tiny_model
+
+from deepasmr_jax import clip
+
+
+def test_the_style_of_a_clip_is_told_from_its_periodicity():
+    rng = np.random.default_rng(0)
+    for f0 in (80, 120, 220, 330):
+        wav = tiny_model.buzz(f0_hz=float(f0))
+        assert clip.voiced_share(wav, 16000) > 0.9
+        noisy = wav + 0.02 * rng.standard_normal(len(wav))  # about 15 dB below
+        assert clip.voiced_share(noisy, 16000) > 0.8
+    for seed in range(3):
+        assert clip.voiced_share(tiny_model.hiss(seed=seed), 16000) < 0.15
+        assert clip.voiced_share(1e-3 * tiny_model.hiss(seed=seed), 16000) < 0.15
+    mixed = np.concatenate([tiny_model.buzz(1.0), tiny_model.hiss(1.0)])
+    assert 0.3 < clip.voiced_share(mixed, 16000) < 0.7
+
+
+def test_outer_silence_is_trimmed_and_long_speech_is_cut_at_a_quiet_place():
+    wav = np.concatenate([np.zeros(16000), tiny_model.buzz(3.0), np.zeros(32000)]).astype(np.float32)
+    trimmed, was_cut = clip._trim(wav, 16000)
+    assert not was_cut and 3.0 <= len(trimmed) / 16000 <= 3.3
+    long = tiny_model.buzz(14.0)
+    long[int(8.2 * 16000) : int(8.4 * 16000)] *= 0.01
+    trimmed, was_cut = clip._trim(long, 16000)
+    assert was_cut and 8.15 <= len(trimmed) / 16000 <= 8.45
+
+
+def test_a_transcript_fits_a_clip_of_which_no_speech_was_cut_off():
+    notes = []
+    excerpt = clip.read(tiny_model.buzz(), tiny_model.RATE, tiny_model.RATE, notes=notes)
+    assert excerpt.is_whole and excerpt.style == "normal" and excerpt.gain == 1.0 and not notes
+    excerpt = clip.read(tiny_model.buzz(14.0), tiny_model.RATE, tiny_model.RATE, style="asmr", notes=notes)
+    assert not excerpt.is_whole and excerpt.style == "asmr" and "s are used" in notes[-1]
+    assert len(excerpt.wav) <= clip.MAX_DURATION_S * tiny_model.RATE
+
+
+def test_the_gain_brings_a_clip_to_the_level_of_its_style_only_if_it_is_far_from_it():
+    wav, notes = tiny_model.buzz(), []
+    level = clip.level_db(wav)
+    gain_of = lambda **levels: clip.read(wav, 16000, 16000, levels_db=levels, notes=notes).gain
+    assert gain_of(normal=level + 5.0) == 1.0 and gain_of(asmr=level + 20.0) == 1.0 and not notes
+    assert gain_of(normal=level + 20.0) == pytest.approx(10.0, rel=0.01) and "20 dB quieter" in notes[-1]
