@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from deepasmr_jax import nn
-from deepasmr_jax.sharding import AXES, spec
+from deepasmr_jax.sharding import spec
 
 TIME_FEATURES = 256  # sinusoids of the flow time, E2 TTS
 REMAT_POLICIES = {
@@ -187,75 +187,7 @@ class GroupedConv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, P, D] -> [B, P, D] float32."""
-        return grouped_conv(x, self.kernel[...], self.groups) + self.bias[...]
-
-
-def grouped_conv(x: jax.Array, kernel: jax.Array, groups: int) -> jax.Array:
-    """Grouped convolution along the second axis, zero padding, same length; each device does its own rows.
-
-    Left to the partitioner, XLA gathers the whole batch on every device (openxla/xla issue 47945), and with
-    the model axis above 1 the gradient of the kernel is wrong (seen with jax 0.10.2).
-
-    Args:
-        x: [B, P, C] float32, split over `batch`.
-        kernel: [K, C/G, D] float32 of K taps, odd, and G groups; replicated.
-        groups: G.
-
-    Returns:
-        [B, P, D] float32, split over `batch`.
-    """
-    rows = spec("batch", None, None)
-
-    def local(x, kernel):
-        return _local_conv(x, jax.lax.pcast(kernel, AXES["batch"], to="varying"), groups)
-
-    local = jax.shard_map(local, in_specs=(rows, PartitionSpec()), out_specs=rows)
-    return local(jax.sharding.reshard(x, rows), kernel)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _local_conv(x, kernel, groups):
-    """`_conv` with its own kernel gradient on CPU, where XLA's is 13 x slower than the forward pass."""
-    return _conv(x, kernel, groups)
-
-
-def _conv(x, kernel, groups):
-    pad = kernel.shape[0] // 2
-    numbers = ("NWC", "WIO", "NWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1,), [(pad, pad)], dimension_numbers=numbers, feature_group_count=groups
-    )
-
-
-def _local_conv_forward(x, kernel, groups):
-    return _conv(x, kernel, groups), (x, kernel)
-
-
-def _local_conv_backward(groups, saved, dy):
-    x, kernel = saved
-    (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel, groups), x)(dy)
-
-    def by_transpose(x, dy):
-        return jax.linear_transpose(lambda kernel: _conv(x, kernel, groups), kernel)(dy)[0]
-
-    def by_convolution(x, dy):  # rows and channels change places, and dy is a kernel of P taps
-        num_rows, length, _ = x.shape
-        x = jnp.einsum("bpgc->cpgb", x.reshape(num_rows, length, groups, -1))
-        pad = kernel.shape[0] // 2
-        dkernel = jax.lax.conv_general_dilated(
-            x.reshape(-1, length, groups * num_rows),
-            jnp.einsum("bpd->pbd", dy),
-            (1,),
-            [(pad, pad)],
-            dimension_numbers=("NWC", "WIO", "NWC"),
-            feature_group_count=groups,
-        )
-        return jnp.einsum("ckd->kcd", dkernel)
-
-    return dx, jax.lax.platform_dependent(x, dy, cpu=by_convolution, default=by_transpose)
-
-
-_local_conv.defvjp(_local_conv_forward, _local_conv_backward)
+        return nn.grouped_conv(x, self.kernel[...], self.groups) + self.bias[...]
 
 
 class Attention(nnx.Module):

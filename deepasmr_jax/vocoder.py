@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from deepasmr_jax import audio
+from deepasmr_jax import audio, nn
 
 SLOPE = 0.1  # of every leaky ReLU but the last of the generator
 LAST_SLOPE = 0.01  # the public code leaves the library's default there
@@ -127,20 +127,17 @@ class Conv(nnx.Module):
         """Zero padding of (k - 1) / 2 * dilation on each side; float32 out."""
         kernel = self.kernel[...].astype(dtype)
         pad = (kernel.shape[0] - 1) // 2 * dilation
-        groups = x.shape[-1] // kernel.shape[1]
-        if groups > 1 and jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1:
-            # seen with jax 0.10.2: the kernel gradient of a grouped convolution is wrong on such a mesh
-            raise ValueError("the scale discriminators train on a mesh with model=1 only; set mesh.model=1")
-        options = dict(feature_group_count=groups)
+        if (groups := x.shape[-1] // kernel.shape[1]) > 1:
+            assert x.ndim == 3 and dilation == 1, "only the scale discriminators have groups"
+            y = nn.grouped_conv(x.astype(dtype), kernel, groups, stride)
+            return y.astype(jnp.float32) + self.bias[...]
         if x.ndim == 3:
             layout, pads = ("NWC", "WIO", "NWC"), [(pad, pad)]
             strides, dilations = (stride,), (dilation,)
         else:  # a second axis that is left alone
             layout, pads = ("NHWC", "HWIO", "NHWC"), [(pad, pad), (0, 0)]
             strides, dilations, kernel = (stride, 1), (dilation, 1), kernel[:, None]
-        y = jax.lax.conv_general_dilated(
-            x.astype(dtype), kernel, strides, pads, None, dilations, layout, **options
-        )
+        y = jax.lax.conv_general_dilated(x.astype(dtype), kernel, strides, pads, None, dilations, layout)
         return y.astype(jnp.float32) + self.bias[...]
 
 

@@ -200,26 +200,6 @@ def test_samples_are_those_of_one_device_on_a_split_mesh():
     np.testing.assert_allclose(mels[1], mels[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", MESHES)
-def test_grouped_convolution_has_the_gradient_of_a_dense_one(shape):
-    sharding.make_mesh(*shape)
-    rng = np.random.default_rng(0)
-    x = sharding.put({"x": rng.standard_normal((8, 11, 16)).astype(np.float32)})["x"]
-    kernel = sharding.replicate(rng.standard_normal((5, 4, 16)).astype(np.float32))
-
-    def dense(x, kernel):  # the groups as blocks of a full kernel
-        blocks = jnp.eye(4)[:, None, :, None] * kernel.reshape(5, 1, 4, 4, 4)
-        full = blocks.reshape(5, 16, 16)
-        return jax.lax.conv_general_dilated(x, full, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
-
-    def run(f):
-        value = lambda x, kernel: jnp.sum(jnp.sin(f(x, kernel)))
-        return jax.block_until_ready(jax.jit(jax.grad(value, argnums=(0, 1)))(x, kernel))
-
-    for got, want in zip(run(lambda x, k: flow.grouped_conv(x, k, 4)), run(dense), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-4)
-
-
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2)])
 def test_solver_meets_the_closed_form_of_a_linear_field_at_its_order(method, order):
     # dx/dt = -2 x + t has x(1) = (x0 + 1/4) e^-2 + 1/4

@@ -130,6 +130,31 @@ def test_attention_refuses_heads_that_do_not_group():
         nn.attention(normal(1, 2, 6, 4), normal(1, 2, 4, 4), normal(1, 2, 4, 4))
 
 
+@pytest.mark.parametrize(
+    "length, stride, shapes",
+    [(11, 1, MESHES), (12, 2, [(2, 2, 2)]), (11, 4, [(1, 2, 2)]), (12, 4, [(1, 2, 2)])],
+)
+def test_grouped_convolution_has_value_and_gradient_of_a_dense_one_on_every_mesh(length, stride, shapes):
+    x, kernel = normal(8, length, 16), normal(5, 4, 16, seed=1)
+
+    def dense(x, kernel):  # the groups as blocks of a full kernel
+        full = (jnp.eye(4)[:, None, :, None] * kernel.reshape(5, 1, 4, 4, 4)).reshape(5, 16, 16)
+        numbers = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(x, full, (stride,), [(2, 2)], dimension_numbers=numbers)
+
+    def run(f, shape):
+        sharding.make_mesh(*shape)
+        value = lambda x, kernel: jnp.sum(jnp.sin(f(x, kernel)))
+        split = sharding.put({"x": x})["x"], sharding.replicate(kernel)
+        out = jax.block_until_ready(jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(*split))
+        return jax.tree.leaves(jax.device_get(out))
+
+    want = run(dense, (1, 1, 1))
+    for shape in shapes:
+        for a, b in zip(run(lambda x, k: nn.grouped_conv(x, k, 4, stride), shape), want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 class Block(nnx.Module):
     """One layer of everything."""
 

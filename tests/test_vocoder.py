@@ -124,17 +124,21 @@ def test_training_overfits_one_batch_with_both_players():
     assert all(x > 0 for x in jax.tree.leaves(moved))
 
 
-def test_loss_does_not_depend_on_the_mesh():
+def test_losses_and_gradients_do_not_depend_on_the_mesh():
     wav = 0.1 * np.random.default_rng(0).standard_normal((8, 2048)).astype(np.float32)
-    totals = []
-    for sizes in ((1, 1, 1), (2, 4, 1)):
+    tx = optax.sgd(1e-3, momentum=0.0)  # its state is the gradient
+    results = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
         sharding.make_mesh(*sizes)
-        model, tx = filled(TINY, 5), optax.sgd(1e-3)
+        model = filled(TINY, 5)
         state = vocoder.init_opt(tx, model)
-        step = jax.jit(lambda m, s, b, tx=tx: vocoder.train_step(m, s, tx, TINY, b, None, 0))
-        _, _, aux = jax.block_until_ready(step(model, state, sharding.put({"wav": wav})))
-        totals.append([float(x / n) for x, n in aux.values()])
-    np.testing.assert_allclose(totals[0], totals[1], rtol=1e-4)
+        step = jax.jit(lambda m, s, b: vocoder.train_step(m, s, tx, TINY, b, None, 0))
+        _, grads, aux = jax.block_until_ready(step(model, state, sharding.put({"wav": wav})))
+        results.append(([float(x / n) for x, n in aux.values()], jax.device_get(jax.tree.leaves(grads))))
+    for losses, grads in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=1e-4)
+        for a, b in zip(grads, results[0][1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max())
 
 
 def test_wrong_configurations_and_inputs_are_refused_with_their_numbers():
