@@ -345,8 +345,7 @@ class Checkpoints:
             if problem is None:
                 try:
                     position = data.get_state()
-                    loaded = self._load(step, {"state": abstract_state, "data": data})
-                    return step, loaded["state"]
+                    return step, self._load(step, abstract_state, data)
                 except Exception as error:  # Orbax raises many kinds for damaged files
                     problem = f"{type(error).__name__}: {str(error)[:300]}"
                     data.set_state(position)
@@ -356,23 +355,20 @@ class Checkpoints:
             raise ValueError(f"no readable checkpoint in {self.folder}: {'; '.join(errors)}")
         return None
 
-    def _load(self, step: int, targets: dict) -> dict:
+    def _load(self, step: int, abstract_state, data):
         from orbax.checkpoint import v1 as ocp
 
         path = self.folder / str(step)
+        flat = _flat(abstract_state)
+        targets = {"state": flat, "data": data}
         hosts = len(list((path / "data").glob("process_*.json")))
         if hosts and hosts != jax.process_count():
             print(
                 f"saved by {hosts} hosts, now {jax.process_count()}: the data order starts afresh", flush=True
             )
-            targets = {"state": targets["state"]}
-        state = targets["state"]
-        flat = _flat(state)
-        try:
-            loaded = ocp.load_checkpointables(path, targets | {"state": flat})["state"]
-        except Exception:  # a run of the first development version, which saved the tree itself
-            return ocp.load_checkpointables(path, targets)
-        return {"state": jax.tree.unflatten(jax.tree.structure(state), [loaded[name] for name in flat])}
+            del targets["data"]
+        loaded = ocp.load_checkpointables(path, targets)["state"]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), [loaded[name] for name in flat])
 
 
 def _flat(state) -> dict:
