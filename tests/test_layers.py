@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
-    {"config", "audio", "text"},
-    {"sharding", "metrics", "request", "page", "clip"},
-    {"nn", "pitch"},
+    {"config", "audio", "text_normalize"},
+    {"sharding", "metrics", "text", "page", "clip"},
+    {"request", "nn", "pitch"},
     {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "speaker", "recognizer"},
     {"input_pipeline", "checkpoint", "weights", "pool"},
     {"train", "synthesis", "evaluate", "plan"},
