@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepasmr_jax.text import PHONES, ZH_INITIALS
+from deepasmr_jax.text import PHONES, ZH_INITIALS, pinyin_parts
 
 SAMPLE_RATE = 16000
 LABEL_HOP = 320  # samples: 50 labels a second
@@ -308,33 +308,6 @@ _ESPEAK_EN = {
 }  # fmt: skip
 
 
-def pinyin_parts(syllable: str) -> tuple[str, str]:
-    """Initial ("" if none) and toneless final of a pinyin syllable, as in text.PHONES without "zh_".
-
-    Args:
-        syllable: such as "xiao3" or "lve4"; the tone digit is optional.
-
-    Raises:
-        ValueError: if text.PHONES has no such final.
-    """
-    s = syllable.rstrip("12345")
-    initial = next((i for i in sorted(ZH_INITIALS, key=len, reverse=True) if s.startswith(i)), "")
-    final = s[len(initial) :]
-    if initial in ("zh", "ch", "sh", "r", "z", "c", "s") and final == "i":
-        final = "ii"
-    elif initial in ("j", "q", "x") and final.startswith("u"):
-        final = "v" + final[1:]
-    elif not initial and s[0] == "y":
-        short = {"yi": "i", "yin": "in", "ying": "ing", "you": "iu", "yong": "iong"}
-        rounded = {"yu": "v", "yue": "ve", "yuan": "van", "yun": "vn"}
-        final = (short | rounded).get(s, "i" + s[1:])
-    elif not initial and s[0] == "w":
-        final = {"wu": "u", "wei": "ui", "wen": "un"}.get(s, "u" + s[1:])
-    if f"zh_{final}" not in PHONES:
-        raise ValueError(f"the pinyin syllable {syllable!r} has no final {final!r} in text.PHONES")
-    return initial, final
-
-
 def espeak_say(text: str, variant: str, language: str) -> tuple[np.ndarray, list[Segment]]:
     """Read a sentence with espeak-ng: English ("en") as text, Mandarin ("zh") as pinyin syllable by syllable.
 
@@ -402,7 +375,7 @@ def _label_zh(events, spoken):
         elif name.startswith("_"):
             continue
         else:
-            initial, final = pinyin_parts(spoken[index])
+            initial, final, _ = pinyin_parts(spoken[index])
             if position == 0 and initial:
                 result.append((sample, f"zh_{initial}"))
             elif position <= 1 or not result[-1][1] == f"zh_{final}":
