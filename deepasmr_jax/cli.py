@@ -227,10 +227,10 @@ def _batch(args) -> None:
 
 
 def _evaluate(args) -> None:
-    from deepasmr_jax import evaluate
+    from deepasmr_jax import evaluate, judges
 
     try:
-        matrix = evaluate.MatrixJudge()
+        matrix = judges.MatrixJudge()
     except ValueError as e:
         print(f"note: no English error rate: {_sentence(e)}", file=sys.stderr)
         matrix = None

@@ -4,8 +4,8 @@
 
 Everything it hears is synthetic speech. Rows: the recordings, their copy through the vocoder, the flow on their true
 tokens, and text to the four tasks; then pool retrieval against one static prompt (the paper's Table III) and one to
-three refinement passes (Table V). Judges: evaluate.py. A finished row is kept and not made again; `--rows` picks some.
-Needs the extras eval and zh. The Markdown table is printed and written to OUT/table.md.
+three refinement passes (Table V). Judges and measures: judges.py, evaluate.py. A finished row is kept and not made
+again; `--rows` picks some. Needs the extras eval and zh. The Markdown table is printed and written to OUT/table.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, evaluate, input_pipeline, sharding, synthesis  # noqa: E402
+from deepasmr_jax import audio, evaluate, input_pipeline, judges, sharding, synthesis  # noqa: E402
 
 STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
@@ -194,7 +194,7 @@ def row_table() -> dict[str, tuple]:
     return rows
 
 
-def enrol(judge: evaluate.MatrixJudge, known: Known, path: Path) -> dict[str, dict[str, float]]:
+def enrol(judge: judges.MatrixJudge, known: Known, path: Path) -> dict[str, dict[str, float]]:
     """Style -> speaker -> speed at which the judge hears them; kept in a file."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,9 +258,9 @@ def main(argv: list[str] | None = None) -> int:
     items, known = read_items(args.data, args.split, args.per_row)
     items = {k: v for k, v in items.items() if k in args.languages.split(",")}
     rows = Rows(synthesis.load(args.model))
-    matrix = evaluate.MatrixJudge()
-    mandarin = evaluate.MandarinJudge(args.judge) if args.judge else None
-    speaker = evaluate.SpeakerJudge()
+    matrix = judges.MatrixJudge()
+    mandarin = judges.MandarinJudge(args.judge) if args.judge else None
+    speaker = judges.SpeakerJudge()
     gallery = {
         style: (np.stack([speaker.embed(w, 16000) for _, w in clips]), [s for s, _ in clips])
         for style, clips in known.gallery.items()

@@ -14,6 +14,7 @@ LAYERS = [
     {"request", "nn", "pitch"},
     {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "speaker", "recognizer"},
     {"input_pipeline", "checkpoint", "weights", "pool"},
+    {"judges"},
     {"train", "synthesis", "evaluate", "plan"},
     {"cli"},
 ]

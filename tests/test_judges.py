@@ -1,0 +1,165 @@
+"""Judges, and the errors they count: against hand-made cases, and synthetic speech where flite exists."""
+
+import importlib.util
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from deepasmr_jax import audio, judges, text
+
+RATE = 16000
+
+
+def tone(seconds: float = 0.6, hz: float = 150.0, seed: int = 0) -> np.ndarray:
+    """A buzz with harmonics: voiced beyond doubt."""
+    t = np.arange(int(seconds * RATE)) / RATE
+    noise = 1e-4 * np.random.default_rng(seed).standard_normal(len(t))
+    return (sum(np.sin(2 * np.pi * hz * k * t) / k for k in range(1, 12)) * 0.1 + noise).astype(np.float32)
+
+
+def hiss(seconds: float = 0.6, seed: int = 0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * RATE))).astype(np.float32)
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "counts"),
+    [
+        ("a b c", "a b c", (0, 0, 0)),
+        ("a b c", "a x c", (1, 0, 0)),
+        ("a b c", "a c", (0, 1, 0)),
+        ("a b c", "a b b c", (0, 0, 1)),
+        ("a b c", "", (0, 3, 0)),
+        ("", "a b", (0, 0, 2)),
+        ("a b c d", "b c d e", (0, 1, 1)),
+        ("a b", "x y", (2, 0, 0)),
+    ],
+)
+def test_edits_are_counted_by_kind(reference, hypothesis, counts):
+    found = judges.edit_errors(reference.split(), hypothesis.split())
+    assert (found.substitutions, found.deletions, found.insertions) == counts
+    assert found.edits == sum(counts) and found.reference == len(reference.split())
+
+
+def test_edits_equal_those_of_jiwer_on_random_strings():
+    jiwer = pytest.importorskip("jiwer")
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        a, b = (" ".join(rng.choice(list("abcd"), rng.integers(1, 9))) for _ in range(2))
+        out = jiwer.process_words(a, b)
+        found = judges.edit_errors(a.split(), b.split())
+        assert found.edits == out.substitutions + out.deletions + out.insertions
+
+
+def test_words_are_compared_without_case_and_marks_and_chinese_by_character():
+    assert judges.word_errors("Hello, World! It's “me”.", "hello world it's me").edits == 0
+    assert judges.words_for_errors("你好，OK世界。", "zh") == ["你", "好", "ok", "世", "界"]
+    assert judges.word_errors("你好世界", "你好时界", "zh").rate == 0.25
+
+
+# ---------------------------------------------------------------- judges
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    pytest.importorskip("pocketsphinx")
+    return judges.MatrixJudge()
+
+
+def test_the_word_lists_of_the_judge_are_those_of_the_corpus():
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+    import synthetic_text
+
+    assert judges.matrix_words() == [list(slot) for slot in synthetic_text.MATRIX_EN]
+
+
+def test_the_matrix_judge_knows_its_sentences_only(matrix):
+    assert matrix.knows("Lucy sees two red rings.")
+    assert not matrix.knows("Lucy sees red two rings") and not matrix.knows("Lucy sees two red")
+    with pytest.raises(ValueError, match="no matrix sentence"):
+        matrix.errors(hiss(), RATE, "hello")
+
+
+def test_the_matrix_judge_hears_no_words_in_a_hiss(matrix):
+    assert matrix.errors(hiss(2.0), RATE, "lucy sees two red rings").rate >= 0.6
+    assert matrix.errors(np.zeros(RATE, np.float32), RATE, "lucy sees two red rings").rate >= 0.6
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="needs the program flite")
+def test_the_matrix_judge_understands_synthetic_speech_and_gives_the_same_answer_twice(matrix, tmp_path):
+    rng = np.random.default_rng(3)
+    errors = []
+    for i in range(4):
+        sentence = " ".join(rng.choice(slot) for slot in matrix.words)
+        file = str(tmp_path / f"{i}.wav")
+        subprocess.run(["flite", "-voice", "slt", "-t", sentence, "-o", file], check=True)
+        wav = audio.load(file, RATE)
+        errors.append(matrix.errors(wav, RATE, sentence))
+        assert matrix.transcribe(wav, RATE) == matrix.transcribe(0.1 * wav, RATE)
+    assert np.mean([e.rate for e in errors]) <= 0.05  # one word of twenty
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="needs the program flite")
+def test_a_voice_with_short_formants_is_enrolled_at_a_slower_speed_and_understood(matrix, tmp_path):
+    file, clips = str(tmp_path / "x.wav"), []
+    for i in range(3):
+        sentence = " ".join(np.random.default_rng(i).choice(slot) for slot in matrix.words)
+        subprocess.run(["flite", "-voice", "slt", "-t", sentence, "-o", file], check=True)
+        clips.append((audio.load(file, RATE), sentence))
+    high = [(audio.resample(w, round(1.35 * RATE), RATE), t) for w, t in clips]
+    assert matrix.enrol(clips, RATE) == 1.0
+    factor = matrix.enrol(high, RATE)
+    assert factor < 1.0
+    rates = [np.mean([matrix.errors(w, RATE, t, f).rate for w, t in high]) for f in (1.0, factor)]
+    assert rates[1] <= 0.2 < rates[0]
+
+
+def test_a_grammar_of_other_words_can_be_given(matrix):
+    other = judges.MatrixJudge([["red", "green"], ["moonstones", "boats"]])
+    assert other.knows("green moonstones")
+    with pytest.raises(ValueError, match="zxqv"):
+        judges.MatrixJudge([["zxqv"]])
+
+
+def test_word_lists_of_another_form_are_refused(tmp_path):
+    (tmp_path / "words.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match="list of lists"):
+        judges.matrix_words(tmp_path / "words.json")
+
+
+def test_the_mandarin_judge_counts_symbols_against_pinyin():
+    pytest.importorskip("pypinyin")
+    judge = judges.MandarinJudge(model=object())
+    judge.transcribe = lambda wavs, rate: [["zh_n", "zh_i", "zh_h", "zh_a"]]
+    found = judge.errors(hiss(), RATE, "你好。")
+    assert (found.substitutions, found.reference) == (1, 4)
+    with pytest.raises(ValueError, match="recognizer"):
+        judges.MandarinJudge()
+
+
+def test_the_mandarin_judge_pads_to_few_lengths_without_changing_the_answer():
+    import jax
+
+    from deepasmr_jax import recognizer
+
+    cfg = recognizer.Config(width=16, num_heads=2, num_layers=1, mlp_width=16, kernel=3)
+    model = recognizer.init(cfg, jax.random.key(0))
+    heard = judges.MandarinJudge(model=model, cfg=cfg).transcribe([hiss(1.0)], RATE)
+    assert heard == recognizer.decode(model, cfg, hiss(1.0)[None], np.array([RATE]))
+    assert heard[0] and set(heard[0]) <= set(text.PHONES)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("resemblyzer") is None, reason="needs the extra eval")
+def test_the_speaker_judge_does_not_depend_on_level_and_tells_clips_apart():
+    judge = judges.SpeakerJudge()
+    a = judge.embed(tone(1.7), RATE)
+    assert a.shape == (judge.size,) and np.linalg.norm(a) == pytest.approx(1, abs=1e-3)
+    assert a @ judge.embed(0.1 * tone(1.7), RATE) > 0.999
+    assert a @ judge.embed(hiss(1.7), RATE) < 0.95
