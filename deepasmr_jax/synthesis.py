@@ -32,11 +32,8 @@ COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 TOKEN_RATE = 25  # Hz, S3 tokens
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
-TEXT_BASE, TOKEN_BASE, NEW_BASE = (
-    32,
-    64,
-    128,
-)  # shortest padded lengths; the others are these times powers of two
+# shortest padded lengths; the others are these times powers of two
+TEXT_BASE, TOKEN_BASE, NEW_BASE = 32, 64, 128
 
 
 @dataclass(frozen=True)
@@ -612,8 +609,7 @@ class Synthesizer:
         self.batch([Request(text="Good night, sleep well.", language="en", **voice)])
         return time.perf_counter() - start
 
-    # ------------------------------------------------------------------------------------------------ the
-    # hops
+    # ------------------------------------------------------------------------------------------ the hops
 
     def _prepare(self, place: int, request: Request) -> _Job:
         """Hops 1 and 2: the clip, the task prompt, the text of each chunk."""
