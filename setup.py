@@ -42,7 +42,13 @@ setup(
         "zh": ["pypinyin>=0.53,<0.56"],
         # judges that need no network: pocketsphinx for English, resemblyzer (torch) for speakers
         "judge": ["pocketsphinx>=5.1,<6", "jiwer>=4,<5"],
-        "eval": ["pocketsphinx>=5.1,<6", "jiwer>=4,<5", "torch>=2.6", "resemblyzer>=0.1.4", "matplotlib>=3.9"],
+        "eval": [
+            "pocketsphinx>=5.1,<6",
+            "jiwer>=4,<5",
+            "torch>=2.6",
+            "resemblyzer>=0.1.4",
+            "matplotlib>=3.9",
+        ],
         # the built-in model's corpus; also needs the programs flite and festival
         "corpus": ["pyworld>=0.3.5", "setuptools<81", "espeakng-loader>=0.2.4", "pypinyin>=0.53,<0.56"],
         "web": ["tensorboardX>=2.6"],

@@ -104,7 +104,9 @@ def pool_sources(data: str, out: str | Path) -> int:
     for language, size in POOL_SIZE.items():
         speakers = sorted(chosen[language])
         if len(speakers) < size or language not in prompts:
-            raise ValueError(f"the corpus has {len(speakers)} usable {language} voices, the pool needs {size}")
+            raise ValueError(
+                f"the corpus has {len(speakers)} usable {language} voices, the pool needs {size}"
+            )
         for index in np.linspace(0, len(speakers) - 1, size).round().astype(int):
             pair = chosen[language][speakers[index]]
             audio.save(out / f"{pair['speaker']}.wav", pair["wav"], SAMPLE_RATE)
@@ -140,19 +142,25 @@ def demo_clips(data: str, out: str | Path) -> None:
             pairs[k] for k in sorted(pairs) if len(pairs[k]) == 2 and _lasts(pairs[k]["normal"], DEMO_SECONDS)
         ]
         if not usable:
-            raise ValueError(f"{split} has no {language} sentence of {DEMO_SECONDS[0]} to {DEMO_SECONDS[1]} s")
+            raise ValueError(
+                f"{split} has no {language} sentence of {DEMO_SECONDS[0]} to {DEMO_SECONDS[1]} s"
+            )
         clips = {}
         for style, record in usable[0].items():
             file = f"{language}_{style}.wav"
             audio.save(out / file, record["wav"], SAMPLE_RATE)
             clips[style] = {"file": file, "text": record["text"]}
-        voices.append({"voice": title, "language": language, "clips": clips, "sentences": SENTENCES[language]})
+        voices.append(
+            {"voice": title, "language": language, "clips": clips, "sentences": SENTENCES[language]}
+        )
     _write(out / "demo.json", json.dumps({"voices": voices}, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line: pool, demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("pool", "demo", "settings"))
     parser.add_argument("--data", help="TFDS version folder of the corpus; not for settings")
     parser.add_argument("--out", required=True)

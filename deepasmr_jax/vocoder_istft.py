@@ -486,9 +486,7 @@ def _reconstruction(cfg: Config, real: jax.Array, fake: jax.Array):
     return total, count, aux
 
 
-def _inputs(
-    cfg: Config, batch: dict[str, jax.Array], key: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
+def _inputs(cfg: Config, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """wav [B, W'] cut to whole frames, and its mel [B, T, M], spoilt for some rows."""
     hop, longest = cfg.mel.hop_samples, max(cfg.stft_sizes + (cfg.mel.n_fft,))
     wav = batch["wav"][:, : batch["wav"].shape[1] // hop * hop]

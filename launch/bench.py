@@ -65,7 +65,9 @@ class Bench:
     def table(self, title: str, columns: str, rows: list[tuple]) -> None:
         """Adds a heading and a table; numbers get three digits."""
         self.add("", f"## {title}", "", f"| {columns} |", "|" + "---|" * (columns.count("|") + 1))
-        self.add(*(f"| {' | '.join(x if isinstance(x, str) else f'{x:.3g}' for x in row)} |" for row in rows), "")
+        self.add(
+            *(f"| {' | '.join(x if isinstance(x, str) else f'{x:.3g}' for x in row)} |" for row in rows), ""
+        )
 
     def find_torch(self) -> None:
         """Sets `torch` and `device`, or says that PyTorch is not measured."""
@@ -128,7 +130,9 @@ class Bench:
             seconds = self.time(variants[row])
             best = min((v for k, v in seconds.items() if k.startswith("torch")), key=np.median, default=None)
             for name, own in seconds.items():
-                ratio = [a / b for a, b in zip(best, own, strict=True)] if best and name.startswith("JAX") else []
+                ratio = (
+                    [a / b for a, b in zip(best, own, strict=True)] if best and name.startswith("JAX") else []
+                )
                 table.append((row, name, *summary(own), *(summary(ratio) if ratio else ("", ""))))
         return table
 
@@ -225,13 +229,19 @@ def measure_vocoder(bench: Bench, cfg) -> list[tuple]:
     file, make_torch = (vocoder, torch_hifigan) if is_hifigan else (vocoder_istft, torch_istft)
     num_frames = VOCODER_S * cfg.mel.sample_rate // cfg.mel.hop_samples
     mel = np.float32(np.random.default_rng(0).standard_normal((1, num_frames, cfg.mel.num_mels)))
-    model, placed = jax.jit(file.init_generator, static_argnums=0)(cfg, jax.random.key(0)), sharding.put({"mel": mel})
+    model, placed = (
+        jax.jit(file.init_generator, static_argnums=0)(cfg, jax.random.key(0)),
+        sharding.put({"mel": mel}),
+    )
 
     def make(dtype, wrap):
         network = wrap(make_torch(cfg).to(bench.device, dtype).eval())
         yield functools.partial(network, bench.torch.tensor(mel).to(bench.device, dtype))
 
-    row, run = f"{'HiFi-GAN' if is_hifigan else 'iSTFT'}, {VOCODER_S} s", jax.jit(file.apply, static_argnums=1)
+    row, run = (
+        f"{'HiFi-GAN' if is_hifigan else 'iSTFT'}, {VOCODER_S} s",
+        jax.jit(file.apply, static_argnums=1),
+    )
     return bench.side_by_side(cfg, {row: lambda c: run(model, c, **placed)}, make)
 
 
@@ -272,7 +282,10 @@ def measure_s3(bench: Bench, cfg: s3.Config) -> list[tuple]:
     frames = TOKENIZER_S * 100
     mel = np.float32(np.random.default_rng(0).standard_normal((1, frames, cfg.num_mels)))
     inputs = sharding.put({"log_mel": mel, "lengths": np.int32([frames])})
-    model, run = jax.jit(s3.init, static_argnums=0)(cfg, jax.random.key(0)), jax.jit(s3.encode, static_argnums=1)
+    model, run = (
+        jax.jit(s3.init, static_argnums=0)(cfg, jax.random.key(0)),
+        jax.jit(s3.encode, static_argnums=1),
+    )
 
     def make(dtype, wrap):
         from make_speech_tokenizer import ModelConfig, S3TokenizerV2
@@ -281,9 +294,13 @@ def measure_s3(bench: Bench, cfg: s3.Config) -> list[tuple]:
         sizes = ModelConfig(cfg.num_mels, 1500, cfg.width, cfg.num_heads, cfg.num_blocks, use_sdpa=True)
         quantize = wrap(S3TokenizerV2("speech_tokenizer_v2_25hz", sizes).to(device).eval().quantize)
         inputs = torch.tensor(mel, device=device).mT.contiguous(), torch.tensor([frames], device=device)
-        yield lambda: torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)(quantize)(*inputs)
+        yield lambda: torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)(quantize)(
+            *inputs
+        )
 
-    return bench.side_by_side(cfg, {f"S3 tokenizer, {TOKENIZER_S} s": lambda c: run(model, c, **inputs)}, make)
+    return bench.side_by_side(
+        cfg, {f"S3 tokenizer, {TOKENIZER_S} s": lambda c: run(model, c, **inputs)}, make
+    )
 
 
 def measure_say(bench: Bench) -> None:
@@ -295,7 +312,16 @@ def measure_say(bench: Bench) -> None:
     clip, sentence = str(folder / "demo" / voice["clips"]["normal"]["file"]), voice["sentences"][0]
     found: dict[str, list] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, "-m", "deepasmr_jax.cli", "say", sentence, "--json", "--model", str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "deepasmr_jax.cli",
+            "say",
+            sentence,
+            "--json",
+            "--model",
+            str(folder),
+        ]
         command += ["--voice", clip, "--voice-style", "normal", "--out", f"{place}/out.wav"]
         for number in range(1 + min(bench.args.rounds, 3)):  # the first pair reads the programs from disk
             env = os.environ | {"DEEPASMR_CACHE": f"{place}/cache{number}", "PYTHONPATH": str(ROOT)}
@@ -304,7 +330,11 @@ def measure_say(bench: Bench) -> None:
                 done = subprocess.run(command, env=env, capture_output=True, text=True)
                 if done.returncode:
                     raise ValueError(done.stderr.strip()[-300:])
-                made += [(time.perf_counter() - began, json.loads(done.stdout.splitlines()[-1]))] if number else []
+                made += (
+                    [(time.perf_counter() - began, json.loads(done.stdout.splitlines()[-1]))]
+                    if number
+                    else []
+                )
     rows = []
     for kind, made in found.items():
         stages = np.median([[f["timings"][k] for k in ("compile_s", *STAGES)] for _, f in made], axis=0)
@@ -313,13 +343,20 @@ def measure_say(bench: Bench) -> None:
     bench.table("`deepasmr say` in a fresh process, N2A, one sentence", f"process | {names}", rows)
     synthesizer, rows = synthesis.load(folder), []
     for count in (1, 8):
-        kept, requests = [], [dict(text=sentence, voice=clip, voice_style="normal", seed=i) for i in range(count)]
+        kept, requests = (
+            [],
+            [dict(text=sentence, voice=clip, voice_style="normal", seed=i) for i in range(count)],
+        )
         [seconds] = bench.time({"": lambda r=requests, kept=kept: kept.append(synthesizer.batch(r))}).values()
         if failed := [r.error for r in kept[0] if isinstance(r, synthesis.Failure)]:
             raise ValueError(failed[0])
-        stages = np.median([[sum(r.timings[k] for r in made) for k in STAGES] for made in kept[DROPPED:]], axis=0)
+        stages = np.median(
+            [[sum(r.timings[k] for r in made) for k in STAGES] for made in kept[DROPPED:]], axis=0
+        )
         speech_s = sum(r.duration_s for r in kept[0])
-        rows.append((str(count), *summary([s / speech_s for s in seconds]), *summary(seconds), *stages, speech_s))
+        rows.append(
+            (str(count), *summary([s / speech_s for s in seconds]), *summary(seconds), *stages, speech_s)
+        )
     names = "sentences at once | real-time factor | range | median s | range | clip | LM | flow | vocoder | s of speech"
     bench.table("Loaded `Synthesizer`, N2A", names, rows)
 
@@ -347,15 +384,23 @@ def measure_train(bench: Bench) -> None:
             [seconds] = bench.time({stage: step}).values()
             speed = f"{data.items_per_batch / np.median(seconds):,.0f} {data.item}"
             rows.append((stage, str(data.batch_size), *summary(seconds), speed))
-    bench.table(f"Training, configs/{file}.py, noise", "stage | rows | median s a step | range | per second", rows)
+    bench.table(
+        f"Training, configs/{file}.py, noise", "stage | rows | median s a step | range | per second", rows
+    )
 
 
 def machine() -> str:
     """What the numbers depend on."""
     info = Path("/proc/cpuinfo")
-    cpu = (info.read_text().partition("model name")[2] if info.exists() else "").partition("\n")[0].strip("\t :")
+    cpu = (
+        (info.read_text().partition("model name")[2] if info.exists() else "")
+        .partition("\n")[0]
+        .strip("\t :")
+    )
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    versions = (f"{k} {installed.get(k)}" for k in ("jax", "flax", "torch", "transformers", "s3tokenizer", "f5-tts"))
+    versions = (
+        f"{k} {installed.get(k)}" for k in ("jax", "flax", "torch", "transformers", "s3tokenizer", "f5-tts")
+    )
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
     chosen = (f"{k}={os.environ.get(k)}" for k in ("XLA_FLAGS", "OMP_NUM_THREADS"))
     return f"- device: {device}; host: {os.cpu_count()} x {cpu or 'CPU'}; {', '.join([*versions, *chosen])}"
@@ -364,17 +409,27 @@ def machine() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     load = os.getloadavg()[0]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
-    parser.add_argument("--size", choices=("tiny", "mini", "full"), default="mini", help="of the parts beside PyTorch")
-    parser.add_argument("--rounds", type=int, default=5, choices=range(1, 100), metavar="N", help="rounds that count")
+    parser.add_argument(
+        "--size", choices=("tiny", "mini", "full"), default="mini", help="of the parts beside PyTorch"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, choices=range(1, 100), metavar="N", help="rounds that count"
+    )
     parser.add_argument("--model", help="model folder with demo clips for `say`; the built-in one if absent")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the CPU too")
     parser.add_argument("--out", help="also write the report here")
     args = parser.parse_args(argv)
     bench = Bench(args)
     sharding.ensure_mesh()
-    busy = " (**the machine was busy: do not quote these numbers**)" if load > 0.25 * (os.cpu_count() or 1) else ""
+    busy = (
+        " (**the machine was busy: do not quote these numbers**)"
+        if load > 0.25 * (os.cpu_count() or 1)
+        else ""
+    )
     title = f"# Speed, {time.strftime('%Y-%m-%d %H:%M')}, size {args.size}, {args.rounds} rounds"
     bench.add(title, "", machine(), f"- load average before: {load:.2f}{busy}")
     if "say" in args.only:
@@ -383,7 +438,9 @@ def main(argv: list[str] | None = None) -> None:
         except (ValueError, OSError) as e:
             bench.add(f"- say: left out, {e}; give --model FOLDER, a whole model with its demo clips")
     measures = dict(lm=measure_lm, hifigan=measure_vocoder, vocoder=measure_vocoder)
-    measures |= dict(speech_tokenizer=measure_s3, flow=measure_flow)  # last: they put an empty torchaudio here
+    measures |= dict(
+        speech_tokenizer=measure_s3, flow=measure_flow
+    )  # last: they put an empty torchaudio here
     if chosen := [p for p in measures if p in args.only]:
         bench.find_torch()
         rows = [row for p in chosen for row in measures[p](bench, model_config(p, args.size))]

@@ -58,7 +58,9 @@ def read_items(data: str, split: str, per_row: int) -> tuple[dict[str, list[Item
     for i in range(len(records)):
         record = {k: v.decode() if isinstance(v, bytes) else v for k, v in records[i].items()}
         style = record["style"]
-        pair = pairs.setdefault((record["language"], record["speaker"], record["pair_id"]), record | {"wavs": {}})
+        pair = pairs.setdefault(
+            (record["language"], record["speaker"], record["pair_id"]), record | {"wavs": {}}
+        )
         pair["wavs"][style] = np.asarray(record["audio"], np.float32) / 32768
     by_speaker: dict[tuple, list] = {}
     for (language, speaker, _), pair in sorted(pairs.items()):
@@ -107,7 +109,9 @@ def voices_of_others(items: list[Item]) -> list[Item]:
         others = (items[(i + k) % len(items)] for k in range(1, len(items)))
         other = next((o for o in others if o.speaker != item.speaker), None)
         if other is None:
-            raise ValueError(f"only the speaker {item.speaker!r}: another speaker's voice needs two; leave the row out")
+            raise ValueError(
+                f"only the speaker {item.speaker!r}: another speaker's voice needs two; leave the row out"
+            )
         lent.append(other)
     return lent
 
@@ -134,7 +138,9 @@ class Rows:
             lengths = np.array([frames * s.mel_config.hop_samples], np.int32)
             mel = audio.log_mel(sharding.replicate(row), sharding.replicate(lengths), s.mel_config)
             vocoder = s._parts["vocoder"]
-            out = s._vocode(vocoder.module, vocoder.config, mel, sharding.replicate(np.array([frames], np.int32)))
+            out = s._vocode(
+                vocoder.module, vocoder.config, mel, sharding.replicate(np.array([frames], np.int32))
+            )
             made.append(np.asarray(jax.device_get(out))[0, : frames * s.mel_config.hop_samples])
         return made
 
@@ -188,7 +194,12 @@ def row_table() -> dict[str, tuple]:
     for task in TASKS:
         rows[f"text to {task}"] = ("speak", (task,), {}, STYLES[task[2]])
     for task in ("A2N", "N2A"):
-        rows[f"text to {task}, static prompt"] = ("speak", (task,), {"pool_strategy": "static"}, STYLES[task[2]])
+        rows[f"text to {task}, static prompt"] = (
+            "speak",
+            (task,),
+            {"pool_strategy": "static"},
+            STYLES[task[2]],
+        )
         for passes in (2, 3):
             rows[f"text to {task}, {passes} passes"] = ("speak", (task,), {"refine": passes}, STYLES[task[2]])
     return rows
@@ -219,7 +230,9 @@ def make_row(rows: Rows, name: str, spec: tuple, items: dict[str, list[Item]], f
         lent = voices_of_others(own) if method == "from_other_tokens" else own
         for i, (item, wav) in enumerate(zip(own, getattr(rows, method)(own, *args, **options), strict=True)):
             if wav is None:
-                wav = np.zeros(rows.synthesizer.sample_rate // 2, np.float32)  # failed: all its words are lost
+                wav = np.zeros(
+                    rows.synthesizer.sample_rate // 2, np.float32
+                )  # failed: all its words are lost
             file = f"{language}_{i:04d}.wav"
             audio.save(folder / file, wav, rows.synthesizer.sample_rate)
             line = {"file": file, "text": item.text, "language": language, "group": language}
@@ -233,7 +246,7 @@ def make_row(rows: Rows, name: str, spec: tuple, items: dict[str, list[Item]], f
 
 
 def cell(value: dict | None, scale: float = 100.0) -> str:
-    """"12.3 [10.1, 14.9]" of an interval or a rate; a dash where nothing was measured."""
+    """ "12.3 [10.1, 14.9]" of an interval or a rate; a dash where nothing was measured."""
     if not value:
         return "-"
     middle = value["value"] * scale if "value" in value else value["rate"]
@@ -243,7 +256,9 @@ def cell(value: dict | None, scale: float = 100.0) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="corpus with the held-out splits (TFDS version folder)")
     parser.add_argument("--split", default="test", help="test: unseen speakers; hts: unseen engine")
     parser.add_argument("--model", help="model folder; the built-in one if absent")
@@ -282,7 +297,9 @@ def main(argv: list[str] | None = None) -> int:
             present = {s for v in items.values() for s in (i.speaker for i in v)}
             english = {i.speaker for i in items.get("en", [])}
             embeddings, names = gallery[spec[3]]
-            keep = [i for i, n in enumerate(names) if n in english] or [i for i, n in enumerate(names) if n in present]
+            keep = [i for i, n in enumerate(names) if n in english] or [
+                i for i, n in enumerate(names) if n in present
+            ]
             evaluate.evaluate_folder(
                 folder, matrix=matrix, mandarin=mandarin, speaker=speaker,
                 gallery=(embeddings[keep], [names[i] for i in keep]), factors=factors.get(spec[3]),
