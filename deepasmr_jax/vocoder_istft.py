@@ -2,8 +2,10 @@
 
 A convolution over mel frames, ConvNeXt blocks (stacked, scanned), and a linear head that gives the magnitude
 and the phase of each frame's spectrum; overlap-add makes the samples. Source: Vocos (Siuzdak, 2023).
-With `source`, a pitch predicted from the mel drives a pulse train whose spectrum, filtered by the head, is added:
-harmonics then need no learned phase (source-filter idea of HiFT, Li et al., 2023). Without voice it is silent.
+With `source` nothing but filters is predicted: one for a pulse train at a pitch read from the mel, silent without
+voice, and one for white noise (harmonic plus noise model, Stylianou, 2001; the pulses as in HiFT, Li et al.,
+2023). No phase has to be learned, and a voice can come from the pulses alone: beside a head that makes any spectrum,
+the pulses are left unused (tried: they ended 60 dB below the rest).
 Training: multi-resolution STFT and mel losses, and optionally small multi-period and spectrogram
 discriminators from a given step on (least squares; Kong et al., 2020; Jang et al., 2021).
 Batch: wav [B, W] float32 in [-1, 1] at the profile's rate; the mel is computed inside the loss.
@@ -94,7 +96,7 @@ class Config:
 
 
 def mini() -> Config:
-    """The built-in model's vocoder: 16 kHz, 1.8 M parameters, a pulse source, frames of 32 ms every 10 ms."""
+    """The built-in model's vocoder: 16 kHz, 1.6 M parameters, pulses and noise, frames of 32 ms every 10 ms."""
     return Config(
         mlp_width=512, num_layers=4, subframes=2, frame_size=512, source=True, spoil_probability=0.7
     )
@@ -182,7 +184,11 @@ class Block(nnx.Module):
 
 
 class Generator(nnx.Module):
-    """embed, norm, layers (stacked on axis 0), final_norm, head; with a source pitch_head and filter_head."""
+    """embed, norm, layers (stacked on axis 0), final_norm, head; with a source three heads in place of `head`.
+
+    head, filter_head: log magnitudes and phases, [D, 2 K] for K bins per output frame; noise_head: log
+    magnitudes, [D, K]; pitch_head: logits of the pitch bins, then of voicing.
+    """
 
     def __init__(self, cfg: Config, key: jax.Array):
         keys = jax.random.split(key, 3)
@@ -190,12 +196,14 @@ class Generator(nnx.Module):
         self.norm = LayerNorm(cfg.width)
         self.layers = jax.vmap(lambda k: Block(cfg, k))(jax.random.split(keys[1], cfg.num_layers))
         self.final_norm = LayerNorm(cfg.width)
-        num_out = cfg.subframes * (cfg.frames.n_fft + 2)
-        self.head = Linear(keys[2], cfg.width, num_out)
+        num_bins = cfg.subframes * (cfg.frames.n_fft // 2 + 1)
         if cfg.source:
-            pitch_key, filter_key = jax.random.split(keys[2])
+            pitch_key, filter_key, noise_key = jax.random.split(keys[2], 3)
             self.pitch_head = Linear(pitch_key, cfg.width, cfg.pitch_bins + 1)
-            self.filter_head = Linear(filter_key, cfg.width, num_out)
+            self.filter_head = Linear(filter_key, cfg.width, 2 * num_bins)
+            self.noise_head = Linear(noise_key, cfg.width, num_bins)
+        else:
+            self.head = Linear(keys[2], cfg.width, 2 * num_bins)
 
 
 def overlap_add(frames: jax.Array, hop: int, start: int, num_samples: int) -> jax.Array:
@@ -272,14 +280,27 @@ def _pitch_loss(cfg: Config, logits: jax.Array, hz: jax.Array, voiced: jax.Array
     return jnp.mean(nll + jax.nn.softplus(score) - score * voiced, axis=1)
 
 
+def _noise(num_frames: int, hop: int, first: int | jax.Array) -> jax.Array:
+    """White noise of unit power, [1, T * hop], the same for a frame number whatever the length."""
+
+    def of_frame(number: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.key(0), number), (hop,))
+
+    return jax.vmap(of_frame)(first + jnp.arange(num_frames)).reshape(1, -1)
+
+
 def _synthesize(
     model: Generator,
     cfg: Config,
     mel: jax.Array,
     lengths: jax.Array | None = None,
     track: tuple[jax.Array, jax.Array] | None = None,
+    first: int | jax.Array = 0,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`apply` without the final clip, and the pitch logits; with a `track` (Hz, voiced) that drives the source."""
+    """`apply` without the final clip, and the pitch logits.
+
+    A `track` (Hz, voiced) drives the pulses in place of the predicted one; `first` picks the noise.
+    """
     valid = None if lengths is None else jnp.arange(mel.shape[1]) < jnp.asarray(lengths)[:, None]
 
     def keep(x: jax.Array) -> jax.Array:
@@ -293,30 +314,44 @@ def _synthesize(
     x, _ = jax.lax.scan(jax.checkpoint(body) if cfg.remat else body, x, model.layers)
     x = model.final_norm(x)
     out_valid = None if valid is None else jnp.repeat(valid, cfg.subframes, axis=1)
+    frames, size = cfg.frames, cfg.frames.n_fft
 
-    def spectrum(head: Linear) -> jax.Array:
+    def per_frame(head: Linear) -> jax.Array:
         y = head(x, cfg.dtype)
         if cfg.subframes > 1:
             rows = jax.P(nn.axes_of(y)[0], None, None)
-            shape = (y.shape[0], y.shape[1] * cfg.subframes, cfg.frames.n_fft + 2)
+            shape = (y.shape[0], y.shape[1] * cfg.subframes, y.shape[2] // cfg.subframes)
             y = y.reshape(shape, out_sharding=rows)
-        log_magnitude, phase = jnp.split(y, 2, axis=-1)
-        magnitude = jnp.minimum(jnp.exp(log_magnitude), MAX_MAGNITUDE)
-        return jax.lax.complex(magnitude * jnp.cos(phase), magnitude * jnp.sin(phase))
+        return y
+
+    def magnitude(y: jax.Array) -> jax.Array:
+        return jnp.minimum(jnp.exp(y), MAX_MAGNITUDE)
+
+    def spectrum(head: Linear) -> jax.Array:
+        log_magnitude, phase = jnp.split(per_frame(head), 2, axis=-1)
+        return jax.lax.complex(
+            magnitude(log_magnitude) * jnp.cos(phase), magnitude(log_magnitude) * jnp.sin(phase)
+        )
 
     if not cfg.source:
-        return inverse_stft(spectrum(model.head), cfg.frames, out_valid), None
-    logits = model.pitch_head(x, cfg.dtype)
-    hz, voiced = _decode_pitch(cfg, logits) if track is None else track
-    source = pitch.pulses(hz, voiced, cfg.mel.hop_samples, cfg.mel.sample_rate, valid)
-    frames, size = cfg.frames, cfg.frames.n_fft
-    source = jnp.pad(jax.lax.stop_gradient(source), ((0, 0), (frames.pad_samples,) * 2))
+        return inverse_stft(spectrum(model.head), frames, out_valid), None
+
     left = (size - frames.win_samples) // 2
     window = np.pad(audio.hann(frames.win_samples), (left, size - frames.win_samples - left))
-    # a pulse train of unit power has about this magnitude in a frame: the filter starts near the level of speech
-    scale = float(np.sqrt(np.sum(window**2)))
-    excitation = jnp.fft.rfft(audio.frame(source, size, frames.hop_samples) * window, axis=-1) / scale
-    total = spectrum(model.head) + excitation * spectrum(model.filter_head)
+
+    def excitation(source: jax.Array) -> jax.Array:
+        """[B, T * hop] of unit power to [B, T', K] of about unit power."""
+        source = jnp.pad(jax.lax.stop_gradient(source), ((0, 0), (frames.pad_samples,) * 2))
+        pieces = audio.frame(source, size, frames.hop_samples) * window
+        return jnp.fft.rfft(pieces, axis=-1) / float(np.sqrt(np.sum(window**2)))
+
+    hop, rate = cfg.mel.hop_samples, cfg.mel.sample_rate
+    logits = model.pitch_head(x, cfg.dtype)
+    hz, voiced = _decode_pitch(cfg, logits) if track is None else track
+    pulses = excitation(pitch.pulses(hz, voiced, hop, rate, valid))
+    noise = _noise(mel.shape[1], hop, first)
+    noise = excitation(noise if valid is None else noise * jnp.repeat(valid, hop, axis=1))
+    total = pulses * spectrum(model.filter_head) + noise * magnitude(per_frame(model.noise_head))
     return inverse_stft(total, frames, out_valid), logits
 
 
@@ -526,12 +561,12 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
         model: `init(cfg, key)`.
         cfg: its config.
         batch: wav [B, W] float32 in [-1, 1].
-        key: draws the rows to spoil; None spoils none.
+        key: draws the rows to spoil and the noise of the source; None: none spoilt, always the same noise.
 
     Returns:
         (sum over rows, number of rows, aux) with aux "loss", "stft" (spectral convergence + log magnitude
-        distance, mean over resolutions) and "mel" (mean absolute difference of natural-log mel up to
-        Nyquist), each (sum, count).
+        distance, mean over resolutions), "mel" (mean absolute difference of natural-log mel up to Nyquist) and,
+        with a source, "pitch" (`_pitch_loss`), each (sum, count).
 
     Raises:
         ValueError: if W is shorter than the longest analysis window.
@@ -539,7 +574,7 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
     Source: multi-resolution STFT loss of Parallel WaveGAN (Yamamoto et al., 2020), mel loss of HiFi-GAN.
     """
     wav, mel = _inputs(cfg, batch, key)
-    fake, extra = _with_pitch_loss(model.generator, cfg, wav, mel)
+    fake, extra = _with_pitch_loss(model.generator, cfg, wav, mel, key)
     total, count, aux = _reconstruction(cfg, wav, fake)
     if cfg.source:
         aux["pitch"] = (jnp.sum(extra), count)
@@ -549,13 +584,14 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
 
 
 def _with_pitch_loss(
-    model: Generator, cfg: Config, wav: jax.Array, mel: jax.Array
+    model: Generator, cfg: Config, wav: jax.Array, mel: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Copy synthesis of recordings [B, W], the source driven by their own pitch, and the pitch loss [B]."""
+    """Copy synthesis of recordings [B, W], the pulses driven by their own pitch, and the pitch loss [B]."""
     if not cfg.source:
         return _synthesize(model, cfg, mel)[0][:, : wav.shape[1]], jnp.zeros(wav.shape[0])
     hz, voiced = jax.lax.stop_gradient(pitch.track(wav, cfg.mel))
-    fake, logits = _synthesize(model, cfg, mel, track=(hz, voiced))
+    first = 0 if key is None else jax.random.randint(key, (), 0, 2**30)
+    fake, logits = _synthesize(model, cfg, mel, track=(hz, voiced), first=first)
     return fake[:, : wav.shape[1]], _pitch_loss(cfg, logits, hz, voiced)
 
 
@@ -606,7 +642,7 @@ def train_step(
         tx: optimizer of each player; schedules inside it count the updates of that player.
         cfg: static under jit.
         batch: wav [B, W] float32 in [-1, 1].
-        key: draws the rows to spoil; None spoils none.
+        key: draws the rows to spoil and the noise of the source; None: none spoilt, always the same noise.
         step: int32 scalar, 0 for the first update.
 
     Returns:
@@ -617,7 +653,7 @@ def train_step(
     count = jnp.float32(wav.shape[0])
 
     def synthesize(generator):
-        return _with_pitch_loss(generator, cfg, wav, mel)
+        return _with_pitch_loss(generator, cfg, wav, mel, key)
 
     def update(grads, state, params):
         updates, state = tx.update(grads, state, params)
@@ -665,7 +701,11 @@ def train_step(
         )
     (grads,) = pull_back((grad, jnp.full_like(off_pitch, cfg.pitch_weight / count)))
     if cfg.source:
-        aux = aux | {"pitch": (jnp.sum(off_pitch), count)}
+        sum_pitch = jnp.sum(off_pitch)
+        aux = aux | {
+            "pitch": (sum_pitch, count),
+            "loss": (aux["loss"][0] + cfg.pitch_weight * sum_pitch, count),
+        }
     generator, generator_state = update(grads, opt_state["generator"], model.generator)
     opt_state = {"generator": generator_state, "discriminators": state}
     return Gan(generator, discriminators), opt_state, aux

@@ -113,6 +113,7 @@ def test_subframes_lie_evenly_inside_their_mel_frame_and_rows_stay_independent()
 
 
 SOURCE = dataclasses.replace(TINY, subframes=2, frame_size=512, source=True)
+SPOILT = dataclasses.replace(SOURCE, spoil_probability=0.7, stft_sizes=(512,))
 
 
 def test_a_source_keeps_rows_independent_of_their_padding():
@@ -125,22 +126,56 @@ def test_a_source_keeps_rows_independent_of_their_padding():
     np.testing.assert_allclose(wav[1, : 5 * 320], alone, atol=1e-3)
 
 
-def test_a_source_sounds_where_voice_is_predicted_and_is_silent_elsewhere():
+def set_bias(head, value) -> None:
+    """The head says `value` at every frame."""
+    head.bias[...] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), head.bias.shape)
+    head.kernel[...] = jnp.zeros_like(head.kernel[...])
+
+
+def harmonic_share(wav: np.ndarray, hz: float) -> float:
+    """Share of the power of [W] within 10 Hz of multiples of `hz`."""
+    power = np.abs(np.fft.rfft(wav * np.hanning(len(wav)))) ** 2
+    away = (np.fft.rfftfreq(len(wav), 1 / 16000) + hz / 2) % hz - hz / 2
+    return power[np.abs(away) < 10].sum() / power.sum()
+
+
+def test_pulses_sound_where_voice_is_predicted_and_noise_everywhere():
     model = filled_generator(SOURCE, 2)
-    mel = np.random.default_rng(0).standard_normal((1, 12, 80)).astype(np.float32)
+    mel = np.random.default_rng(0).standard_normal((1, 50, 80)).astype(np.float32)
+    hz = float(vocoder_istft.pitch_centres(SOURCE)[40])
+    bins = np.where(np.arange(81) == 40, 20.0, 0.0)
+    num_bins = SOURCE.subframes * 257
+    plain = np.zeros((SOURCE.subframes, 2, 257))  # magnitude 1, phase 0
 
-    def with_voicing(bias):
-        biases = model.pitch_head.bias[...].at[-1].set(bias)
-        kernel = jnp.zeros_like(model.pitch_head.kernel[...])
-        head = model.pitch_head
-        head.bias[...], head.kernel[...] = biases, kernel
-        return np.asarray(vocoder_istft.apply(model, SOURCE, mel))
+    def run(voiced: bool, noise_db: float, filter_db: float) -> np.ndarray:
+        set_bias(model.pitch_head, np.where(np.arange(81) == 80, 1.0 if voiced else -1.0, bins))
+        set_bias(model.noise_head, np.full(num_bins, noise_db * np.log(10) / 20))
+        values = plain + np.array([filter_db * np.log(10) / 20, 0.0])[:, None]
+        set_bias(model.filter_head, values.reshape(-1))
+        return np.asarray(vocoder_istft._synthesize(model, SOURCE, mel)[0])[0]
 
-    silent, voiced = with_voicing(-1.0), with_voicing(1.0)
-    head = model.filter_head
-    head.bias[...] = head.bias[...] - 50.0  # a filter that lets nothing through
-    assert np.abs(voiced - silent).max() > 1e-3
-    np.testing.assert_allclose(with_voicing(1.0), silent, atol=1e-6)
+    pulses, noise = run(True, -200, 0), run(False, 0, 0)
+    assert harmonic_share(pulses[1600:-1600], hz) > 0.99
+    assert harmonic_share(noise[1600:-1600], hz) < 0.3  # 20 of about 165 Hz
+    level = np.sum(audio.hann(512) ** 2) ** -0.5  # of a signal whose frames have a spectrum of magnitude 1
+    np.testing.assert_allclose(pulses[1600:-1600].std(), level, rtol=0.1)
+    np.testing.assert_allclose(noise[1600:-1600].std(), level, rtol=0.1)
+    np.testing.assert_allclose(noise, run(True, 0, -200), atol=1e-4)  # silent pulses leave the noise as it is
+    assert np.abs(run(False, -200, 0)).max() < 1e-6
+
+
+def test_the_training_step_reports_the_loss_it_descends():
+    model, tx, batch = filled(vocoder_istft.init, SPOILT, 3), optax.sgd(1e-3), {"wav": buzz()}
+    state, key = vocoder_istft.init_opt(tx, model), jax.random.key(2)
+    _, _, of_step = jax.jit(lambda m, s: vocoder_istft.train_step(m, s, tx, SPOILT, batch, key, 0))(
+        model, state
+    )
+    total, count, aux = jax.jit(lambda m: vocoder_istft.loss(m, SPOILT, batch, key))(model)
+    assert of_step.keys() == aux.keys() and float(aux["loss"][0] / count) == pytest.approx(
+        float(total / count)
+    )
+    for name in aux:
+        assert float(of_step[name][0]) == pytest.approx(float(aux[name][0]), rel=1e-5)
 
 
 def test_training_teaches_pitch_and_voicing_from_the_mel():
@@ -243,14 +278,15 @@ def test_generator_update_of_the_two_player_step_is_the_gradient_of_the_whole_lo
         np.testing.assert_allclose(old - g, fresh, atol=1e-4 * scale)
 
 
-def test_loss_does_not_depend_on_the_mesh():
+@pytest.mark.parametrize("cfg", [TINY_GAN, SPOILT], ids=["adversarial", "source"])
+def test_loss_does_not_depend_on_the_mesh(cfg):
     wav = 0.1 * np.random.default_rng(0).standard_normal((8, 1600)).astype(np.float32)
     totals = []
     for sizes in ((1, 1, 1), (2, 4, 1)):
         sharding.make_mesh(*sizes)
-        model, tx = filled(vocoder_istft.init, TINY_GAN, 3), optax.sgd(1e-3)
+        model, tx = filled(vocoder_istft.init, cfg, 3), optax.sgd(1e-3)
         state = vocoder_istft.init_opt(tx, model)
-        step = jax.jit(lambda m, s, b, tx=tx: vocoder_istft.train_step(m, s, tx, TINY_GAN, b, None, 0))
+        step = jax.jit(lambda m, s, b, tx=tx: vocoder_istft.train_step(m, s, tx, cfg, b, jax.random.key(5), 0))
         _, _, aux = jax.block_until_ready(step(model, state, sharding.put({"wav": wav})))
         totals.append([float(x / n) for x, n in aux.values()])
     np.testing.assert_allclose(totals[0], totals[1], rtol=1e-4)
@@ -261,7 +297,7 @@ def test_presets_have_their_stated_sizes():
         model = jax.eval_shape(lambda: vocoder_istft.init_generator(cfg, jax.random.key(0)))
         return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(model))
 
-    assert size(vocoder_istft.mini()) == 1_756_761
+    assert size(vocoder_istft.mini()) == 1_624_663
     assert size(vocoder_istft.vocos_24khz()) == 13_531_650
 
 
