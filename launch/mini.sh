@@ -5,7 +5,7 @@
 #   bash launch/mini.sh [WORK]          WORK holds corpus and runs (default workdir); the model ends in WORK/mini
 #   EXTRA_SET="--set=max_seconds=600" bash launch/mini.sh    options for every training stage
 #
-# Needs: pip install -e ".[corpus,zh,judge]" and the programs flite, festival and its voice (see data/README.md).
+# Needs: pip install -e ".[corpus,zh,eval]" and the programs flite, festival and its voice (see data/README.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work="${1:-workdir}"
