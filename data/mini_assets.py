@@ -157,7 +157,7 @@ def demo_clips(data: str, out: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line: pool, demo."""
+    """Command line: pool, demo, settings."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -112,8 +112,8 @@ def model_file(module: str):
 def public_part(module, config):
     """The part of a trained module that is exported, with its config.
 
-    A two-player vocoder gives its generator, a speech tokenizer drops its recognition head, the rest is given
-    whole.
+    A two-player vocoder gives its generator; a speech tokenizer and a speaker encoder drop their training heads;
+    the rest is given whole.
     """
     if hasattr(module, "generator"):
         return module.generator, config
@@ -127,8 +127,8 @@ def export_component(folder, name: str, module, config, dtype: str = "float32", 
     Args:
         folder: the model folder, made if absent; other components in it stay.
         name: component name, e.g. "lm"; the file is `<name>.safetensors`.
-        module: the weights; of a Gan only the generator is written, of a speech tokenizer not the training
-            head.
+        module: the weights; of a Gan only the generator is written, of a speech tokenizer and a speaker encoder
+            not the training head.
         config: the frozen Config that built the module.
         dtype: "float32", "float16" or "bfloat16" of the file; integers stay as they are.
         **top: top-level entries of config.json to set, e.g. mel_profile="mini", provenance={...} (dicts are

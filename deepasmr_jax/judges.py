@@ -204,9 +204,11 @@ class MandarinJudge:
     Args:
         folder: a model folder with the component "recognizer" (trained by the same program as the other
             models).
+        model: a `recognizer.Recognizer` in memory, in place of a folder.
+        cfg: its `recognizer.Config`; only with `model`.
 
     Raises:
-        ValueError: if the folder has no such component.
+        ValueError: if neither is given, or the folder has no such component.
     """
 
     _STEP = 32000  # clips are padded to multiples of 2 s, so that few lengths are compiled

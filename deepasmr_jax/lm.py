@@ -450,7 +450,7 @@ def _pick(scores: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def log_probs(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Array:
-    """Mean log-probability of each row's targets.
+    """Mean log-probability of each row's targets. Used by `dpo_loss` alone: no stage of training calls it yet.
 
     Args:
         model: the module.
@@ -480,6 +480,8 @@ def dpo_loss(
 
     Per pair: `-log sigmoid(beta * ((c - c_ref) - (r - r_ref))) + sft_weight * (-c)` with `c`, `r` the mean
     log-probabilities (`log_probs`) of the chosen and the rejected sequence.
+    Meant for a third stage, preference tuning, which is not built yet: no config reaches this function and the
+    data pipeline makes no pairs.
 
     Args:
         model: the module in training.

@@ -484,10 +484,10 @@ def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Ar
 
     Returns:
         (sum, count, aux): nats summed over valid slots (aligned) or over phones (sequence), their number, and
-        name -> (sum, count) of phone_accuracy, direct_phone_accuracy
-        (from the states), f0_accuracy, voicing_accuracy, code_agreement (share of tokens
-        that equal the code predicted from their labels), digit_agreement (the same for single digits),
-        distinct_codes (number of different tokens in this batch).
+        name -> (sum, count), each only where its labels are there: phone_accuracy and direct_phone_accuracy (from
+        the states), or ctc_nats (of the label sequences, unweighted); f0_accuracy, voicing_accuracy;
+        code_agreement (share of tokens that equal the code predicted from their labels), digit_agreement (the
+        same for single digits); and always distinct_codes (number of different tokens in this batch).
 
     Raises:
         ValueError: if the model has no head, or the batch has neither kind of label.

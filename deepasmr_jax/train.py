@@ -29,7 +29,8 @@ from deepasmr_jax import config as config_lib
 # last names of parameters that weight decay leaves alone: norms, biases, tables
 NO_DECAY = ("bias", "scale", "gain", "g", "alpha", "beta", "gamma", "embedding", "mean", "var")
 _CALIBRATION = 20  # training batches from which batch-norm statistics are taken
-# settings that may differ when a run is resumed: they change neither the model nor the order of the data
+# settings of model and data that may differ when a run is resumed. Other folders with other records do change the
+# order from there on; they are allowed because a corpus may be moved.
 _FREE_ON_RESUME = ("data.data_dirs", "data.num_threads", "data.num_prefetch", "model.remat", "model.unroll")
 
 
@@ -70,7 +71,7 @@ class Mesh:
 class TrainConfig:
     """One training run. `model` is the Config of a model file and decides which file is trained."""
 
-    component: str  # name in the exported folder: speech_tokenizer, speaker, lm, flow or vocoder
+    component: str  # name in the exported folder: speech_tokenizer, speaker, lm, flow, vocoder or recognizer
     model: Any
     data: input_pipeline.Config
     optim: Optim
@@ -360,7 +361,8 @@ def check_same_run(cfg: TrainConfig, workdir: Path) -> None:
     """Writes `workdir/config.json`, or compares with the one there.
 
     Raises:
-        ValueError: naming the fields of model, data or component that differ from the run in `workdir`.
+        ValueError: naming the fields that differ from the run in `workdir` and must not: those of model and data,
+            the component, the seed, and whether weights are averaged (ema_decay set or None).
     """
     path = workdir / "config.json"
     new = {"module": cfg.module} | config_lib.to_dict(cfg)
