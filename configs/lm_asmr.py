@@ -3,7 +3,8 @@
 What: 10 epochs over 1,000 h, Adam at a constant 1e-5 (DeepASMR, training set-up). 1,000 h are 90 M speech
   tokens, about 110 M positions with text, 420 steps an epoch of 128 rows x 2048 positions: 4,200 steps.
 Command: python -m deepasmr_jax.train --config=configs/lm_asmr.py --workdir=RUN --set=data.data_dirs=FEATURES
-  --set=init_from=RUN_OF_STAGE_ONE/export
+  --set=init_from=RUN_OF_STAGE_ONE/export, where FEATURES was made with `data/add_features.py --text-tokenizer
+  FOLDER` as for stage one.
 Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
 Number to see: unmeasured.
 """

@@ -3,9 +3,11 @@
 What: 0.5 B parameters (Qwen2.5 backbone), 250,000 steps of 128 rows x 2048 positions, Adam, Noam with 10,000
   warm-up steps and peak 1e-4 (DeepASMR, training set-up: 23,000 frames a GPU, 8 GPUs, accumulation 2).
 Command: python -m deepasmr_jax.train --config=configs/lm_pretrain.py --workdir=RUN
-  --set=data.data_dirs=FEATURES --set=init_from=MODEL, where MODEL holds the public weights as an exported
-  component `lm` (the paper's 200,000 h are not public, so starting from CosyVoice2's weights stands in for
-  most of this stage).
+  --set=data.data_dirs=FEATURES, where FEATURES was made with `data/add_features.py --text-tokenizer FOLDER`,
+  FOLDER being CosyVoice2-0.5B's tokenizer folder CosyVoice-BlankEN (151,936 text ids; the default tokenizer of
+  that script has 313 and is refused).
+Not possible yet: the paper's 200,000 h are not public, so CosyVoice2's weights, given as --set=init_from=MODEL,
+  are meant to stand in for most of this stage; the package has no reader of public weights so far.
 Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
 Number to see: unmeasured.
 """

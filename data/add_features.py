@@ -8,6 +8,7 @@ absent.
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, checkpoint, input_pipeline, sharding, text  # noqa: E402
+from deepasmr_jax import audio, checkpoint, config, input_pipeline, sharding, text, train  # noqa: E402
 
 SAMPLE_RATE = input_pipeline.SAMPLE_RATE
 
@@ -186,13 +187,15 @@ def add_features(
         data: TFDS version folder of the corpus (16 kHz records).
         model: exported model folder.
         out: version folder to write, e.g. `FEATURES/1.0.0`.
-        text_tokenizer: "mini", or the folder of a Qwen tokenizer.
+        text_tokenizer: "mini", or the folder of a Qwen tokenizer; its name and vocabulary size are written beside
+            the features (train.TEXT_TOKENIZER_FILE), for the language model to compare.
         mel_profile: name of the mel recipe.
         batch_size: rows per compiled call.
         shard_size: records per output file.
 
     Raises:
-        ValueError: if a folder is missing or a waveform is shorter than one token.
+        ValueError: if a folder is missing, a waveform is shorter than one token, or `out` was begun with another
+            text tokenizer.
     """
     import tensorflow_datasets as tfds
 
@@ -200,6 +203,7 @@ def add_features(
     source = tfds.builder_from_directory(str(data))
     extract = Extractor(model, mel_profile, batch_size)
     tokenizer = text.MiniTokenizer() if text_tokenizer == "mini" else text.QwenTokenizer(text_tokenizer)
+    _note_tokenizer(folder, "mini" if text_tokenizer == "mini" else "qwen", tokenizer.vocab_size)
     added = {
         "speech_tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
         "mel": tfds.features.Tensor(
@@ -233,6 +237,16 @@ def add_features(
             print(f"{split}: shard {shard + 1} of {num_shards}", flush=True)
     write_metadata(folder, features, lengths, source.info.description or "")
     return folder
+
+
+def _note_tokenizer(folder: Path, name: str, vocab_size: int) -> None:
+    """Writes which tokenizer made the text ids, or compares with what is there."""
+    path, made = folder / train.TEXT_TOKENIZER_FILE, {"name": name, "vocab_size": vocab_size}
+    if path.exists() and (found := json.loads(path.read_text())) != made:
+        raise ValueError(
+            f"{folder} was begun with the text tokenizer {found}, not {made}; choose another --out"
+        )
+    config.write_json(path, made)
 
 
 def _plain(record: dict) -> dict:

@@ -32,6 +32,8 @@ _CALIBRATION = 20  # training batches from which batch-norm statistics are taken
 # settings of model and data that may differ when a run is resumed. Other folders with other records do change the
 # order from there on; they are allowed because a corpus may be moved.
 _FREE_ON_RESUME = ("data.data_dirs", "data.num_threads", "data.num_prefetch", "model.remat", "model.unroll")
+# beside features: {"name": "mini" or "qwen", "vocab_size"} of the tokenizer that made text_ids (data/add_features.py)
+TEXT_TOKENIZER_FILE = "text_tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,6 +385,41 @@ def check_same_run(cfg: TrainConfig, workdir: Path) -> None:
         config_lib.write_json(path, new)
 
 
+def check_text_ids(cfg: TrainConfig) -> None:
+    """Compares the text ids of the features with the text table of a language model.
+
+    Features say which tokenizer made them; of sets that do not, the first 100 records are read, which shows ids
+    that are too large and nothing else.
+
+    Raises:
+        ValueError: if the recorded vocabulary is not the table's size, or an id is beyond the table.
+    """
+    rows = cfg.model.text_vocab
+    way_out = (
+        "make them again with data/add_features.py --text-tokenizer (mini, or the folder of a Qwen tokenizer)"
+    )
+    for folder in cfg.data.data_dirs:
+        path = Path(folder) / TEXT_TOKENIZER_FILE
+        if path.exists():
+            made = json.loads(path.read_text())
+            if made["vocab_size"] != rows:
+                raise ValueError(
+                    f"text ids of {folder} are of the tokenizer {made['name']!r} with {made['vocab_size']} symbols, "
+                    f"model.text_vocab is {rows}; {way_out}"
+                )
+            continue
+        own = dataclasses.replace(cfg.data, data_dirs=(folder,))
+        records = input_pipeline.Records(own, ("text_ids",))
+        greatest = max(
+            (int(records[i]["text_ids"].max(initial=0)) for i in range(min(100, len(records)))), default=0
+        )
+        if greatest >= rows:
+            raise ValueError(
+                f"{folder} has the text id {greatest}, model.text_vocab is {rows}: the ids are of another tokenizer; "
+                f"{way_out}"
+            )
+
+
 def _say(line: str) -> None:
     if jax.process_index() == 0:
         print(line, flush=True)
@@ -456,6 +493,8 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
                 f"the training split has {found} speakers, model.num_speakers is {cfg.model.num_speakers}; "
                 f"add --set model.num_speakers={found}"
             )
+    if cfg.data.stage == "lm":
+        check_text_ids(cfg)
     data = iter(input_pipeline.make(cfg.data, *hosts))
     held_out = []
     if cfg.eval_batches:

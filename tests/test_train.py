@@ -282,6 +282,22 @@ def test_start_weights_of_another_shape_are_refused(folder, tmp_path):
         train.train(cfg, tmp_path / "second")
 
 
+def test_text_ids_of_another_tokenizer_are_refused_with_the_way_out(tmp_path):
+    features = fixture_data.write(tmp_path, {"train": 4})
+    small = config.override(tiny(features, "lm"), "model.text_vocab=8")  # the ids of the noise reach 59
+    with pytest.raises(ValueError, match=r"text id \d+, model.text_vocab is 8.*--text-tokenizer"):
+        train.check_text_ids(small)
+    train.check_text_ids(tiny(features, "lm"))
+    tools = fixture_data.add_features_module()
+    tools._note_tokenizer(Path(features), "mini", 313)
+    train.check_text_ids(tiny(features, "lm"))
+    large = config.override(tiny(features, "lm"), "model.text_vocab=151936")
+    with pytest.raises(ValueError, match=r"tokenizer 'mini' with 313 symbols, model.text_vocab is 151936"):
+        train.train(large, tmp_path / "run")
+    with pytest.raises(ValueError, match="begun with the text tokenizer"):
+        tools._note_tokenizer(Path(features), "qwen", 151936)
+
+
 def all_configs():
     found = []
     for path in sorted((ROOT / "configs").glob("*.py")):
