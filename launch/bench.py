@@ -224,25 +224,33 @@ def measure_flow(bench: Bench, cfg: flow.Config) -> list[tuple]:
 
 
 def measure_vocoder(bench: Bench, cfg) -> list[tuple]:
-    """Mel to waveform, by either vocoder."""
+    """Mel to waveform, by either vocoder.
+
+    PyTorch has no pulse-and-noise vocoder, so beside it runs the same network with one inverse-STFT head, equal on
+    both sides; the time of the vocoder as it is built in stands in rows of its own, without a ratio.
+    """
     is_hifigan = isinstance(cfg, vocoder.Config)
     file, make_torch = (vocoder, torch_hifigan) if is_hifigan else (vocoder_istft, torch_istft)
     num_frames = VOCODER_S * cfg.mel.sample_rate // cfg.mel.hop_samples
     mel = np.float32(np.random.default_rng(0).standard_normal((1, num_frames, cfg.mel.num_mels)))
-    model, placed = (
-        jax.jit(file.init_generator, static_argnums=0)(cfg, jax.random.key(0)),
-        sharding.put({"mel": mel}),
-    )
+    placed, run = sharding.put({"mel": mel}), jax.jit(file.apply, static_argnums=1)
+    init = jax.jit(file.init_generator, static_argnums=0)
 
     def make(dtype, wrap):
         network = wrap(make_torch(cfg).to(bench.device, dtype).eval())
         yield functools.partial(network, bench.torch.tensor(mel).to(bench.device, dtype))
 
-    row, run = (
-        f"{'HiFi-GAN' if is_hifigan else 'iSTFT'}, {VOCODER_S} s",
-        jax.jit(file.apply, static_argnums=1),
-    )
-    return bench.side_by_side(cfg, {row: lambda c: run(model, c, **placed)}, make)
+    def alone(dtype, wrap):
+        yield None  # no PyTorch side
+
+    def rows(name: str, cfg, make) -> list[tuple]:
+        model = init(cfg, jax.random.key(0))
+        return bench.side_by_side(cfg, {f"{name}, {VOCODER_S} s": lambda c: run(model, c, **placed)}, make)
+
+    if is_hifigan or not cfg.source:
+        return rows("HiFi-GAN" if is_hifigan else "iSTFT", cfg, make)
+    built_in, cfg = cfg, dataclasses.replace(cfg, source=False, subframes=1, frame_size=0)  # `make` reads cfg
+    return rows("iSTFT, one head", cfg, make) + rows("built-in, pulses and noise", built_in, alone)
 
 
 def torch_hifigan(cfg: vocoder.Config):
