@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU VM: create, install on all workers, run, logs, delete.
+# NOT RUN YET on a TPU VM; --dry-run has been, it prints the commands and needs neither gcloud nor an account.
+#
+#   bash launch/tpu_vm.sh [--dry-run] create NAME
+#   bash launch/tpu_vm.sh [--dry-run] install NAME          copies this checkout's HEAD and installs it on every worker
+#   bash launch/tpu_vm.sh [--dry-run] run NAME ARGUMENTS    python -m deepasmr_jax.train ARGUMENTS on every worker
+#   bash launch/tpu_vm.sh [--dry-run] logs NAME
+#   bash launch/tpu_vm.sh [--dry-run] delete NAME
+#
+# ZONE, TYPE (such as v5litepod-16) and VERSION (the image, such as v2-alpha-tpuv5-lite) have to be set; PROJECT may be.
+# On several workers --workdir and data.data_dirs must be one shared place with the same path on all of them (a bucket
+# mounted with gcsfuse, or NFS). Set mesh.data to the number of chips.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+dry=""
+if [ "${1:-}" = "--dry-run" ]; then
+  dry=1
+  shift
+fi
+if [ $# -lt 2 ]; then
+  sed -n '2,13p' "$0" >&2
+  exit 2
+fi
+what="$1" name="$2"
+shift 2
+: "${ZONE:?set ZONE, such as us-central2-b}"
+place=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
+
+do_it() {
+  if [ -n "$dry" ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+tpu() { do_it gcloud compute tpus tpu-vm "$@" "${place[@]}"; }
+
+on_all() { tpu ssh "$name" --worker=all "--command=$1"; }
+
+case "$what" in
+  create)
+    : "${TYPE:?set TYPE, such as v5litepod-16}" "${VERSION:?set VERSION, such as v2-alpha-tpuv5-lite}"
+    tpu create "$name" "--accelerator-type=$TYPE" "--version=$VERSION"
+    ;;
+  install)
+    archive="$(mktemp -d)/deepasmr.tar.gz"
+    do_it git archive --format=tar.gz "--output=$archive" HEAD
+    tpu scp "$archive" "$name:deepasmr.tar.gz" --worker=all
+    # the images may have an older Python than 3.11; uv brings one
+    on_all "mkdir -p deepasmr && tar -xzf deepasmr.tar.gz -C deepasmr && cd deepasmr && pip install --user uv &&
+      ~/.local/bin/uv venv --python 3.12 .venv && ~/.local/bin/uv pip install --python .venv/bin/python -e '.[tpu]'"
+    ;;
+  run)
+    if [ -n "$dry" ]; then
+      first="ADDRESS_OF_WORKER_0"
+    else
+      first="$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(networkEndpoints[0].ipAddress)')"
+    fi
+    arguments="$(printf '%q ' "$@")"
+    # the address makes the program join the workers (sharding.start_hosts); JAX asks the VM for the rest
+    on_all "cd deepasmr && JAX_COORDINATOR_ADDRESS=$first:8476 JAX_COMPILATION_CACHE_DIR=\$HOME/xla \
+nohup .venv/bin/python -m deepasmr_jax.train $arguments >train.log 2>&1 </dev/null &"
+    ;;
+  logs) tpu ssh "$name" --worker=0 --command="tail -n 50 -f deepasmr/train.log" ;;
+  delete) tpu delete "$name" ;;
+  *)
+    echo "unknown command $what: create, install, run, logs or delete" >&2
+    exit 2
+    ;;
+esac
