@@ -470,10 +470,11 @@ def evaluate_folder(
 
     Returns:
         {"settings": ..., "groups": {name: {"clips", "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser":
-        ..., "retrieval_first": Interval, "retrieval_first_three": Interval, "retrieval_chance": of the first place,
-        "speaker_cosine": Interval}}}, rates in percent where the key says wer or ser, the others as shares; a
-        measure whose judge or clips are absent has no key. Where each line names a `token_speaker`, whose tokens
-        were spoken, also "token_speaker_first": Interval, how often that voice is heard instead.
+        ..., "retrieval_first": Interval, "speaker_cosine"}}}, rates in percent where the key says wer or ser.
+        Where each line names a `token_speaker`, whose tokens were spoken, also "token_speaker_first": how
+        often that voice is heard instead.
+        Beside "retrieval_first" stand "retrieval_first_three": Interval (among the first three), and
+        "retrieval_chance" (of the first place). A measure whose judge or clips are absent has no key.
 
     Raises:
         ValueError: if results.jsonl is missing, empty or a line lacks a field; a file is missing.
