@@ -148,7 +148,7 @@ class MatrixJudge:
         return len(words) == len(self.words) and all(w in s for w, s in zip(words, self.words, strict=True))
 
     def transcribe(self, wav: np.ndarray, sample_rate: int, factor: float = 1.0) -> str:
-        """The sentence of the grammar that was heard; "" if none fits (then all words count as deleted).
+        """The sentence of the grammar that was heard; "" if none fits or the clip is silent: all words deleted.
 
         Args:
             wav: [W] float in [-1, 1]; its level does not matter.
@@ -156,6 +156,8 @@ class MatrixJudge:
             factor: the clip is heard at this speed, formants and all; see `enrol`.
         """
         wav, sample_rate = np.asarray(wav, np.float32), round(sample_rate * factor)
+        if audio.is_silent(wav):  # the decoder would make words of the noise added below
+            return ""
         wav = audio.resample(wav, sample_rate, 16000) if sample_rate != 16000 else wav
         wav = wav * (0.9 / max(float(np.abs(wav).max(initial=0.0)), 1e-6))
         edge = np.zeros(4000, np.float32)  # the grammar starts and ends in silence
@@ -221,7 +223,7 @@ class MandarinJudge:
         self._model, self._cfg = model, cfg
 
     def transcribe(self, wavs: Sequence[np.ndarray], sample_rate: int) -> list[list[str]]:
-        """Labels of text.PHONES heard in each clip, such as ["zh_n", "zh_i", "zh_h", "zh_ao"].
+        """Labels of text.PHONES heard in each clip, such as ["zh_n", "zh_i", "zh_h", "zh_ao"]; none in a silent one.
 
         Args:
             wavs: clips [W], float in [-1, 1].
@@ -232,6 +234,9 @@ class MandarinJudge:
         heard = []
         for wav in wavs:
             wav = np.asarray(wav, np.float32)
+            if audio.is_silent(wav):
+                heard.append([])
+                continue
             wav = audio.resample(wav, sample_rate, 16000) if sample_rate != 16000 else wav
             row = np.zeros((1, max(1, -(-len(wav) // self._STEP)) * self._STEP), np.float32)
             row[0, : len(wav)] = wav

@@ -193,6 +193,32 @@ def test_a_result_folder_is_measured_by_group(tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
 
 
+def test_a_silent_file_counts_among_the_words_and_not_among_the_voices(tmp_path):
+    class Speaker:
+        def embed(self, wav, rate):
+            assert np.any(wav)
+            return np.array([1.0, 0.0])
+
+    rows = [{"file": f"{i}.wav", "text": "a b", "language": "en", "speaker": "one"} for i in range(2)]
+    audio.save(tmp_path / "0.wav", tone(), RATE)
+    audio.save(tmp_path / "1.wav", np.zeros(RATE // 2, np.float32), RATE)
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    class Hears:
+        def knows(self, sentence):
+            return True
+
+        def errors(self, wav, rate, sentence, factor):
+            return judges.word_errors(sentence, sentence if np.any(wav) else "")
+
+    found = evaluate.evaluate_folder(
+        tmp_path, matrix=Hears(), speaker=Speaker(), gallery=(np.eye(2), ["one", "two"])
+    )["groups"]["all"]
+    assert found["clips"] == 2 and found["silent"] == 1
+    assert found["matrix_wer"]["rate"] == 50 and found["matrix_wer"]["deletions"] == 50
+    assert found["retrieval_first"]["count"] == 1 and found["unvoiced"]["value"] < 0.1
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
