@@ -301,7 +301,8 @@ def _info(args) -> None:
         }
         for name, c in config["components"].items()
     ]
-    print(f"{config['name']} in {folder}: {config['sample_rate']} Hz, mel profile {config['mel_profile']}")
+    rate, profile = (config.get(key, "?") for key in ("sample_rate", "mel_profile"))
+    print(f"{config.get('name', '?')} in {folder}: {rate} Hz, mel profile {profile}")
     print(_table(rows))
     for name, value in config.get("provenance", {}).items():
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")

@@ -213,3 +213,11 @@ def test_info_lists_the_components(capsys):
     assert all(
         name in out for name in ("speech_tokenizer", "lm", "flow", "vocoder", "speaker", "random weights")
     )
+
+
+def test_info_reads_a_folder_that_holds_one_component_only(tmp_path, capsys):
+    entry = {"module": "lm", "config": {}, "file": "lm.safetensors", "sha256": "", "dtype": "float32"}
+    config = {"format": 1, "name": "lonely", "components": {"lm": entry | {"num_params": 5}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["info", "--model", str(tmp_path)]) == 0
+    assert f"lonely in {tmp_path}: ? Hz, mel profile ?" in capsys.readouterr().out
