@@ -25,7 +25,7 @@ import numpy as np
 from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import Request
+from deepasmr_jax.request import Request, check_file_name, from_row
 
 BUILT_IN = Path(__file__).parent / "mini"
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
@@ -301,7 +301,7 @@ class Synthesizer:
         jobs = []
         for place, r in enumerate(requests):
             try:
-                jobs.append(self._prepare(place, r if isinstance(r, Request) else Request(**r)))
+                jobs.append(self._prepare(place, r if isinstance(r, Request) else from_row(r)))
             except (ValueError, TypeError) as e:
                 results[place] = Failure(r, str(e))
         say("choosing the words' sounds")
@@ -333,8 +333,9 @@ class Synthesizer:
         """Speaks many requests into a folder: wavs, and a JSON line each in results.jsonl or failures.jsonl.
 
         Args:
-            rows: fields of `Request`, and anything else ("group", "speaker", ...), which is copied into the
-                line; "file" names the wav in the folder, else it is row number and task.
+            rows: fields of `Request`, and anything else ("group", "speaker", ...); all but arrays is copied
+                into the line. "file" names the wav in the folder, else it is row number and task. A row that
+                cannot be used is a failure like any other.
             folder: made if absent; files of the same name are replaced.
             progress: called with a sentence now and then.
             at_once: requests held in memory together; results do not depend on it.
@@ -344,21 +345,22 @@ class Synthesizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        fields = {f.name for f in dataclasses.fields(Request)}
         counts = [0, 0]
         with (folder / "results.jsonl").open("w") as made, (folder / "failures.jsonl").open("w") as failed:
             for start in range(0, len(rows), at_once):
                 part = rows[start : start + at_once]
-                results = self.batch([{k: v for k, v in row.items() if k in fields} for row in part])
-                for i, (row, result) in enumerate(zip(part, results, strict=True), start):
-                    line = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in row.items()}
+                asked = [_asked(row) for row in part]
+                spoken = iter(self.batch([r for r in asked if isinstance(r, Request)]))
+                for i, (row, request) in enumerate(zip(part, asked, strict=True), start):
+                    result = next(spoken) if isinstance(request, Request) else request
+                    line = {k: v for k, v in row.items() if not hasattr(v, "__array__")}
                     if isinstance(result, Failure):
-                        failed.write(json.dumps(line | {"error": result.error}, ensure_ascii=False) + "\n")
+                        failed.write(_json_line(line | {"error": result.error}))
                         counts[1] += 1
                         continue
                     line |= {"file": row.get("file", f"{i:05d}_{result.task}.wav")} | result.facts()
                     result.save(folder / line["file"])
-                    made.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    made.write(_json_line(line))
                     counts[0] += 1
                 if progress:
                     progress(f"{sum(counts)} of {len(rows)} done, {counts[1]} failed")
@@ -836,6 +838,19 @@ class Synthesizer:
             group = by_size[key]
             for start in range(0, len(group), self.max_batch):
                 yield key, group[start : start + self.max_batch]
+
+
+def _asked(row: dict) -> Request | Failure:
+    """The request of a row of a list, checked before any work."""
+    try:
+        check_file_name(row.get("file", "unnamed.wav"))
+        return from_row(row, extras=True)
+    except (ValueError, TypeError) as e:
+        return Failure(row, str(e))
+
+
+def _json_line(line: dict) -> str:
+    return json.dumps(line, ensure_ascii=False, default=str) + "\n"  # paths and the like as text
 
 
 class _Part:
