@@ -484,7 +484,14 @@ def evaluate_folder(
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(str(row.get("group") or row.get("style") or "all"), []).append(row)
-    report = {"settings": {"unvoiced": settings.describe()}, "groups": {}}
+    judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker)
+    report = {
+        "settings": {
+            "unvoiced": settings.describe(),
+            "judges": sorted(name for name, judge in judging.items() if judge is not None),
+        },
+        "groups": {},
+    }
     for name, members in sorted(groups.items()):
         wavs = [audio.load(folder / r["file"], settings.sample_rate, allow_silence=True) for r in members]
         made = {"clips": len(wavs), "silent": sum(map(audio.is_silent, wavs))}

@@ -421,6 +421,48 @@ class Synthesizer:
             excerpt.gain,
         )
 
+    def copy(self, wav: np.ndarray) -> np.ndarray:
+        """Copy synthesis: the mel of a recording through the vocoder alone.
+
+        Args:
+            wav: [W] float32 in [-1, 1] at `sample_rate`.
+
+        Returns:
+            [W // hop * hop] float32.
+        """
+        hop, vocoder = self.mel_config.hop_samples, self._parts["vocoder"]
+        frames = len(wav) // hop
+        row = np.zeros((1, _padded(frames, 2 * TOKEN_BASE) * hop), np.float32)
+        row[0, : len(wav)] = wav[: row.shape[1]]
+        put = sharding.replicate
+        mel = audio.log_mel(put(row), put(np.array([frames * hop], np.int32)), self.mel_config)
+        out = self._vocode(vocoder.module, vocoder.config, mel, put(np.array([frames], np.int32)))
+        return np.asarray(jax.device_get(out))[0, : frames * hop]
+
+    def speak_tokens(
+        self, requests: Sequence[Request], speech_tokens: Sequence[np.ndarray]
+    ) -> list[Result | Failure]:
+        """Flow and vocoder on given speech tokens, each in the voice of its request; texts are not read.
+
+        Args:
+            requests: voice, styles and seed.
+            speech_tokens: one [N] int32 for each.
+
+        Raises:
+            ValueError: if a clip cannot be used.
+        """
+        jobs, no_ids = [], np.zeros(0, np.int32)
+        for place, (r, tokens) in enumerate(zip(requests, speech_tokens, strict=True)):
+            clip = self.read_clip(r.voice, r.voice_rate, voice_style=r.voice_style)
+            language = r.language or text_lib.detect_language(r.text)
+            job = _Job(
+                place, r, language, clip, clip.style, "self", no_ids, clip.tokens, float("nan"), [no_ids], []
+            )
+            job.tokens = [tokens]
+            jobs.append(job)
+        self._sound(jobs, 0)
+        return [Failure(j.request, j.error) if j.error else self._result(j) for j in jobs]
+
     def entry(self, recording: pool.Recording, provenance: dict | None = None) -> pool.Entry:
         """A pool entry of a recording; ValueError if it cannot be read or is longer than `clip.MAX_DURATION_S`."""
         notes: list[str] = []

@@ -189,7 +189,7 @@ def test_a_result_folder_is_measured_by_group(tmp_path):
     assert normal["unvoiced"]["value"] < 0.1 < 0.6 < asmr["unvoiced"]["value"]
     assert normal["retrieval_first"]["value"] == 1 and asmr["retrieval_first"]["value"] == 0
     assert asmr["token_speaker_first"]["value"] == 1 and "token_speaker_first" not in normal
-    assert "pYIN" in report["settings"]["unvoiced"]
+    assert "pYIN" in report["settings"]["unvoiced"] and report["settings"]["judges"] == ["matrix", "speaker"]
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
 
 

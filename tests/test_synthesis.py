@@ -89,6 +89,21 @@ def test_rows_that_cannot_be_used_are_recorded_and_arrays_are_not(tmp_path, monk
     assert all(w in x["error"] for w, x in zip(words, failed, strict=True))
 
 
+def test_given_tokens_sound_as_in_the_request_they_come_from(made):
+    result = made.batch([ask(seed=1)])[0]
+    [again] = made.speak_tokens([result.request], [result.tokens])
+    np.testing.assert_array_equal(again.audio, result.audio)
+    [other] = made.speak_tokens([ask(seed=2)], [result.tokens])
+    assert len(other.audio) == len(result.audio) and np.abs(other.audio - result.audio).max() > 1e-4
+
+
+def test_a_copy_goes_through_the_vocoder_alone_and_padding_does_not_matter(made):
+    wav = tiny_model.buzz(1.01)
+    copy = made.copy(wav)
+    assert len(copy) == len(wav) // 320 * 320 and np.isfinite(copy).all()
+    np.testing.assert_allclose(made.copy(wav[: len(copy)]), copy, atol=1e-5)
+
+
 def test_within_a_style_the_clip_is_the_prompt_if_its_transcript_is_known(made):
     result = made.batch([ask(style="normal", voice_text="Hello there.")])[0]
     assert (result.task, result.prompt) == ("N2N", "self")
