@@ -106,7 +106,7 @@ class Extractor:
     def __init__(self, model_folder: str, mel_profile: str, batch_size: int):
         sharding.ensure_mesh()
         self.batch_size = batch_size
-        self.profile = audio.MEL_PROFILES[mel_profile]
+        self.profile = audio.mel_profile(mel_profile)
         components = checkpoint.read_config(model_folder)["components"]
         tokenizer, cfg = checkpoint.load_component(model_folder, "speech_tokenizer")
         file = checkpoint.model_file(components["speech_tokenizer"]["module"])

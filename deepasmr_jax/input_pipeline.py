@@ -12,7 +12,7 @@ Batches, B rows each, all lengths static:
     `align` also aligned [B, N, 2]: row positions of the symbols heard in the two halves of the target.
   flow: speech_tokens [B, N] int32, num_tokens [B] int32, mel [B, T, M] float32, prompt_frames [B]
     int32 (0: no prompt).
-  vocoder: wav [B, W] float32 in [-1, 1], no padding.
+  vocoder: wav [B, W] float32 in [-1, 1] at the rate of `mel_profile`, no padding.
   speech_tokenizer: wav [B, W], lengths [B] samples, phones and f0_class [B, W // 320] int32 (-1 = padding).
   speaker: wav [B, W], lengths [B] samples, speaker_index [B] int32 in the order of `speakers`.
 """
@@ -34,6 +34,7 @@ IGNORED = -1  # target or label that carries no loss
 SAMPLE_RATE = 16000
 LABEL_SAMPLES = 320  # one phone label each 20 ms
 TOKEN_RATE = 25
+FEATURES = {"speech_tokens", "mel", "text_ids"}  # fields that data/add_features.py makes
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 _EXAMPLES = 2**40  # "without end", for Grain's range
 _OPEN_ROWS = 256  # rows that the packing fills at the same time
@@ -60,13 +61,14 @@ class Config:
     )
     spell_room: int = 16  # positions of each row kept free for them when spell_probability > 0
     align: bool = False  # adds `aligned`; needs `phones`, and text_ids of text.MiniTokenizer
-    # flow
+    # flow and vocoder
     mel_profile: str = "mini"
+    # flow
     no_prompt_prob: float = 0.2
     min_prompt_tokens: int = 25
     max_prompt_tokens: int = 100
     # vocoder, speech_tokenizer, speaker
-    num_samples: int = 16000  # W
+    num_samples: int = 16000  # W; for the vocoder at the rate of mel_profile
     # reading; order and saved position depend on worker_count
     worker_count: int = 0  # processes; 0: threads of this one
     num_threads: int = 2
@@ -75,6 +77,7 @@ class Config:
     def __post_init__(self):
         if self.stage not in STAGES:
             raise ValueError(f"stage {self.stage!r} is unknown; use one of {', '.join(STAGES)}")
+        audio.mel_profile(self.mel_profile)  # refuses an unknown name
         if len(self.styles) != len(self.style_weights) or not any(w > 0 for w in self.style_weights):
             raise ValueError(
                 f"{len(self.styles)} styles {self.styles} with weights {self.style_weights}; "
@@ -143,7 +146,12 @@ class Records:
                 )
             if absent:
                 raise ValueError(
-                    f"records of {folder} have no {absent}; run data/add_features.py on the corpus first"
+                    f"records of {folder} have no {absent}; "
+                    + (
+                        "run data/add_features.py on the corpus first"
+                        if FEATURES.issuperset(absent)
+                        else "build the corpus with them, see data/README.md"
+                    )
                 )
         self._dirs, self._split, self._fields = cfg.data_dirs, cfg.split, fields
         self._ends = np.cumsum([_num_records(folder, cfg.split) for folder in cfg.data_dirs])
@@ -526,7 +534,7 @@ class _Flow:
         usable = (index.num_tokens > 0) & np.isin(index.style, cfg.styles)
         self.mixture = Mixture(cfg, index, usable)
         self.num_rows = len(self.mixture)
-        profile = audio.MEL_PROFILES[cfg.mel_profile]
+        profile = audio.mel_profile(cfg.mel_profile)
         self._ratio = profile.sample_rate / profile.hop_samples / TOKEN_RATE
         self._num_mels = profile.num_mels
         self._num_frames = int(cfg.num_tokens * self._ratio)
@@ -607,7 +615,9 @@ class _Waves:
         self.cfg, self.index = cfg, index
         labels = ("phones", "f0_class") if cfg.stage == "speech_tokenizer" else ()
         self.records = Records(cfg, ("audio", *labels))
-        least = cfg.num_samples if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
+        self._rate = audio.mel_profile(cfg.mel_profile).sample_rate if cfg.stage == "vocoder" else SAMPLE_RATE
+        self._length = -(-cfg.num_samples * SAMPLE_RATE // self._rate)  # of a piece in the record
+        least = self._length if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
         self.mixture = Mixture(cfg, index, index.num_samples >= least)
         self.num_rows = len(self.mixture)
         self._speakers = {name: i for i, name in enumerate(speakers(cfg))} if cfg.stage == "speaker" else {}
@@ -619,8 +629,9 @@ class _Waves:
         record = self.records[i]
         samples = np.asarray(record["audio"])
         unit = LABEL_SAMPLES if cfg.stage == "speech_tokenizer" else 1
-        start = unit * int(rng.integers(max(len(samples) - cfg.num_samples, 0) // unit + 1))
-        piece = samples[start : start + cfg.num_samples].astype(np.float32) / 32768.0
+        start = unit * int(rng.integers(max(len(samples) - self._length, 0) // unit + 1))
+        piece = samples[start : start + self._length].astype(np.float32) / 32768.0
+        piece = audio.resample(piece, SAMPLE_RATE, self._rate)[: cfg.num_samples]
         wav = np.zeros(cfg.num_samples, np.float32)
         wav[: len(piece)] = piece
         if cfg.stage == "vocoder":
