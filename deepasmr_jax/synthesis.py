@@ -234,6 +234,12 @@ class Synthesizer:
         self.mel_config = audio.mel_profile(config["mel_profile"])
         self.sample_rate = self.mel_config.sample_rate
         self._parts = {name: _Part(folder, name, config) for name in COMPONENTS}
+        made_for = getattr(self._parts["vocoder"].config, "mel_profile", self.mel_config.name)
+        if made_for != self.mel_config.name:
+            raise ValueError(
+                f"the vocoder in {folder} has mel profile {made_for!r}, config.json {self.mel_config.name!r}; "
+                "export a flow and a vocoder of one profile"
+            )
         if jax.default_backend() == "cpu":  # products of one row are slow in bfloat16 there
             own_lm = self._parts["lm"]
             own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")

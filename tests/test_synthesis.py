@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -243,6 +244,15 @@ def test_the_random_draws_depend_on_seed_and_chunk_and_stage_but_not_on_the_plac
 
 def test_padded_sizes_are_a_base_times_powers_of_two():
     assert [synthesis._padded(n, 64) for n in (1, 64, 65, 128, 129, 1000)] == [64, 64, 128, 128, 256, 1024]
+
+
+def test_a_vocoder_of_another_mel_profile_than_the_folder_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model.shared(), folder)
+    config = json.loads((folder / "config.json").read_text()) | {"mel_profile": "cv2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has mel profile 'mini', config.json 'cv2'"):
+        synthesis.load(folder)
 
 
 def test_a_model_of_another_mel_profile_is_refused_for_a_pool(made, tmp_path):

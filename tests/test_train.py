@@ -329,7 +329,8 @@ def test_schedules_pass_through_their_stated_points(schedule, expected):
 
 def test_weight_decay_is_decided_by_the_name_and_not_by_the_rank():
     assert train.is_decayed("layers.mlp.up.kernel")
-    for name in ("layers.attn.q.bias", "layers.attn_norm.scale", "norm.scale", "text_table", "layers.x.gain"):
+    left = ("layers.attn.q.bias", "layers.attn_norm.scale", "norm.scale", "text_table", "layers.x.gain")
+    for name in (*left, "layers.depthwise_bias", "bn1.mean", "bn1.var"):
         assert not train.is_decayed(name)
     tx = train.make_optimizer(train.Optim("adamw", 0.1, "constant", 1, weight_decay=0.5, clip_norm=None), 10)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2, 2))}
@@ -346,6 +347,11 @@ def test_weight_decay_is_decided_by_the_name_and_not_by_the_rank():
         (["data.end_id=5"], "5 is not the model's end id 6561"),
         (["optim.weight_decay=0.1"], "needs optim.name=adamw"),
         (["optim.warmup_steps=0"], "must be at least 1"),
+        (["accumulation=0"], "accumulation 0 must be at least 1"),
+        (["mesh.data=0"], "mesh.data 0 must be at least 1"),
+        (["log_every=0"], "log_every 0 must be at least 1"),
+        (["save_every=0"], "save_every 0 must be at least 1"),
+        (["eval_every=0"], "eval_every 0 .*eval_batches=0"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_when_configured(assignments, words):
@@ -353,6 +359,17 @@ def test_a_run_that_cannot_work_is_refused_when_configured(assignments, words):
     with pytest.raises(ValueError, match=words):
         for assignment in assignments:
             cfg = config.override(cfg, assignment)
+
+
+@pytest.mark.parametrize("field, value, known", [("name", "sgd", "adamw"), ("schedule", "linear", "cosine")])
+def test_an_unknown_optimizer_or_schedule_is_refused(field, value, known):
+    with pytest.raises(ValueError, match=f"optim.{field} '{value}' is unknown; use .*{known}"):
+        train.Optim(**{field: value})
+
+
+def test_a_vocoder_of_another_mel_profile_than_its_data_is_refused():
+    with pytest.raises(ValueError, match="data.mel_profile 'cv2' is not the model's 'mini'"):
+        config.override(config.load(f"{TINY}:vocoder"), "data.mel_profile=cv2")
 
 
 def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path):
