@@ -30,12 +30,6 @@ NUM_ALIGNED = 2  # heads that `alignment_loss` teaches, one for each half of the
 # kinds of a position in a packed row
 PAD, SOS, TEXT, TASK, SPEECH = range(5)
 
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -72,10 +66,9 @@ class Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r} is unknown; use one of {', '.join(REMAT)}")
+        nn.check_dtype(self.dtype)
+        if self.remat not in nn.REMAT:
+            raise ValueError(f"remat {self.remat!r} is unknown; use one of {', '.join(nn.REMAT)}")
         if self.alignment_weight and not (
             self.alignment_layers
             and all(0 <= i < self.num_layers for i in self.alignment_layers)
@@ -252,18 +245,11 @@ def init(cfg: Config, key: jax.Array) -> SpeechLM:
     Raises:
         ValueError: if the mesh does not divide the heads, the width or the MLP.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shape = sharding.ensure_mesh().shape if mesh.empty else mesh.shape
-    for name, size, axis in (
+    sharding.check_fits(
         ("key/value heads", cfg.num_kv_heads, "model"),
         ("MLP width", cfg.mlp_width, "model"),
         ("width", cfg.width, "data"),
-    ):
-        if size % shape[axis]:
-            raise ValueError(
-                f"mesh axis {axis} of size {shape[axis]} does not divide {size} ({name}); "
-                f"use a divisor of {size}"
-            )
+    )
     return SpeechLM(cfg, rngs=nnx.Rngs(params=key))
 
 
@@ -319,7 +305,7 @@ def _run(
         return layer(x, positions, mask), x if keep else None
 
     if cfg.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[cfg.remat])
+        body = jax.checkpoint(body, policy=nn.REMAT[cfg.remat])
     x, inputs = jax.lax.scan(body, embed(model, batch["tokens"], batch["kinds"]), model.layers)
     return model.norm(x), inputs
 

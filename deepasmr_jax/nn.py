@@ -22,6 +22,24 @@ from deepasmr_jax.sharding import AXES, spec
 MASKED = -1e30  # score of a forbidden pair: finite, so that a row with no allowed key gives no NaN
 
 
+# what the backward pass computes anew of a layer: nothing, all but matrix products, everything
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def check_dtype(dtype: str, name: str = "dtype") -> None:
+    """Checks the type of the operands of products, as a config names it.
+
+    Raises:
+        ValueError: if it is neither float32 nor bfloat16.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"{name} {dtype!r} is unknown; use float32 or bfloat16")
+
+
 def axes_of(x: jax.Array) -> tuple:
     """Mesh axes of each axis of `x` (None: not split), as known at trace time."""
     parts = tuple(jax.typeof(x).sharding.spec)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepasmr_jax import audio, nn, text
+from deepasmr_jax import audio, nn, sharding, text
 from deepasmr_jax.sharding import spec
 
 MEL = "mini"
@@ -49,6 +49,7 @@ class Config:
     max_shift_mels: int = 3  # the mel axis is moved by up to this: other vocal tracts
 
     def __post_init__(self):
+        nn.check_dtype(self.dtype)
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(
                 f"width {self.width} with {self.num_heads} heads: the head size must be whole and even"
@@ -111,7 +112,16 @@ class Recognizer(nnx.Module):
 
 
 def init(cfg: Config, key: jax.Array) -> Recognizer:
-    """Random weights on the current mesh."""
+    """Random weights on the current mesh.
+
+    Raises:
+        ValueError: if the mesh does not divide the heads, the width or the MLP.
+    """
+    sharding.check_fits(
+        ("heads", cfg.num_heads, "model"),
+        ("MLP width", cfg.mlp_width, "model"),
+        ("width", cfg.width, "data"),
+    )
     return Recognizer(cfg, nnx.Rngs(key))
 
 

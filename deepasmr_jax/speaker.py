@@ -40,6 +40,7 @@ class Config:
     scale: float = 32.0
 
     def __post_init__(self):
+        nn.check_dtype(self.dtype)
         object.__setattr__(self, "repeats", tuple(self.repeats))  # a list after a round trip through JSON
         if len(self.repeats) != 4 or min(self.repeats) < 1:
             raise ValueError(

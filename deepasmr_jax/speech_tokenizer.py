@@ -64,6 +64,7 @@ class Config:
     max_warp: float = 0.08
 
     def __post_init__(self):
+        nn.check_dtype(self.dtype)
         if self.width % self.num_heads:
             raise ValueError(
                 f"width {self.width} is not a multiple of {self.num_heads} heads; change num_heads"

@@ -62,6 +62,7 @@ class Config:
     spectrogram_channels: tuple[int, ...] = (8, 32, 32)
 
     def __post_init__(self):
+        nn.check_dtype(self.dtype)
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel} is even; use an odd one, it is centred")
         mel = audio.mel_profile(self.mel_profile)
