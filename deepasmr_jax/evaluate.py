@@ -221,12 +221,11 @@ def summarise_errors(errors: Sequence[judges.Errors], seed: int = 0) -> dict[str
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """Speaker retrieval: [Q] each the rank of the right speaker (1 = first), cosine to its centroid, greatest
-    cosine to another one; and the number of speakers in the gallery."""
+    """Speaker retrieval: [Q] each the rank of the right speaker (1 = first) and the cosine to its centroid;
+    and the number of speakers in the gallery."""
 
     ranks: np.ndarray
     own_cosine: np.ndarray
-    other_cosine: np.ndarray
     num_speakers: int
 
     def within(self, rank: int = 1) -> Interval:
@@ -267,9 +266,7 @@ def speaker_retrieval(
     index = np.array([names.index(s) for s in speakers], int)
     own = cosine[np.arange(len(index)), index]
     ranks = 1 + (cosine > own[:, None]).sum(1)
-    others = cosine.copy()
-    others[np.arange(len(index)), index] = -1.0
-    return Retrieval(ranks, own, others.max(1), len(names))
+    return Retrieval(ranks, own, len(names))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -676,11 +676,6 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1):
     return dataset.to_iter_dataset(grain.ReadOptions(cfg.num_threads, cfg.num_prefetch))
 
 
-def epoch_rows(cfg: Config) -> int:
-    """Rows of one epoch, over all hosts."""
-    return {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, read_index(cfg)).num_rows
-
-
 def first_batches(cfg: Config, count: int, process_index: int = 0, process_count: int = 1) -> list[dict]:
     """The first `count` batches of this process: the fixed set of an evaluation."""
     batches: Iterator = iter(make(cfg, process_index, process_count))

@@ -35,7 +35,7 @@ PAD, SOS, TEXT, TASK, SPEECH = range(5)
 class Config:
     """Sizes and training choices of the speech language model.
 
-    Ids of the speech table: 0..num_codes-1 codes, then `end_id`, one reserved id and `fill_id`.
+    Ids of the speech table: 0..num_codes-1 codes, then `end_id`, and two that are no target here.
 
     Raises:
         ValueError: on sizes that do not fit together.
@@ -83,18 +83,13 @@ class Config:
 
     @property
     def num_speech_rows(self) -> int:
-        """Rows of the speech table and of the head: codes, end, reserved, fill."""
+        """Rows of the speech table and of the head: codes, end, and the public models' reserved and filler ids."""
         return self.num_codes + 3
 
     @property
     def end_id(self) -> int:
         """Id that ends the speech (6561 for 6561 codes)."""
         return self.num_codes
-
-    @property
-    def fill_id(self) -> int:
-        """Id of the filler of interleaved streaming (6563 for 6561 codes); never a target here."""
-        return self.num_codes + 2
 
 
 def qwen2_0p5b(**changes) -> Config:
@@ -168,7 +163,7 @@ class Cache:
     values: tuple[jax.Array, ...]
 
 
-def make_cache(cfg: Config, keys: list[jax.Array], values: list[jax.Array], size: int) -> Cache:
+def make_cache(keys: list[jax.Array], values: list[jax.Array], size: int) -> Cache:
     """Cache of `size` positions that starts with these keys and values, [B, N, K, E] per layer."""
 
     def grow(x: jax.Array) -> jax.Array:
@@ -643,7 +638,7 @@ def prefill(
     mask = (order[:, None] >= order)[None]
     x = decode(weights, cfg, embed(weights, tokens, kinds), order[None], mask, attend)
     last = jax.vmap(lambda row, n: jax.lax.dynamic_index_in_dim(row, n - 1, 0, keepdims=False))(x, lengths)
-    return _head(weights, cfg, last), make_cache(cfg, *zip(*kept, strict=True), size)
+    return _head(weights, cfg, last), make_cache(*zip(*kept, strict=True), size)
 
 
 def decode_step(

@@ -12,7 +12,7 @@ Letters: N tokens, T frames, M mel bins, E embedding.
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -302,20 +302,6 @@ def describe(entries: Iterable[Entry]) -> list[dict]:
         }
         for e in entries
     ]
-
-
-def equal(a: Pool, b: Pool) -> bool:
-    """True if both pools hold the same facts and, bit for bit, the same arrays."""
-    if (a.mel_profile, a.speaker_model, len(a)) != (b.mel_profile, b.speaker_model, len(b)):
-        return False
-
-    def facts(e: Entry) -> dict:
-        return {k: v for k, v in asdict(e).items() if k not in _ARRAYS}
-
-    return all(
-        facts(x) == facts(y) and all(np.array_equal(getattr(x, n), getattr(y, n)) for n in _ARRAYS)
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 def _recording(where: str, row: dict, style: str | None, language: str | None) -> Recording:

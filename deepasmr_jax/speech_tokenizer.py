@@ -318,12 +318,6 @@ def tokens_of(digits: jax.Array) -> jax.Array:
     return jnp.sum((digits.astype(jnp.int32) + 1) * powers, axis=-1)
 
 
-def digits_of(tokens: jax.Array) -> jax.Array:
-    """Inverse of `tokens_of`: [...] int32 in [0, 6561) to [..., 8] float32 in {-1, 0, 1}."""
-    powers = jnp.asarray([3**i for i in range(NUM_DIGITS)], jnp.int32)
-    return (tokens[..., None] // powers % 3 - 1).astype(jnp.float32)
-
-
 def hidden(
     model: Tokenizer, cfg: Config, log_mel: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -651,14 +651,6 @@ class Synthesizer:
             )
         return sounds
 
-    def warm_up(self, seconds: float = 3.0) -> float:
-        """Compiles the programs of a short request by making one; returns the seconds it took."""
-        start = time.perf_counter()
-        noise = np.random.default_rng(0).standard_normal(int(seconds * self.sample_rate)).astype(np.float32)
-        voice = {"voice": 0.05 * noise, "voice_rate": self.sample_rate, "voice_style": "normal"}
-        self.batch([Request(text="Good night, sleep well.", language="en", **voice)])
-        return time.perf_counter() - start
-
     # ------------------------------------------------------------------------------------------ the hops
 
     def _prepare(self, place: int, request: Request) -> _Job:

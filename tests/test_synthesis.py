@@ -226,7 +226,7 @@ def test_the_pool_can_be_built_by_our_own_synthesis(made, tmp_path):
         ("high_asmr", "asmr", False),
     ]
     assert all(len(e.mel) == 2 * len(e.speech_tokens) and e.mel.dtype == np.float16 for e in built)
-    assert pool.equal(built, made.build_pool(recordings, seed=5))
+    assert tiny_model.plain(built) == tiny_model.plain(made.build_pool(recordings, seed=5))
     real = made.build_pool(recordings, synthesize_asmr=False)
     assert [e.name for e in real] == ["low", "high", "whisper"] and all(e.is_real for e in real)
     with pytest.raises(ValueError, match="found 0 normal"):
