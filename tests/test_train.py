@@ -370,32 +370,3 @@ def test_an_unknown_optimizer_or_schedule_is_refused(field, value, known):
 def test_a_vocoder_of_another_mel_profile_than_its_data_is_refused():
     with pytest.raises(ValueError, match="data.mel_profile 'cv2' is not the model's 'mini'"):
         config.override(config.load(f"{TINY}:vocoder"), "data.mel_profile=cv2")
-
-
-def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path):
-    writer = metrics.Writer(tmp_path)
-    for step in range(1, 5):
-        writer.write(step, {"train/loss": step, "train/odd": float("nan")})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "tr')
-    metrics.Writer(tmp_path, 2)
-    lines = metrics.read(tmp_path / "metrics.jsonl")
-    assert [x["step"] for x in lines] == [1, 2] and lines[0]["train/odd"] == "nan"
-
-
-def test_step_time_leaves_out_the_first_two_steps_and_pauses():
-    now = iter([0.0, 10.0, 15.0, 16.0, 100.0, 102.0])
-    timer = metrics.StepTimer(clock=lambda: next(now))
-    for _ in range(3):
-        timer.tick()
-    timer.pause()
-    timer.tick()
-    assert timer.compile_s == 10.0 and timer.take() == pytest.approx(1.5) and timer.take() is None
-
-
-def test_mfu_is_the_share_of_the_peak_and_unknown_devices_have_none():
-    assert metrics.mfu(197e12 * 4, 2.0, "TPU v5 lite", 4) == pytest.approx(0.5)
-    assert metrics.mfu(1.0, 1.0, "cpu", 1) is None
-    full = metrics.transformer_flops(0, 2, 8, 100, causal=False)
-    assert full == 4 * 2 * 8 * 100 and metrics.transformer_flops(0, 2, 8, 100, causal=True) == full // 2
-    assert metrics.train_flops(full) == 3 * full
