@@ -366,11 +366,9 @@ def align(symbols: list[str], phones: np.ndarray, num_frames: int) -> np.ndarray
     Returns:
         [num_frames] int32 in 0..M-1, never decreasing.
     """
-    import librosa
-
     classes = np.array([_symbol_class(s) for s in symbols])
     cost = _phone_costs()[classes][:, phones]
-    path = librosa.sequence.dtw(C=cost)[1][::-1]  # [steps, 2] of (symbol, frame)
+    path = warp(cost)
     # a frame at which several symbols are passed has the one that fits it best
     order = np.lexsort((cost[path[:, 0], path[:, 1]], path[:, 1]))
     frames, first = np.unique(path[order, 1], return_index=True)
@@ -381,6 +379,32 @@ def align(symbols: list[str], phones: np.ndarray, num_frames: int) -> np.ndarray
         found[frame] = min(beside, key=lambda i: cost[i, frame], default=found[frame])
     found = np.maximum.accumulate(found)
     return found[np.minimum(np.arange(num_frames), len(frames) - 1)].astype(np.int32)
+
+
+def warp(cost: np.ndarray) -> np.ndarray:
+    """The cheapest way through a matrix by dynamic time warping, as `librosa.sequence.dtw` finds it.
+
+    Args:
+        cost: [M, W] int; in whole numbers, ties are exact.
+
+    Returns:
+        [steps, 2] int cells from the first to the last; a step goes on in both axes, in the second, or in the
+        first, in this order among equals.
+    """
+    total = np.cumsum(cost, axis=1)
+    for i in range(1, len(cost)):
+        above = np.minimum(total[i - 1], np.append(np.iinfo(total.dtype).max // 2, total[i - 1, :-1]))
+        # enter the row at the best column so far, then follow it; total[i] still is the row's cumulative cost
+        total[i] += np.minimum.accumulate(above - (total[i] - cost[i]))
+    cell = (cost.shape[0] - 1, cost.shape[1] - 1)
+    path = [cell]
+    while cell != (0, 0):
+        i, j = cell
+        cell = min(
+            (c for c in ((i - 1, j - 1), (i, j - 1), (i - 1, j)) if min(c) >= 0), key=lambda c: total[c]
+        )
+        path.append(cell)
+    return np.array(path[::-1])
 
 
 @functools.cache
@@ -395,16 +419,14 @@ def _symbol_class(symbol: str) -> int:
 
 @functools.cache
 def _phone_costs() -> np.ndarray:
-    """[symbol class, phone of the frame]: 0 for the same, 1 for speech against silence."""
+    """[symbol class, phone of the frame] int: 0 for the same, 10 for speech against silence."""
     names = text.PHONES
     vowel = np.array([n[0] in "AEIOU" or n[3:] in text.ZH_FINALS for n in names])
-    cost = np.where(vowel[:, None] == vowel, 0.5, 0.8)
-    np.fill_diagonal(cost, 0.0)
-    cost = np.concatenate(
-        [cost, [np.where(vowel, 0.2, 0.5), np.where(vowel, 0.5, 0.2), np.full(len(names), 0.6)]]
-    )
-    cost[1:, 0] = cost[0, 1:] = 1.0
-    cost[-1, 0] = 0.0
+    cost = np.where(vowel[:, None] == vowel, 5, 8)
+    np.fill_diagonal(cost, 0)
+    cost = np.concatenate([cost, [np.where(vowel, 2, 5), np.where(vowel, 5, 2), np.full(len(names), 6)]])
+    cost[1:, 0] = cost[0, 1:] = 10
+    cost[-1, 0] = 0
     return cost
 
 

@@ -232,6 +232,16 @@ def test_padding_of_labels_is_minus_one_and_of_waves_is_silence(folder):
         assert np.all(row["phones"][frames:] == -1) and np.all(row["phones"][:frames] >= 0)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 40), (40, 7), (12, 12)])
+def test_the_cheapest_way_is_that_of_librosa(shape):
+    import librosa
+
+    for seed in range(5):
+        cost = np.random.default_rng(seed).integers(0, 11, shape)
+        expected = librosa.sequence.dtw(C=cost.astype(float))[1][::-1]
+        np.testing.assert_array_equal(input_pipeline.warp(cost), expected)
+
+
 def test_waves_of_the_vocoder_are_at_the_rate_of_its_mel_profile(folder):
     cfg = make_config(folder, "vocoder", mel_profile="hifigan", num_samples=4410)
     rows = input_pipeline._Waves(cfg, input_pipeline.read_index(cfg))
