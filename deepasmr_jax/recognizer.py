@@ -143,14 +143,14 @@ def logits(
     profile = audio.MEL_PROFILES[MEL]
     mel = audio.log_mel(wav, lengths, profile)
     frames = audio.num_frames(lengths, profile)
-    mel = _standardise(mel, _mask(frames, mel.shape[1]))
+    mel = _standardise(mel, nn.length_mask(frames, mel.shape[1]))
     if key is not None:
         mel = _augment(cfg, mel, key)
     num = mel.shape[1] // STRIDE
     x = mel[:, : num * STRIDE]
     x = x.reshape(x.shape[0], num, -1, out_sharding=nn.like(x, None))
     counts = frames // STRIDE
-    mask = _mask(counts, num)
+    mask = nn.length_mask(counts, num)
     x = model.inlet(x)
     positions = jnp.arange(num)[None]
 
@@ -192,14 +192,14 @@ def loss(model: Recognizer, cfg: Config, batch: dict[str, jax.Array], key: jax.A
         )
     scores, counts = logits(model, cfg, batch["wav"], batch["lengths"], key)
     labels = jnp.clip(ids - (FIRST - 1), 0, len(SYMBOLS) - 1)
-    valid = _mask(given, labels.shape[1])
+    valid = nn.length_mask(given, labels.shape[1])
     repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & valid[:, 1:], axis=1)
     mandarin = jnp.all((labels > 0) | ~valid, axis=1)
     used = mandarin & (given > 0) & (given <= labels.shape[1]) & (given + repeats <= counts)
-    nats = _ctc(scores, counts, labels, given)
+    nats = nn.ctc(scores, counts, labels, given)
     total = jnp.sum(jnp.where(used, nats, 0.0))
     count = jnp.sum(jnp.where(used, given, 0)).astype(jnp.float32)
-    position = _mask(counts, scores.shape[1])
+    position = nn.length_mask(counts, scores.shape[1])
     blank = jnp.sum((jnp.argmax(scores, axis=-1) == BLANK) & position)
     aux = {
         "blank_share": (blank.astype(jnp.float32), jnp.sum(position).astype(jnp.float32)),
@@ -264,11 +264,6 @@ def decode(model: Recognizer, cfg: Config, wav, lengths) -> list[list[str]]:
     return rows
 
 
-def _mask(counts: jax.Array, num: int) -> jax.Array:
-    """[B] -> [B, num] bool, True where valid."""
-    return jnp.arange(num) < counts[:, None]
-
-
 def _standardise(mel: jax.Array, mask: jax.Array) -> jax.Array:
     """Zero mean per band, unit deviation per row, over valid frames; zero elsewhere."""
     weight = mask[:, :, None].astype(jnp.float32)
@@ -307,17 +302,3 @@ def _shifted(mel: jax.Array, by: int) -> jax.Array:
     pad = (by, 0) if by > 0 else (0, -by)
     padded = jnp.pad(mel, ((0, 0), (0, 0), pad))
     return padded[:, :, : mel.shape[2]] if by > 0 else padded[:, :, -mel.shape[2] :]
-
-
-def _ctc(scores: jax.Array, counts: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
-    """Nats [B] of the label sequences."""
-    import optax
-
-    def rows(scores, counts, labels, label_lengths):  # Optax's default blank is ours, 0
-        paddings = (1.0 - _mask(counts, scores.shape[1]), 1.0 - _mask(label_lengths, labels.shape[1]))
-        return optax.ctc_loss(scores, paddings[0], labels, paddings[1])
-
-    # each device takes its own rows: the scan in Optax starts from unsplit states, which explicit axes refuse
-    rows = jax.shard_map(rows, in_specs=spec("batch"), out_specs=spec("batch"), check_vma=False)
-    given = (scores, counts, labels, label_lengths)
-    return rows(*(jax.sharding.reshard(x, spec("batch", *[None] * (x.ndim - 1))) for x in given))
