@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SAMPLE_RATE = 16000  # Hz of records, and of every front-end that listens
+TOKEN_RATE = 25  # Hz of S3 speech tokens
+NUM_CODES = 3**8  # of S3 speech tokens
 MIN_DURATION_S = 0.1  # below this no front-end has a useful number of frames
 MAX_DURATION_S = 600.0
 SILENCE_PEAK = 1e-4  # -80 dBFS, about 3 steps of 16-bit audio

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import nn, sharding
+from deepasmr_jax import audio, nn, sharding
 from deepasmr_jax.sharding import spec
 
 TIME_FEATURES = 256  # sinusoids of the flow time, E2 TTS
@@ -72,7 +72,7 @@ class Config:
     mel_mean: float = 0.0
     mel_std: float = 1.0
     patch_frames: int = 1
-    num_codes: int = 6561
+    num_codes: int = audio.NUM_CODES
     token_width: int = 512
     width: int = 1024
     num_layers: int = 24
@@ -250,7 +250,7 @@ def _token_table(key: jax.Array, cfg: Config) -> jax.Array:
     projections of the digits, so that what is learned of one code holds for its neighbours from the first step.
     """
     shape = (cfg.num_codes + 1, cfg.token_width)
-    if cfg.num_codes != 3**8:
+    if cfg.num_codes != audio.NUM_CODES:
         return jax.random.normal(key, shape, out_sharding=spec(None, None))
     digits = np.arange(cfg.num_codes)[:, None] // 3 ** np.arange(8) % 3
     features = np.eye(3, dtype=np.float32)[digits].reshape(cfg.num_codes, 24) / np.sqrt(8)

@@ -31,9 +31,7 @@ import numpy as np
 from deepasmr_jax import audio, lm, text
 
 IGNORED = -1  # target or label that carries no loss
-SAMPLE_RATE = 16000
 LABEL_SAMPLES = 320  # one phone label each 20 ms
-TOKEN_RATE = 25
 FEATURES = {"speech_tokens", "mel", "text_ids"}  # fields that data/add_features.py makes
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 _EXAMPLES = 2**40  # "without end", for Grain's range
@@ -55,7 +53,7 @@ class Config:
     # lm and flow
     num_tokens: int = 512  # N: length of a packed LM row, or of a flow row in speech tokens
     max_utterances: int = 3  # utterances in one LM segment
-    end_id: int = 6561
+    end_id: int = audio.NUM_CODES
     spell_probability: float = (
         0.0  # share of English words spelled by letters; text_ids must be of text.MiniTokenizer
     )
@@ -557,7 +555,7 @@ class _Flow:
         self.mixture = Mixture(cfg, index, usable)
         self.num_rows = len(self.mixture)
         profile = audio.mel_profile(cfg.mel_profile)
-        self._ratio = profile.sample_rate / profile.hop_samples / TOKEN_RATE
+        self._ratio = profile.sample_rate / profile.hop_samples / audio.TOKEN_RATE
         self._num_mels = profile.num_mels
         self._num_frames = int(cfg.num_tokens * self._ratio)
         enough = np.flatnonzero(usable & (index.num_tokens >= cfg.min_prompt_tokens))
@@ -637,8 +635,10 @@ class _Waves:
         self.cfg, self.index = cfg, index
         labels = ("phones", "f0_class") if cfg.stage == "speech_tokenizer" else ()
         self.records = Records(cfg, ("audio", *labels))
-        self._rate = audio.mel_profile(cfg.mel_profile).sample_rate if cfg.stage == "vocoder" else SAMPLE_RATE
-        self._length = -(-cfg.num_samples * SAMPLE_RATE // self._rate)  # of a piece in the record
+        self._rate = (
+            audio.mel_profile(cfg.mel_profile).sample_rate if cfg.stage == "vocoder" else audio.SAMPLE_RATE
+        )
+        self._length = -(-cfg.num_samples * audio.SAMPLE_RATE // self._rate)  # of a piece in the record
         least = self._length if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
         self.mixture = Mixture(cfg, index, index.num_samples >= least)
         self.num_rows = len(self.mixture)
@@ -653,7 +653,7 @@ class _Waves:
         unit = LABEL_SAMPLES if cfg.stage == "speech_tokenizer" else 1
         start = unit * int(rng.integers(max(len(samples) - self._length, 0) // unit + 1))
         piece = samples[start : start + self._length].astype(np.float32) / 32768.0
-        piece = audio.resample(piece, SAMPLE_RATE, self._rate)[: cfg.num_samples]
+        piece = audio.resample(piece, audio.SAMPLE_RATE, self._rate)[: cfg.num_samples]
         wav = np.zeros(cfg.num_samples, np.float32)
         wav[: len(piece)] = piece
         if cfg.stage == "vocoder":

@@ -124,7 +124,13 @@ class MatrixJudge:
         self.words = [list(slot) for slot in (words or matrix_words())]
         # wider beams changed nothing on synthetic voices, normal or whispered
         options = dict(
-            beam=1e-60, pbeam=1e-60, wbeam=1e-40, maxhmmpf=-1, maxwpf=-1, cmn="batch", samprate=16000
+            beam=1e-60,
+            pbeam=1e-60,
+            wbeam=1e-40,
+            maxhmmpf=-1,
+            maxwpf=-1,
+            cmn="batch",
+            samprate=audio.SAMPLE_RATE,
         )
         self._decoder = pocketsphinx.Decoder(lm=None, loglevel="FATAL", **options)
         for word in {w for slot in self.words for w in slot}:
@@ -158,7 +164,7 @@ class MatrixJudge:
         wav, sample_rate = np.asarray(wav, np.float32), round(sample_rate * factor)
         if audio.is_silent(wav):  # the decoder would make words of the noise added below
             return ""
-        wav = audio.resample(wav, sample_rate, 16000) if sample_rate != 16000 else wav
+        wav = audio.resample(wav, sample_rate, audio.SAMPLE_RATE)
         wav = wav * (0.9 / max(float(np.abs(wav).max(initial=0.0)), 1e-6))
         edge = np.zeros(4000, np.float32)  # the grammar starts and ends in silence
         wav = np.concatenate([edge, wav, edge])
@@ -237,7 +243,7 @@ class MandarinJudge:
             if audio.is_silent(wav):
                 heard.append([])
                 continue
-            wav = audio.resample(wav, sample_rate, 16000) if sample_rate != 16000 else wav
+            wav = audio.resample(wav, sample_rate, audio.SAMPLE_RATE)
             row = np.zeros((1, max(1, -(-len(wav) // self._STEP)) * self._STEP), np.float32)
             row[0, : len(wav)] = wav
             heard += recognizer.decode(self._model, self._cfg, row, np.array([len(wav)], np.int32))
@@ -289,6 +295,6 @@ class SpeakerJudge:
             sample_rate: Hz.
         """
         wav = np.asarray(wav, np.float32)
-        wav = audio.resample(wav, sample_rate, 16000) if sample_rate != 16000 else wav
+        wav = audio.resample(wav, sample_rate, audio.SAMPLE_RATE)
         wav = wav * (10 ** (-30 / 20) / max(float(np.sqrt(np.mean(wav**2))), 1e-6))
         return np.asarray(self._encoder.embed_utterance(wav), np.float32)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import nn, sharding
+from deepasmr_jax import audio, nn, sharding
 from deepasmr_jax.sharding import spec
 
 # queries per part of the training attention; on CPU 512 positions take 0.6 of the time of one part
@@ -48,7 +48,7 @@ class Config:
     num_kv_heads: int
     head_dim: int
     mlp_width: int
-    num_codes: int = 6561  # 3^8 codes of the S3 tokenizer
+    num_codes: int = audio.NUM_CODES
     rope_base: float = 1e6
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -100,7 +100,7 @@ def qwen2_0p5b(**changes) -> Config:
 
 def cosyvoice2(**changes) -> Config:
     """The language model of CosyVoice2-0.5B: the same backbone, 6561 codes; 505,803,812 parameters."""
-    return qwen2_0p5b(**(dict(num_codes=6561) | changes))
+    return qwen2_0p5b(**(dict(num_codes=audio.NUM_CODES) | changes))
 
 
 def mini(text_vocab: int, **changes) -> Config:

@@ -19,7 +19,6 @@ from flax import nnx
 from deepasmr_jax import audio, nn, text
 
 NUM_DIGITS = 8
-NUM_CODES = 3**NUM_DIGITS
 FRAMES_PER_TOKEN = 4
 HOP_SAMPLES = 160  # of audio.s3_log_mel
 FSQ_SCALE = 0.9990000128746033  # float32 constant of the released graph
@@ -416,7 +415,7 @@ def _augment(cfg: Config, log_mel: jax.Array, key: jax.Array) -> jax.Array:
 def _num_distinct(tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """How many different valid tokens there are in the whole batch."""
     tokens, mask = (jax.sharding.reshard(x, jax.P()) for x in (tokens, mask))
-    return jnp.sum(jnp.zeros(NUM_CODES).at[tokens].max(mask.astype(jnp.float32)))
+    return jnp.sum(jnp.zeros(audio.NUM_CODES).at[tokens].max(mask.astype(jnp.float32)))
 
 
 def _labels(labels: jax.Array, num_slots: int, num_classes: int) -> tuple[jax.Array, jax.Array]:

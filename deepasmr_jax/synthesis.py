@@ -29,7 +29,6 @@ from deepasmr_jax.request import Request, check_file_name, from_row
 
 BUILT_IN = Path(__file__).parent / "mini"
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
-TOKEN_RATE = 25  # Hz, S3 tokens
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
 # shortest padded lengths; the others are these times powers of two
@@ -398,14 +397,14 @@ class Synthesizer:
             voice, voice_rate, self.sample_rate, style=voice_style, levels_db=self.clip_level_db, notes=notes
         )
         wav = excerpt.wav
-        wav16 = wav if self.sample_rate == 16000 else audio.resample(wav, self.sample_rate, 16000)
-        per_token = self.sample_rate // TOKEN_RATE
-        num_tokens = min(len(wav16) // (16000 // TOKEN_RATE), len(wav) // per_token)
+        wav16 = audio.resample(wav, self.sample_rate, audio.SAMPLE_RATE)
+        per_token, per_token16 = (rate // audio.TOKEN_RATE for rate in (self.sample_rate, audio.SAMPLE_RATE))
+        num_tokens = min(len(wav16) // per_token16, len(wav) // per_token)
         levelled = wav[: num_tokens * per_token] * np.float32(excerpt.gain)
         size = _padded(num_tokens, TOKEN_BASE)
         rows = _rows_of_mesh()
         batch = {
-            "wav16": _pad(wav16[: num_tokens * 640], size * 640)[None].repeat(rows, 0),
+            "wav16": _pad(wav16[: num_tokens * per_token16], size * per_token16)[None].repeat(rows, 0),
             "wav": _pad(levelled, size * per_token)[None].repeat(rows, 0),
             "num_tokens": np.full(rows, num_tokens, np.int32),
         }
@@ -688,9 +687,7 @@ class Synthesizer:
             elif not request.voice_text:
                 problem = "its transcript is not known (give voice_text)"
             elif not clip.transcript:
-                problem = (
-                    f"it was cut to {len(clip.tokens) / TOKEN_RATE:.0f} s and its transcript no longer fits"
-                )
+                problem = f"it was cut to {len(clip.tokens) / audio.TOKEN_RATE:.0f} s and its transcript no longer fits"
             elif clip.language != language:
                 problem = "its transcript is in another language than the text"
             if problem is None:
@@ -730,7 +727,9 @@ class Synthesizer:
             for c, ids in enumerate(j.chunks):
                 least, most = sampling.limits(len(ids))
                 least = max(least, MIN_CHUNK_TOKENS)
-                rows.append((j, c, np.concatenate([j.prompt_ids, ids]), least, max(most, least + TOKEN_RATE)))
+                rows.append(
+                    (j, c, np.concatenate([j.prompt_ids, ids]), least, max(most, least + audio.TOKEN_RATE))
+                )
 
         def sizes(row):
             j, _, ids, _, most = row
@@ -854,11 +853,11 @@ class Synthesizer:
         """Tokens [B, N], mel [B, T, M] and speaker embedding [B, E] of padded clips."""
         tokenizer, speaker = self._parts["speech_tokenizer"], self._parts["speaker"]
         num = batch["num_tokens"]
-        samples16 = num * (16000 // TOKEN_RATE)
+        samples16 = num * (audio.SAMPLE_RATE // audio.TOKEN_RATE)
         tokens, _ = tokenizer.file.encode(
             models["speech_tokenizer"], tokenizer.config, audio.s3_log_mel(batch["wav16"], samples16), 4 * num
         )
-        mel = audio.log_mel(batch["wav"], num * (self.sample_rate // TOKEN_RATE), self.mel_config)
+        mel = audio.log_mel(batch["wav"], num * (self.sample_rate // audio.TOKEN_RATE), self.mel_config)
         fbank = audio.fbank(batch["wav16"], samples16)
         embedding = speaker.file.embed(
             models["speaker"], speaker.config, fbank, audio.fbank_frames(samples16)

@@ -193,7 +193,7 @@ def enrol(judge: judges.MatrixJudge, known: Known, path: Path) -> dict[str, dict
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {
-            style: {speaker: judge.enrol(clips, 16000) for speaker, clips in own.items()}
+            style: {speaker: judge.enrol(clips, audio.SAMPLE_RATE) for speaker, clips in own.items()}
             for style, own in known.enrolment.items()
         }
         part = path.with_suffix(".part")
@@ -270,16 +270,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"the split has no sentence in language {unknown[0]!r}; it has {', '.join(items)}")
     items = {k: v for k, v in items.items() if k in languages}
     rows = Rows(synthesis.load(args.model))
-    if rows.synthesizer.sample_rate != input_pipeline.SAMPLE_RATE:
+    if rows.synthesizer.sample_rate != audio.SAMPLE_RATE:
         parser.error(
             f"the model works at {rows.synthesizer.sample_rate} Hz, the corpus is at "
-            f"{input_pipeline.SAMPLE_RATE} Hz; give a model of that rate"
+            f"{audio.SAMPLE_RATE} Hz; give a model of that rate"
         )
     matrix = judges.MatrixJudge()
     mandarin = judges.MandarinJudge(args.judge) if args.judge else None
     speaker = judges.SpeakerJudge()
     gallery = {
-        style: (np.stack([speaker.embed(w, 16000) for _, w in clips]), [s for s, _ in clips])
+        style: (np.stack([speaker.embed(w, audio.SAMPLE_RATE) for _, w in clips]), [s for s, _ in clips])
         for style, clips in known.gallery.items()
     }
     out = Path(args.out)
