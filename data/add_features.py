@@ -18,10 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, checkpoint, config, input_pipeline, sharding, text, train  # noqa: E402
-
-SAMPLE_RATE = input_pipeline.SAMPLE_RATE
-
+from deepasmr_jax import audio, checkpoint, config, sharding, text, train  # noqa: E402
 
 # ---------------------------------------------------------------- TFDS files without TensorFlow
 
@@ -91,7 +88,7 @@ def write_metadata(folder: Path, features, shard_lengths: dict[str, list[int]], 
 
 def padded_length(num_samples: int, step_s: float = 1.0) -> int:
     """The static length a waveform is padded to: the next multiple of `step_s` seconds."""
-    step = int(step_s * SAMPLE_RATE)
+    step = int(step_s * audio.SAMPLE_RATE)
     return -(-max(num_samples, 1) // step) * step
 
 
@@ -107,7 +104,7 @@ class Extractor:
     def __init__(self, model_folder: str, mel_profile: str, batch_size: int):
         sharding.ensure_mesh()
         self.batch_size = batch_size
-        self.profile = audio.MEL_PROFILES[mel_profile]
+        self.profile = audio.mel_profile(mel_profile)
         components = checkpoint.read_config(model_folder)["components"]
         tokenizer, cfg = checkpoint.load_component(model_folder, "speech_tokenizer")
         file = checkpoint.model_file(components["speech_tokenizer"]["module"])
@@ -130,7 +127,7 @@ class Extractor:
                 return speaker_file.embed(speaker, speaker_cfg, audio.fbank(wav, lengths), frames)
 
             self._embed = embed
-            row = jax.ShapeDtypeStruct((1, 2 * SAMPLE_RATE), np.float32)
+            row = jax.ShapeDtypeStruct((1, 2 * audio.SAMPLE_RATE), np.float32)
             self.embedding_size = jax.eval_shape(embed, row, jax.ShapeDtypeStruct((1,), np.int32)).shape[-1]
         self._mel = jax.jit(lambda wav, lengths: audio.log_mel(wav, lengths, self.profile))
 
@@ -145,11 +142,11 @@ class Extractor:
             order = [i for i in order if i not in set(rows)]
             wav, lengths = _pad([wavs[i] for i in rows], width, self.batch_size)
             tokens, counts = jax.device_get(self._encode(wav, lengths))
-            if rate == SAMPLE_RATE:
+            if rate == audio.SAMPLE_RATE:
                 mel_wav, mel_lengths = wav, lengths
             else:
-                pieces = [audio.resample(wavs[i], SAMPLE_RATE, rate) for i in rows]
-                mel_wav, mel_lengths = _pad(pieces, -(-width * rate // SAMPLE_RATE), self.batch_size)
+                pieces = [audio.resample(wavs[i], audio.SAMPLE_RATE, rate) for i in rows]
+                mel_wav, mel_lengths = _pad(pieces, -(-width * rate // audio.SAMPLE_RATE), self.batch_size)
             mel = np.asarray(self._mel(mel_wav, mel_lengths))
             embedding = None if self._embed is None else np.asarray(self._embed(wav, lengths))
             for row, i in enumerate(rows):
@@ -166,7 +163,7 @@ class Extractor:
 def _pad(wavs: list[np.ndarray], width: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows [num_rows, width] and their lengths; rows that are not needed repeat a second of silence."""
     wav = np.zeros((num_rows, width), np.float32)
-    lengths = np.full(num_rows, min(width, SAMPLE_RATE), np.int32)
+    lengths = np.full(num_rows, min(width, audio.SAMPLE_RATE), np.int32)
     for row, x in enumerate(wavs):
         wav[row, : len(x)], lengths[row] = x, len(x)
     return wav, lengths

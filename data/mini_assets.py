@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from deepasmr_jax import audio, input_pipeline  # noqa: E402
 
-SAMPLE_RATE = input_pipeline.SAMPLE_RATE
 FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind", "engine")
 POOL_SIZE = {"en": 32, "zh": 18}  # 50, as in the paper
 POOL_SECONDS = (2.0, 4.0)  # short prompts leak no words into the output
@@ -35,7 +34,7 @@ SENTENCES = {
 
 SETTINGS = {
     "name": "mini",
-    "sample_rate": SAMPLE_RATE,
+    "sample_rate": audio.SAMPLE_RATE,
     "text": {"tokenizer": "mini"},
     "sampling": {
         # a text token is a phone, a pause mark or a word boundary: 1.2 to 2.5 speech tokens each
@@ -70,7 +69,7 @@ def read_records(data: str, split: str):
 
 
 def _lasts(record: dict, limits: tuple[float, float]) -> bool:
-    return limits[0] <= len(record["wav"]) / SAMPLE_RATE <= limits[1]
+    return limits[0] <= len(record["wav"]) / audio.SAMPLE_RATE <= limits[1]
 
 
 def _write(path: Path, text: str) -> None:
@@ -109,12 +108,12 @@ def pool_sources(data: str, out: str | Path) -> int:
             )
         for index in np.linspace(0, len(speakers) - 1, size).round().astype(int):
             pair = chosen[language][speakers[index]]
-            audio.save(out / f"{pair['speaker']}.wav", pair["wav"], SAMPLE_RATE)
+            audio.save(out / f"{pair['speaker']}.wav", pair["wav"], audio.SAMPLE_RATE)
             lines.append({
                 "audio": f"{pair['speaker']}.wav", "name": pair["speaker"], "text": pair["text"], "style": "normal",
                 "kind": "synthesis", "language": language, "attributes": {"engine": pair["engine"]},
             })  # fmt: skip
-        audio.save(out / f"asmr_{language}.wav", prompts[language]["wav"], SAMPLE_RATE)
+        audio.save(out / f"asmr_{language}.wav", prompts[language]["wav"], audio.SAMPLE_RATE)
         (out / f"asmr_{language}.txt").write_text(prompts[language]["text"], encoding="utf-8")
     _write(out / "manifest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return len(lines)
@@ -148,7 +147,7 @@ def demo_clips(data: str, out: str | Path) -> None:
         clips = {}
         for style, record in usable[0].items():
             file = f"{language}_{style}.wav"
-            audio.save(out / file, record["wav"], SAMPLE_RATE)
+            audio.save(out / file, record["wav"], audio.SAMPLE_RATE)
             clips[style] = {"file": file, "text": record["text"]}
         voices.append(
             {"voice": title, "language": language, "clips": clips, "sentences": SENTENCES[language]}

@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+SAMPLE_RATE = 16000  # Hz of records, and of every front-end that listens
+TOKEN_RATE = 25  # Hz of S3 speech tokens
+NUM_CODES = 3**8  # of S3 speech tokens
 MIN_DURATION_S = 0.1  # below this no front-end has a useful number of frames
 MAX_DURATION_S = 600.0
 SILENCE_PEAK = 1e-4  # -80 dBFS, about 3 steps of 16-bit audio
@@ -107,6 +110,7 @@ def load(
     *,
     min_duration_s: float = MIN_DURATION_S,
     max_duration_s: float = MAX_DURATION_S,
+    allow_silence: bool = False,
     notes: list[str] | None = None,
 ) -> np.ndarray:
     """A mono clip at `sample_rate`, from a file or an array; its level is kept.
@@ -119,6 +123,7 @@ def load(
         source_rate: Hz of an array, `sample_rate` if None; not allowed with files, which carry their own.
         min_duration_s: shorter clips are refused.
         max_duration_s: longer clips are cut to it, and noted.
+        allow_silence: also take a clip without sound, as measures of a failed output must.
         notes: if given, one sentence is appended for each change or warning: cut, mixed down, rescaled,
             clipped, resampled.
 
@@ -158,7 +163,7 @@ def load(
     if duration_s < min_duration_s:
         raise ValueError(f"{name} lasts {duration_s:.3f} s; give at least {min_duration_s:g} s")
     channel_peaks = np.max(np.abs(wav), axis=0)
-    if channel_peaks.max() < SILENCE_PEAK:
+    if is_silent(channel_peaks) and not allow_silence:
         raise ValueError(
             f"{name} is silent (peak {channel_peaks.max():.1e} of full scale); "
             f"record again with a peak above {SILENCE_PEAK:g}"
@@ -172,6 +177,11 @@ def load(
             note += f"; there is no sound above {rate / 2:g} Hz in it"
         notes.append(note)
     return np.clip(wav, -1.0, 1.0)  # the resampling filter may overshoot full scale
+
+
+def is_silent(wav: np.ndarray) -> bool:
+    """Whether no sample [...] of a clip reaches `SILENCE_PEAK`."""
+    return float(np.max(np.abs(wav), initial=0.0)) < SILENCE_PEAK
 
 
 def _read_file(source, max_duration_s: float, notes: list[str]) -> tuple[np.ndarray, int, str]:

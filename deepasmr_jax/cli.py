@@ -185,6 +185,10 @@ def _demo(args) -> None:
     from deepasmr_jax import audio, evaluate, page, synthesis
 
     synthesizer = synthesis.load(args.model, args.pool)
+    if synthesizer.folder.resolve() == synthesis.BUILT_IN.resolve():
+        notice, intro = NOTICE, _VOICE_INTRO
+    else:
+        notice, intro = _made_from(synthesizer.config), ""
     sounds = synthesizer.demo(seed, progress=_progress)
     judge = None if args.no_judge else evaluate.judge_one
     if judge:
@@ -197,12 +201,12 @@ def _demo(args) -> None:
         audio.save(folder / f"{s.name}.wav", s.wav, synthesizer.sample_rate)
         (folder / f"{s.name}.png").write_bytes(page.picture(s.wav, synthesizer.sample_rate))
         lines.append({"voice": s.voice, "sound": s.label} | cells)
-    parts = [page.Section(voice, _VOICE_INTRO, clips, made) for voice, (clips, made) in sections.items()]
+    parts = [page.Section(voice, intro, clips, made) for voice, (clips, made) in sections.items()]
     settings = f"Unvoiced: {evaluate.PitchSettings().describe()}. {_SETTINGS}"
-    document = page.demo("DeepASMR in JAX: a demonstration", NOTICE, parts, settings)
+    document = page.demo("DeepASMR in JAX: a demonstration", notice, parts, settings)
     (folder / "index.html").write_text(document, encoding="utf-8")
     print(_table(lines))
-    print(f"\n{NOTICE}\n\nListen: {(folder / 'index.html').resolve()}")
+    print(f"\n{notice}\n\nListen: {(folder / 'index.html').resolve()}")
 
 
 def _batch(args) -> None:
@@ -301,7 +305,8 @@ def _info(args) -> None:
         }
         for name, c in config["components"].items()
     ]
-    print(f"{config['name']} in {folder}: {config['sample_rate']} Hz, mel profile {config['mel_profile']}")
+    rate, profile = (config.get(key, "?") for key in ("sample_rate", "mel_profile"))
+    print(f"{config.get('name', '?')} in {folder}: {rate} Hz, mel profile {profile}")
     print(_table(rows))
     for name, value in config.get("provenance", {}).items():
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
@@ -316,6 +321,14 @@ _SETTINGS = (
     "waveform, "
     "without compilation."
 )
+
+
+def _made_from(config: dict) -> str:
+    """What the provenance of a model says about its training data."""
+    provenance = config.get("provenance", {})
+    notes = [provenance.get("data"), *(x.get("data") for x in provenance.values() if isinstance(x, dict))]
+    told = "; ".join(dict.fromkeys(str(x) for x in notes if x)) or "not stated in its config.json"
+    return f"The model {config.get('name', '?')}; its training data: {told}."
 
 
 def _measures(sound, judge, sample_rate: int) -> dict[str, str]:

@@ -44,43 +44,65 @@ def load(path: str):
     return module.get_config(stage) if stage else module.get_config()
 
 
-def override(cfg, assignment: str):
-    """A copy of `cfg` with one field changed.
+def override(cfg, *assignments: str):
+    """A copy of `cfg` with fields changed, checked as a whole: fields that depend on each other may come in any order.
 
     Args:
         cfg: a dataclass instance.
-        assignment: `optim.lr=1e-4`; tuples are written `styles=normal,asmr`.
+        assignments: each such as `optim.lr=1e-4`, of one field the last one counts; tuples are written
+            `styles=normal,asmr`.
 
     Raises:
-        ValueError: on a missing `=`, a field that does not exist, or a text that is not of the field's type.
+        ValueError: on a missing `=`, a field that does not exist, a text that is not of the field's type, or a
+            value that the config refuses.
     """
-    path, equals, text = assignment.partition("=")
-    if not equals:
-        raise ValueError(f"--set {assignment!r} has no '='; write for example --set optim.lr=1e-4")
-    return _override(cfg, path.strip().split("."), text.strip(), path.strip())
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment!r} has no '='; write for example --set optim.lr=1e-4")
+        *groups, name = path.strip().split(".")
+        owner, inner = cfg, changes
+        for group in groups:
+            owner = getattr(owner, _field(owner, group, path).name)
+            inner = inner.setdefault(group, {})
+        inner[name] = _value(owner, name, text.strip(), path.strip())
+    return _replace(cfg, changes)
 
 
-def _override(cfg, names: list[str], text: str, path: str):
+def _field(cfg, name: str, path: str) -> dataclasses.Field:
+    """The field of that name."""
     if not dataclasses.is_dataclass(cfg):
         raise ValueError(
-            f"--set {path}: nothing is inside a {type(cfg).__name__}; shorten the name by .{names[0]}"
+            f"--set {path}: nothing is inside a {type(cfg).__name__}; shorten the name by .{name}"
         )
     fields = {f.name: f for f in dataclasses.fields(cfg)}
-    name = names[0]
     if name not in fields:
         near = difflib.get_close_matches(name, fields, 1, 0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(fields)}"
         raise ValueError(f"--set {path}: {type(cfg).__name__} has no field {name!r}; {hint}")
-    value = getattr(cfg, name)
-    if len(names) > 1:
-        return dataclasses.replace(cfg, **{name: _override(value, names[1:], text, path)})
+    return fields[name]
+
+
+def _value(cfg, name: str, text: str, path: str):
+    """The text as a value of that field."""
+    value = getattr(cfg, _field(cfg, name, path).name)
     if dataclasses.is_dataclass(value):
         inner = ", ".join(f.name for f in dataclasses.fields(value))
         raise ValueError(f"--set {path}: is a group of settings; set one of them: {inner}")
     hint = typing.get_type_hints(type(cfg))[name]
     if hint is Any:
         hint = type(value) if value is not None else Any
-    return dataclasses.replace(cfg, **{name: _parse(text, hint, path)})
+    return _parse(text, hint, path)
+
+
+def _replace(cfg, changes: dict[str, Any]):
+    """`dataclasses.replace` through nested groups."""
+    new = {}
+    for name, value in changes.items():
+        old = getattr(cfg, name)
+        new[name] = _replace(old, value) if dataclasses.is_dataclass(old) else value
+    return dataclasses.replace(cfg, **new)
 
 
 def _parse(text: str, hint, path: str):

@@ -221,12 +221,11 @@ def summarise_errors(errors: Sequence[judges.Errors], seed: int = 0) -> dict[str
 
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
-    """Speaker retrieval: [Q] each the rank of the right speaker (1 = first), cosine to its centroid, greatest
-    cosine to another one; and the number of speakers in the gallery."""
+    """Speaker retrieval: [Q] each the rank of the right speaker (1 = first) and the cosine to its centroid;
+    and the number of speakers in the gallery."""
 
     ranks: np.ndarray
     own_cosine: np.ndarray
-    other_cosine: np.ndarray
     num_speakers: int
 
     def within(self, rank: int = 1) -> Interval:
@@ -267,9 +266,7 @@ def speaker_retrieval(
     index = np.array([names.index(s) for s in speakers], int)
     own = cosine[np.arange(len(index)), index]
     ranks = 1 + (cosine > own[:, None]).sum(1)
-    others = cosine.copy()
-    others[np.arange(len(index)), index] = -1.0
-    return Retrieval(ranks, own, others.max(1), len(names))
+    return Retrieval(ranks, own, len(names))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -457,7 +454,8 @@ def evaluate_folder(
 
     The folder holds 16-bit wav files and results.jsonl, one object per line: "file" (path inside the folder),
     "text", "language" ("en"/"zh"), and if known "group" (such as "N2A/test"; default: the "style"), "style",
-    "speaker".
+    "speaker". A silent file, as of a request that failed, has lost all its words and has no voice: it counts in
+    the word errors and not in the retrieval.
 
     Args:
         folder: the folder.
@@ -469,7 +467,7 @@ def evaluate_folder(
         workers: processes for the unvoiced ratio.
 
     Returns:
-        {"settings": ..., "groups": {name: {"clips", "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser":
+        {"settings": ..., "groups": {name: {"clips", "silent", "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser":
         ..., "retrieval_first": Interval, "speaker_cosine"}}}, rates in percent where the key says wer or ser.
         Where each line names a `token_speaker`, whose tokens were spoken, also "token_speaker_first": how
         often that voice is heard instead.
@@ -485,10 +483,17 @@ def evaluate_folder(
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(str(row.get("group") or row.get("style") or "all"), []).append(row)
-    report = {"settings": {"unvoiced": settings.describe()}, "groups": {}}
+    judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker)
+    report = {
+        "settings": {
+            "unvoiced": settings.describe(),
+            "judges": sorted(name for name, judge in judging.items() if judge is not None),
+        },
+        "groups": {},
+    }
     for name, members in sorted(groups.items()):
-        wavs = [audio.load(folder / r["file"], settings.sample_rate) for r in members]
-        made = {"clips": len(wavs)}
+        wavs = [audio.load(folder / r["file"], settings.sample_rate, allow_silence=True) for r in members]
+        made = {"clips": len(wavs), "silent": sum(map(audio.is_silent, wavs))}
         unvoiced = unvoiced_ratio(wavs, settings.sample_rate, settings, workers)
         if unvoiced.active.sum():
             made["unvoiced"] = dataclasses.asdict(unvoiced.interval())
@@ -508,6 +513,7 @@ def evaluate_folder(
             made["mandarin_ser"] = summarise_errors(errors)
         if speaker is not None and gallery is not None:
             known = [(w, r) for w, r in zip(wavs, members, strict=True) if r.get("speaker") in gallery[1]]
+            known = [(w, r) for w, r in known if not audio.is_silent(w)]
             if known:
                 embeddings = np.stack([speaker.embed(w, settings.sample_rate) for w, _ in known])
                 found = speaker_retrieval(embeddings, [r["speaker"] for _, r in known], *gallery)

@@ -21,15 +21,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import nn
+from deepasmr_jax import audio, nn, sharding
 from deepasmr_jax.sharding import spec
 
 TIME_FEATURES = 256  # sinusoids of the flow time, E2 TTS
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 METHODS = ("euler", "midpoint")
 # Steps kept for a small budget, in units of 1/32 and before the cosine warp (F5-TTS, "empirically pruned")
 PRUNED_STEPS = {
@@ -77,7 +72,7 @@ class Config:
     mel_mean: float = 0.0
     mel_std: float = 1.0
     patch_frames: int = 1
-    num_codes: int = 6561
+    num_codes: int = audio.NUM_CODES
     token_width: int = 512
     width: int = 1024
     num_layers: int = 24
@@ -123,10 +118,12 @@ class Config:
         for name in ("drop_audio", "drop_both", "dropout", "span_min", "sigma_min"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        nn.check_dtype(self.dtype)
+        nn.check_dtype(self.attention_dtype, "attention_dtype")
         if self.train_schedule not in ("uniform", "cosine"):
             raise ValueError(f"train_schedule is {self.train_schedule!r}; use 'uniform' or 'cosine'")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {self.remat!r}; use one of {', '.join(REMAT_POLICIES)}")
+        if self.remat not in nn.REMAT:
+            raise ValueError(f"remat is {self.remat!r}; use one of {', '.join(nn.REMAT)}")
 
 
 def deepasmr(**changes) -> Config:
@@ -253,7 +250,7 @@ def _token_table(key: jax.Array, cfg: Config) -> jax.Array:
     projections of the digits, so that what is learned of one code holds for its neighbours from the first step.
     """
     shape = (cfg.num_codes + 1, cfg.token_width)
-    if cfg.num_codes != 3**8:
+    if cfg.num_codes != audio.NUM_CODES:
         return jax.random.normal(key, shape, out_sharding=spec(None, None))
     digits = np.arange(cfg.num_codes)[:, None] // 3 ** np.arange(8) % 3
     features = np.eye(3, dtype=np.float32)[digits].reshape(cfg.num_codes, 24) / np.sqrt(8)
@@ -319,7 +316,7 @@ class Decoder(nnx.Module):
             return layer(x, mask, cfg, skip, key), None
 
         if cfg.remat != "none":
-            down, up = (jax.checkpoint(f, policy=REMAT_POLICIES[cfg.remat]) for f in (down, up))
+            down, up = (jax.checkpoint(f, policy=nn.REMAT[cfg.remat]) for f in (down, up))
         x, skips = jax.lax.scan(down, x, (self.down, down_keys), unroll=cfg.unroll)
         x, _ = jax.lax.scan(up, x, (self.up, skips, up_keys), reverse=True, unroll=cfg.unroll)
         return x
@@ -348,7 +345,16 @@ class Decoder(nnx.Module):
 
 
 def init(cfg: Config, key: jax.Array) -> Decoder:
-    """A decoder with random weights, float32, sharded over the current mesh; its first velocity is 0."""
+    """A decoder with random weights, float32, sharded over the current mesh; its first velocity is 0.
+
+    Raises:
+        ValueError: if the mesh does not divide the heads, the width or the MLP.
+    """
+    sharding.check_fits(
+        ("heads", cfg.num_heads, "model"),
+        ("MLP width", cfg.mlp_ratio * cfg.width, "model"),
+        ("width", cfg.width, "data"),
+    )
     return Decoder(cfg, rngs=nnx.Rngs(params=key))
 
 

@@ -12,7 +12,7 @@ Batches, B rows each, all lengths static:
     `align` also aligned [B, N, 2]: row positions of the symbols heard in the two halves of the target.
   flow: speech_tokens [B, N] int32, num_tokens [B] int32, mel [B, T, M] float32, prompt_frames [B]
     int32 (0: no prompt).
-  vocoder: wav [B, W] float32 in [-1, 1], no padding.
+  vocoder: wav [B, W] float32 in [-1, 1] at the rate of `mel_profile`, no padding.
   speech_tokenizer: wav [B, W], lengths [B] samples, phones and f0_class [B, W // 320] int32 (-1 = padding).
   speaker: wav [B, W], lengths [B] samples, speaker_index [B] int32 in the order of `speakers`.
 """
@@ -31,9 +31,8 @@ import numpy as np
 from deepasmr_jax import audio, lm, text
 
 IGNORED = -1  # target or label that carries no loss
-SAMPLE_RATE = 16000
 LABEL_SAMPLES = 320  # one phone label each 20 ms
-TOKEN_RATE = 25
+FEATURES = {"speech_tokens", "mel", "text_ids"}  # fields that data/add_features.py makes
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 _EXAMPLES = 2**40  # "without end", for Grain's range
 _OPEN_ROWS = 256  # rows that the packing fills at the same time
@@ -54,19 +53,20 @@ class Config:
     # lm and flow
     num_tokens: int = 512  # N: length of a packed LM row, or of a flow row in speech tokens
     max_utterances: int = 3  # utterances in one LM segment
-    end_id: int = 6561
+    end_id: int = audio.NUM_CODES
     spell_probability: float = (
         0.0  # share of English words spelled by letters; text_ids must be of text.MiniTokenizer
     )
     spell_room: int = 16  # positions of each row kept free for them when spell_probability > 0
     align: bool = False  # adds `aligned`; needs `phones`, and text_ids of text.MiniTokenizer
-    # flow
+    # flow and vocoder
     mel_profile: str = "mini"
+    # flow
     no_prompt_prob: float = 0.2
     min_prompt_tokens: int = 25
     max_prompt_tokens: int = 100
     # vocoder, speech_tokenizer, speaker
-    num_samples: int = 16000  # W
+    num_samples: int = 16000  # W; for the vocoder at the rate of mel_profile
     # reading; order and saved position depend on worker_count
     worker_count: int = 0  # processes; 0: threads of this one
     num_threads: int = 2
@@ -75,6 +75,7 @@ class Config:
     def __post_init__(self):
         if self.stage not in STAGES:
             raise ValueError(f"stage {self.stage!r} is unknown; use one of {', '.join(STAGES)}")
+        audio.mel_profile(self.mel_profile)  # refuses an unknown name
         if len(self.styles) != len(self.style_weights) or not any(w > 0 for w in self.style_weights):
             raise ValueError(
                 f"{len(self.styles)} styles {self.styles} with weights {self.style_weights}; "
@@ -143,7 +144,12 @@ class Records:
                 )
             if absent:
                 raise ValueError(
-                    f"records of {folder} have no {absent}; run data/add_features.py on the corpus first"
+                    f"records of {folder} have no {absent}; "
+                    + (
+                        "run data/add_features.py on the corpus first"
+                        if FEATURES.issuperset(absent)
+                        else "build the corpus with them, see data/README.md"
+                    )
                 )
         self._dirs, self._split, self._fields = cfg.data_dirs, cfg.split, fields
         self._ends = np.cumsum([_num_records(folder, cfg.split) for folder in cfg.data_dirs])
@@ -358,11 +364,9 @@ def align(symbols: list[str], phones: np.ndarray, num_frames: int) -> np.ndarray
     Returns:
         [num_frames] int32 in 0..M-1, never decreasing.
     """
-    import librosa
-
     classes = np.array([_symbol_class(s) for s in symbols])
     cost = _phone_costs()[classes][:, phones]
-    path = librosa.sequence.dtw(C=cost)[1][::-1]  # [steps, 2] of (symbol, frame)
+    path = warp(cost)
     # a frame at which several symbols are passed has the one that fits it best
     order = np.lexsort((cost[path[:, 0], path[:, 1]], path[:, 1]))
     frames, first = np.unique(path[order, 1], return_index=True)
@@ -373,6 +377,32 @@ def align(symbols: list[str], phones: np.ndarray, num_frames: int) -> np.ndarray
         found[frame] = min(beside, key=lambda i: cost[i, frame], default=found[frame])
     found = np.maximum.accumulate(found)
     return found[np.minimum(np.arange(num_frames), len(frames) - 1)].astype(np.int32)
+
+
+def warp(cost: np.ndarray) -> np.ndarray:
+    """The cheapest way through a matrix by dynamic time warping, as `librosa.sequence.dtw` finds it.
+
+    Args:
+        cost: [M, W] int; in whole numbers, ties are exact.
+
+    Returns:
+        [steps, 2] int cells from the first to the last; a step goes on in both axes, in the second, or in the
+        first, in this order among equals.
+    """
+    total = np.cumsum(cost, axis=1)
+    for i in range(1, len(cost)):
+        above = np.minimum(total[i - 1], np.append(np.iinfo(total.dtype).max // 2, total[i - 1, :-1]))
+        # enter the row at the best column so far, then follow it; total[i] still is the row's cumulative cost
+        total[i] += np.minimum.accumulate(above - (total[i] - cost[i]))
+    cell = (cost.shape[0] - 1, cost.shape[1] - 1)
+    path = [cell]
+    while cell != (0, 0):
+        i, j = cell
+        cell = min(
+            (c for c in ((i - 1, j - 1), (i, j - 1), (i - 1, j)) if min(c) >= 0), key=lambda c: total[c]
+        )
+        path.append(cell)
+    return np.array(path[::-1])
 
 
 @functools.cache
@@ -387,16 +417,14 @@ def _symbol_class(symbol: str) -> int:
 
 @functools.cache
 def _phone_costs() -> np.ndarray:
-    """[symbol class, phone of the frame]: 0 for the same, 1 for speech against silence."""
+    """[symbol class, phone of the frame] int: 0 for the same, 10 for speech against silence."""
     names = text.PHONES
     vowel = np.array([n[0] in "AEIOU" or n[3:] in text.ZH_FINALS for n in names])
-    cost = np.where(vowel[:, None] == vowel, 0.5, 0.8)
-    np.fill_diagonal(cost, 0.0)
-    cost = np.concatenate(
-        [cost, [np.where(vowel, 0.2, 0.5), np.where(vowel, 0.5, 0.2), np.full(len(names), 0.6)]]
-    )
-    cost[1:, 0] = cost[0, 1:] = 1.0
-    cost[-1, 0] = 0.0
+    cost = np.where(vowel[:, None] == vowel, 5, 8)
+    np.fill_diagonal(cost, 0)
+    cost = np.concatenate([cost, [np.where(vowel, 2, 5), np.where(vowel, 5, 2), np.full(len(names), 6)]])
+    cost[1:, 0] = cost[0, 1:] = 10
+    cost[-1, 0] = 0
     return cost
 
 
@@ -526,8 +554,8 @@ class _Flow:
         usable = (index.num_tokens > 0) & np.isin(index.style, cfg.styles)
         self.mixture = Mixture(cfg, index, usable)
         self.num_rows = len(self.mixture)
-        profile = audio.MEL_PROFILES[cfg.mel_profile]
-        self._ratio = profile.sample_rate / profile.hop_samples / TOKEN_RATE
+        profile = audio.mel_profile(cfg.mel_profile)
+        self._ratio = profile.sample_rate / profile.hop_samples / audio.TOKEN_RATE
         self._num_mels = profile.num_mels
         self._num_frames = int(cfg.num_tokens * self._ratio)
         enough = np.flatnonzero(usable & (index.num_tokens >= cfg.min_prompt_tokens))
@@ -607,7 +635,11 @@ class _Waves:
         self.cfg, self.index = cfg, index
         labels = ("phones", "f0_class") if cfg.stage == "speech_tokenizer" else ()
         self.records = Records(cfg, ("audio", *labels))
-        least = cfg.num_samples if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
+        self._rate = (
+            audio.mel_profile(cfg.mel_profile).sample_rate if cfg.stage == "vocoder" else audio.SAMPLE_RATE
+        )
+        self._length = -(-cfg.num_samples * audio.SAMPLE_RATE // self._rate)  # of a piece in the record
+        least = self._length if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
         self.mixture = Mixture(cfg, index, index.num_samples >= least)
         self.num_rows = len(self.mixture)
         self._speakers = {name: i for i, name in enumerate(speakers(cfg))} if cfg.stage == "speaker" else {}
@@ -619,8 +651,9 @@ class _Waves:
         record = self.records[i]
         samples = np.asarray(record["audio"])
         unit = LABEL_SAMPLES if cfg.stage == "speech_tokenizer" else 1
-        start = unit * int(rng.integers(max(len(samples) - cfg.num_samples, 0) // unit + 1))
-        piece = samples[start : start + cfg.num_samples].astype(np.float32) / 32768.0
+        start = unit * int(rng.integers(max(len(samples) - self._length, 0) // unit + 1))
+        piece = samples[start : start + self._length].astype(np.float32) / 32768.0
+        piece = audio.resample(piece, audio.SAMPLE_RATE, self._rate)[: cfg.num_samples]
         wav = np.zeros(cfg.num_samples, np.float32)
         wav[: len(piece)] = piece
         if cfg.stage == "vocoder":
@@ -663,11 +696,6 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1):
         )
         return chain.mp_prefetch(options)
     return dataset.to_iter_dataset(grain.ReadOptions(cfg.num_threads, cfg.num_prefetch))
-
-
-def epoch_rows(cfg: Config) -> int:
-    """Rows of one epoch, over all hosts."""
-    return {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, read_index(cfg)).num_rows
 
 
 def first_batches(cfg: Config, count: int, process_index: int = 0, process_count: int = 1) -> list[dict]:

@@ -124,7 +124,13 @@ class MatrixJudge:
         self.words = [list(slot) for slot in (words or matrix_words())]
         # wider beams changed nothing on synthetic voices, normal or whispered
         options = dict(
-            beam=1e-60, pbeam=1e-60, wbeam=1e-40, maxhmmpf=-1, maxwpf=-1, cmn="batch", samprate=16000
+            beam=1e-60,
+            pbeam=1e-60,
+            wbeam=1e-40,
+            maxhmmpf=-1,
+            maxwpf=-1,
+            cmn="batch",
+            samprate=audio.SAMPLE_RATE,
         )
         self._decoder = pocketsphinx.Decoder(lm=None, loglevel="FATAL", **options)
         for word in {w for slot in self.words for w in slot}:
@@ -148,7 +154,7 @@ class MatrixJudge:
         return len(words) == len(self.words) and all(w in s for w, s in zip(words, self.words, strict=True))
 
     def transcribe(self, wav: np.ndarray, sample_rate: int, factor: float = 1.0) -> str:
-        """The sentence of the grammar that was heard; "" if none fits (then all words count as deleted).
+        """The sentence of the grammar that was heard; "" if none fits or the clip is silent: all words deleted.
 
         Args:
             wav: [W] float in [-1, 1]; its level does not matter.
@@ -156,7 +162,9 @@ class MatrixJudge:
             factor: the clip is heard at this speed, formants and all; see `enrol`.
         """
         wav, sample_rate = np.asarray(wav, np.float32), round(sample_rate * factor)
-        wav = audio.resample(wav, sample_rate, 16000) if sample_rate != 16000 else wav
+        if audio.is_silent(wav):  # the decoder would make words of the noise added below
+            return ""
+        wav = audio.resample(wav, sample_rate, audio.SAMPLE_RATE)
         wav = wav * (0.9 / max(float(np.abs(wav).max(initial=0.0)), 1e-6))
         edge = np.zeros(4000, np.float32)  # the grammar starts and ends in silence
         wav = np.concatenate([edge, wav, edge])
@@ -223,7 +231,7 @@ class MandarinJudge:
         self._model, self._cfg = model, cfg
 
     def transcribe(self, wavs: Sequence[np.ndarray], sample_rate: int) -> list[list[str]]:
-        """Labels of text.PHONES heard in each clip, such as ["zh_n", "zh_i", "zh_h", "zh_ao"].
+        """Labels of text.PHONES heard in each clip, such as ["zh_n", "zh_i", "zh_h", "zh_ao"]; none in a silent one.
 
         Args:
             wavs: clips [W], float in [-1, 1].
@@ -234,7 +242,10 @@ class MandarinJudge:
         heard = []
         for wav in wavs:
             wav = np.asarray(wav, np.float32)
-            wav = audio.resample(wav, sample_rate, 16000) if sample_rate != 16000 else wav
+            if audio.is_silent(wav):
+                heard.append([])
+                continue
+            wav = audio.resample(wav, sample_rate, audio.SAMPLE_RATE)
             row = np.zeros((1, max(1, -(-len(wav) // self._STEP)) * self._STEP), np.float32)
             row[0, : len(wav)] = wav
             heard += recognizer.decode(self._model, self._cfg, row, np.array([len(wav)], np.int32))
@@ -286,6 +297,6 @@ class SpeakerJudge:
             sample_rate: Hz.
         """
         wav = np.asarray(wav, np.float32)
-        wav = audio.resample(wav, sample_rate, 16000) if sample_rate != 16000 else wav
+        wav = audio.resample(wav, sample_rate, audio.SAMPLE_RATE)
         wav = wav * (10 ** (-30 / 20) / max(float(np.sqrt(np.mean(wav**2))), 1e-6))
         return np.asarray(self._encoder.embed_utterance(wav), np.float32)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import nn, sharding
+from deepasmr_jax import audio, nn, sharding
 from deepasmr_jax.sharding import spec
 
 # queries per part of the training attention; on CPU 512 positions take 0.6 of the time of one part
@@ -30,18 +30,12 @@ NUM_ALIGNED = 2  # heads that `alignment_loss` teaches, one for each half of the
 # kinds of a position in a packed row
 PAD, SOS, TEXT, TASK, SPEECH = range(5)
 
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes and training choices of the speech language model.
 
-    Ids of the speech table: 0..num_codes-1 codes, then `end_id`, one reserved id and `fill_id`.
+    Ids of the speech table: 0..num_codes-1 codes, then `end_id`, and two that are no target here.
 
     Raises:
         ValueError: on sizes that do not fit together.
@@ -54,7 +48,7 @@ class Config:
     num_kv_heads: int
     head_dim: int
     mlp_width: int
-    num_codes: int = 6561  # 3^8 codes of the S3 tokenizer
+    num_codes: int = audio.NUM_CODES
     rope_base: float = 1e6
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -72,10 +66,9 @@ class Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {self.dtype!r} is neither float32 nor bfloat16")
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r} is unknown; use one of {', '.join(REMAT)}")
+        nn.check_dtype(self.dtype)
+        if self.remat not in nn.REMAT:
+            raise ValueError(f"remat {self.remat!r} is unknown; use one of {', '.join(nn.REMAT)}")
         if self.alignment_weight and not (
             self.alignment_layers
             and all(0 <= i < self.num_layers for i in self.alignment_layers)
@@ -90,18 +83,13 @@ class Config:
 
     @property
     def num_speech_rows(self) -> int:
-        """Rows of the speech table and of the head: codes, end, reserved, fill."""
+        """Rows of the speech table and of the head: codes, end, and the public models' reserved and filler ids."""
         return self.num_codes + 3
 
     @property
     def end_id(self) -> int:
         """Id that ends the speech (6561 for 6561 codes)."""
         return self.num_codes
-
-    @property
-    def fill_id(self) -> int:
-        """Id of the filler of interleaved streaming (6563 for 6561 codes); never a target here."""
-        return self.num_codes + 2
 
 
 def qwen2_0p5b(**changes) -> Config:
@@ -112,7 +100,7 @@ def qwen2_0p5b(**changes) -> Config:
 
 def cosyvoice2(**changes) -> Config:
     """The language model of CosyVoice2-0.5B: the same backbone, 6561 codes; 505,803,812 parameters."""
-    return qwen2_0p5b(**(dict(num_codes=6561) | changes))
+    return qwen2_0p5b(**(dict(num_codes=audio.NUM_CODES) | changes))
 
 
 def mini(text_vocab: int, **changes) -> Config:
@@ -175,7 +163,7 @@ class Cache:
     values: tuple[jax.Array, ...]
 
 
-def make_cache(cfg: Config, keys: list[jax.Array], values: list[jax.Array], size: int) -> Cache:
+def make_cache(keys: list[jax.Array], values: list[jax.Array], size: int) -> Cache:
     """Cache of `size` positions that starts with these keys and values, [B, N, K, E] per layer."""
 
     def grow(x: jax.Array) -> jax.Array:
@@ -252,18 +240,11 @@ def init(cfg: Config, key: jax.Array) -> SpeechLM:
     Raises:
         ValueError: if the mesh does not divide the heads, the width or the MLP.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shape = sharding.ensure_mesh().shape if mesh.empty else mesh.shape
-    for name, size, axis in (
+    sharding.check_fits(
         ("key/value heads", cfg.num_kv_heads, "model"),
         ("MLP width", cfg.mlp_width, "model"),
         ("width", cfg.width, "data"),
-    ):
-        if size % shape[axis]:
-            raise ValueError(
-                f"mesh axis {axis} of size {shape[axis]} does not divide {size} ({name}); "
-                f"use a divisor of {size}"
-            )
+    )
     return SpeechLM(cfg, rngs=nnx.Rngs(params=key))
 
 
@@ -319,7 +300,7 @@ def _run(
         return layer(x, positions, mask), x if keep else None
 
     if cfg.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[cfg.remat])
+        body = jax.checkpoint(body, policy=nn.REMAT[cfg.remat])
     x, inputs = jax.lax.scan(body, embed(model, batch["tokens"], batch["kinds"]), model.layers)
     return model.norm(x), inputs
 
@@ -659,7 +640,7 @@ def prefill(
     mask = (order[:, None] >= order)[None]
     x = decode(weights, cfg, embed(weights, tokens, kinds), order[None], mask, attend)
     last = jax.vmap(lambda row, n: jax.lax.dynamic_index_in_dim(row, n - 1, 0, keepdims=False))(x, lengths)
-    return _head(weights, cfg, last), make_cache(cfg, *zip(*kept, strict=True), size)
+    return _head(weights, cfg, last), make_cache(*zip(*kept, strict=True), size)
 
 
 def decode_step(

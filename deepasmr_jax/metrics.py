@@ -1,4 +1,4 @@
-"""Metric writer, step timer, and the arithmetic of FLOPs and model FLOP utilisation (MFU).
+"""Metric writer and step timer.
 
 Metrics go to `workdir/metrics.jsonl`, one JSON object per line, written by process 0 only. Names are
 `area/quantity_unit`: `train/loss`, `perf/step_s`, `data/wait_s`. Step time is measured between finished
@@ -12,20 +12,6 @@ import time
 from pathlib import Path
 
 import jax
-
-# dense bfloat16 peak of one chip in FLOP/s, from the makers' data sheets; matched as a substring of
-# device_kind
-PEAK_FLOPS = {
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "v5p": 459e12,
-    "v6 lite": 918e12,
-    "v6e": 918e12,
-    "v4": 275e12,
-    "h200": 989e12,
-    "h100": 989e12,
-    "a100": 312e12,
-}
 
 
 class Writer:
@@ -100,28 +86,3 @@ class StepTimer:
         mean = self._sum_s / self._count if self._count else None
         self._sum_s, self._count = 0.0, 0
         return mean
-
-
-def transformer_flops(
-    num_params: int, num_layers: int, attention_width: int, length: int, causal: bool
-) -> int:
-    """Matrix-product FLOPs per position of a forward pass.
-
-    Two FLOPs per weight of the matrices that every position passes (embedding tables left out), plus scores
-    and weighted values over `length` positions. With `causal`, only the half that is needed is counted.
-    """
-    attention = 4 * num_layers * attention_width * length
-    return 2 * num_params + (attention // 2 if causal else attention)
-
-
-def train_flops(forward_flops: float) -> float:
-    """FLOPs of a training step: the backward pass costs two forward passes; recomputation is not counted."""
-    return 3 * forward_flops
-
-
-def mfu(flops_per_step: float, step_s: float, device_kind: str, num_devices: int) -> float | None:
-    """Share of the peak that the counted FLOPs reach; None for a device whose peak is not in `PEAK_FLOPS`."""
-    for name, peak in PEAK_FLOPS.items():
-        if name in device_kind.lower():
-            return flops_per_step / (step_s * peak * num_devices)
-    return None

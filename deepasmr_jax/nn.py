@@ -22,6 +22,24 @@ from deepasmr_jax.sharding import AXES, spec
 MASKED = -1e30  # score of a forbidden pair: finite, so that a row with no allowed key gives no NaN
 
 
+# what the backward pass computes anew of a layer: nothing, all but matrix products, everything
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def check_dtype(dtype: str, name: str = "dtype") -> None:
+    """Checks the type of the operands of products, as a config names it.
+
+    Raises:
+        ValueError: if it is neither float32 nor bfloat16.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"{name} {dtype!r} is unknown; use float32 or bfloat16")
+
+
 def axes_of(x: jax.Array) -> tuple:
     """Mesh axes of each axis of `x` (None: not split), as known at trace time."""
     parts = tuple(jax.typeof(x).sharding.spec)
@@ -151,6 +169,23 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """RMS norm of the last axis with a given gain [D]; float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm of the last axis, in float32.
+
+    Weights: scale [D] float32, starts at one; bias [D] float32, starts at zero.
+    """
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: jax.Array, eps: float = 1e-6) -> jax.Array:
+        """[..., D] float32 -> [..., D] float32."""
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+        return x * self.scale[...] + self.bias[...]
 
 
 class SwiGLU(nnx.Module):
@@ -354,3 +389,33 @@ def _local_conv_backward(groups, stride, saved, dy):
 
 
 _local_conv.defvjp(_local_conv_forward, _local_conv_backward)
+
+
+def length_mask(lengths: jax.Array, size: int) -> jax.Array:
+    """[B] lengths -> [B, size] bool, True before each row's length."""
+    return jnp.arange(size) < lengths[:, None]
+
+
+def ctc(logits: jax.Array, lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
+    """Connectionist temporal classification.
+
+    Args:
+        logits: [B, T, V] float32, or log-probabilities; class 0 is the blank.
+        lengths: [B] int32, valid positions of each row.
+        labels: [B, N] int32 in 1..V-1.
+        label_lengths: [B] int32.
+
+    Returns:
+        [B] nats of the label sequences.
+    """
+    import optax
+
+    def rows(logits, lengths, labels, label_lengths):
+        beyond = 1.0 - length_mask(lengths, logits.shape[1])
+        return optax.ctc_loss(logits, beyond, labels, 1.0 - length_mask(label_lengths, labels.shape[1]))
+
+    # each device takes its own rows: the scan in Optax starts from unsplit states, which explicit axes refuse
+    axis = axes_of(logits)[0]
+    given = [jnp.asarray(x) for x in (logits, lengths, labels, label_lengths)]
+    given = [jax.sharding.reshard(x, PartitionSpec(axis, *[None] * (x.ndim - 1))) for x in given]
+    return jax.shard_map(rows, out_specs=PartitionSpec(axis), check_vma=False)(*given)

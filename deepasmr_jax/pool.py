@@ -12,12 +12,12 @@ Letters: N tokens, T frames, M mel bins, E embedding.
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from deepasmr_jax import request
+from deepasmr_jax import audio, request
 from deepasmr_jax import text as text_lib
 
 FORMAT = 1
@@ -60,7 +60,7 @@ class Entry:
     @property
     def duration_s(self) -> float:
         """Seconds of speech, from the token count."""
-        return len(self.speech_tokens) / 25
+        return len(self.speech_tokens) / audio.TOKEN_RATE
 
 
 @dataclass(frozen=True)
@@ -255,15 +255,15 @@ def read_recordings(
     path = Path(path)
     if path.is_dir():
         rows = []
-        for audio in sorted(p for p in path.rglob("*") if p.suffix.lower() in _AUDIO_SUFFIXES):
-            transcript = audio.with_suffix(".txt")
+        for file in sorted(p for p in path.rglob("*") if p.suffix.lower() in _AUDIO_SUFFIXES):
+            transcript = file.with_suffix(".txt")
             if not transcript.is_file():
                 raise ValueError(
-                    f"{audio} has no transcript; write what is said into {transcript.name} beside it"
+                    f"{file} has no transcript; write what is said into {transcript.name} beside it"
                 )
-            name = "_".join(audio.relative_to(path).with_suffix("").parts)
+            name = "_".join(file.relative_to(path).with_suffix("").parts)
             rows.append(
-                (str(audio), {"name": name, "audio": audio, "text": transcript.read_text("utf-8").strip()})
+                (str(file), {"name": name, "audio": file, "text": transcript.read_text("utf-8").strip()})
             )
     elif path.is_file():
         rows = []
@@ -302,20 +302,6 @@ def describe(entries: Iterable[Entry]) -> list[dict]:
         }
         for e in entries
     ]
-
-
-def equal(a: Pool, b: Pool) -> bool:
-    """True if both pools hold the same facts and, bit for bit, the same arrays."""
-    if (a.mel_profile, a.speaker_model, len(a)) != (b.mel_profile, b.speaker_model, len(b)):
-        return False
-
-    def facts(e: Entry) -> dict:
-        return {k: v for k, v in asdict(e).items() if k not in _ARRAYS}
-
-    return all(
-        facts(x) == facts(y) and all(np.array_equal(getattr(x, n), getattr(y, n)) for n in _ARRAYS)
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 def _recording(where: str, row: dict, style: str | None, language: str | None) -> Recording:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deepasmr_jax import audio, nn, text
+from deepasmr_jax import audio, nn, sharding, text
 from deepasmr_jax.sharding import spec
 
 MEL = "mini"
@@ -49,6 +49,7 @@ class Config:
     max_shift_mels: int = 3  # the mel axis is moved by up to this: other vocal tracts
 
     def __post_init__(self):
+        nn.check_dtype(self.dtype)
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
             raise ValueError(
                 f"width {self.width} with {self.num_heads} heads: the head size must be whole and even"
@@ -111,7 +112,16 @@ class Recognizer(nnx.Module):
 
 
 def init(cfg: Config, key: jax.Array) -> Recognizer:
-    """Random weights on the current mesh."""
+    """Random weights on the current mesh.
+
+    Raises:
+        ValueError: if the mesh does not divide the heads, the width or the MLP.
+    """
+    sharding.check_fits(
+        ("heads", cfg.num_heads, "model"),
+        ("MLP width", cfg.mlp_width, "model"),
+        ("width", cfg.width, "data"),
+    )
     return Recognizer(cfg, nnx.Rngs(key))
 
 
@@ -133,14 +143,14 @@ def logits(
     profile = audio.MEL_PROFILES[MEL]
     mel = audio.log_mel(wav, lengths, profile)
     frames = audio.num_frames(lengths, profile)
-    mel = _standardise(mel, _mask(frames, mel.shape[1]))
+    mel = _standardise(mel, nn.length_mask(frames, mel.shape[1]))
     if key is not None:
         mel = _augment(cfg, mel, key)
     num = mel.shape[1] // STRIDE
     x = mel[:, : num * STRIDE]
     x = x.reshape(x.shape[0], num, -1, out_sharding=nn.like(x, None))
     counts = frames // STRIDE
-    mask = _mask(counts, num)
+    mask = nn.length_mask(counts, num)
     x = model.inlet(x)
     positions = jnp.arange(num)[None]
 
@@ -182,14 +192,14 @@ def loss(model: Recognizer, cfg: Config, batch: dict[str, jax.Array], key: jax.A
         )
     scores, counts = logits(model, cfg, batch["wav"], batch["lengths"], key)
     labels = jnp.clip(ids - (FIRST - 1), 0, len(SYMBOLS) - 1)
-    valid = _mask(given, labels.shape[1])
+    valid = nn.length_mask(given, labels.shape[1])
     repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & valid[:, 1:], axis=1)
     mandarin = jnp.all((labels > 0) | ~valid, axis=1)
     used = mandarin & (given > 0) & (given <= labels.shape[1]) & (given + repeats <= counts)
-    nats = _ctc(scores, counts, labels, given)
+    nats = nn.ctc(scores, counts, labels, given)
     total = jnp.sum(jnp.where(used, nats, 0.0))
     count = jnp.sum(jnp.where(used, given, 0)).astype(jnp.float32)
-    position = _mask(counts, scores.shape[1])
+    position = nn.length_mask(counts, scores.shape[1])
     blank = jnp.sum((jnp.argmax(scores, axis=-1) == BLANK) & position)
     aux = {
         "blank_share": (blank.astype(jnp.float32), jnp.sum(position).astype(jnp.float32)),
@@ -254,11 +264,6 @@ def decode(model: Recognizer, cfg: Config, wav, lengths) -> list[list[str]]:
     return rows
 
 
-def _mask(counts: jax.Array, num: int) -> jax.Array:
-    """[B] -> [B, num] bool, True where valid."""
-    return jnp.arange(num) < counts[:, None]
-
-
 def _standardise(mel: jax.Array, mask: jax.Array) -> jax.Array:
     """Zero mean per band, unit deviation per row, over valid frames; zero elsewhere."""
     weight = mask[:, :, None].astype(jnp.float32)
@@ -297,17 +302,3 @@ def _shifted(mel: jax.Array, by: int) -> jax.Array:
     pad = (by, 0) if by > 0 else (0, -by)
     padded = jnp.pad(mel, ((0, 0), (0, 0), pad))
     return padded[:, :, : mel.shape[2]] if by > 0 else padded[:, :, -mel.shape[2] :]
-
-
-def _ctc(scores: jax.Array, counts: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
-    """Nats [B] of the label sequences."""
-    import optax
-
-    def rows(scores, counts, labels, label_lengths):  # Optax's default blank is ours, 0
-        paddings = (1.0 - _mask(counts, scores.shape[1]), 1.0 - _mask(label_lengths, labels.shape[1]))
-        return optax.ctc_loss(scores, paddings[0], labels, paddings[1])
-
-    # each device takes its own rows: the scan in Optax starts from unsplit states, which explicit axes refuse
-    rows = jax.shard_map(rows, in_specs=spec("batch"), out_specs=spec("batch"), check_vma=False)
-    given = (scores, counts, labels, label_lengths)
-    return rows(*(jax.sharding.reshard(x, spec("batch", *[None] * (x.ndim - 1))) for x in given))

@@ -4,9 +4,10 @@ Imports nothing heavy, so that the command line refuses a bad request in a fract
 The same checks hold for the Python interface, because `Synthesizer` builds a `Request` from its arguments.
 """
 
+import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,37 @@ class Request:
             check_choice(self.language, text_lib.LANGUAGES, "language")
         object.__setattr__(self, "seed", check_seed(self.seed))
         object.__setattr__(self, "refine", check_passes(self.refine))
+        if self.voice is None:
+            raise ValueError("the voice is empty; give the path of a clip, or an array with voice_rate")
         if isinstance(self.voice, (str, os.PathLike)):
             check_clip_file(self.voice)
         elif self.voice_rate is None:
             raise ValueError(
                 "the voice is an array without a sample rate; pass voice_rate in Hz, such as 16000"
             )
+
+
+def from_row(row: dict, extras: bool = False) -> Request:
+    """The request of one row of a list, whose keys are the fields of `Request`, with _ or - between words.
+
+    Args:
+        row: the row.
+        extras: leave other keys aside, unless they look like a misspelt field.
+
+    Raises:
+        ValueError: on an unknown or a missing key, or as `Request` does.
+    """
+    known = [f.name for f in fields(Request)]
+    given = {str(key).replace("-", "_"): value for key, value in row.items()}
+    for key in given:
+        near = difflib.get_close_matches(key, known, 1, 0.8 if extras else 0.6)
+        if key not in known and (near or not extras):
+            way_out = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"unknown field {key!r} in the request; {way_out}")
+    for key in ("text", "voice"):
+        if key not in given:
+            raise ValueError(f"the request has no {key!r}, only {', '.join(given) or 'nothing'}; add it")
+    return Request(**{key: value for key, value in given.items() if key in known})
 
 
 def check_choice(value: str, known: Sequence[str], what: str) -> str:
@@ -112,6 +138,15 @@ def check_clip_file(path: str | os.PathLike) -> Path:
     if path.stat().st_size == 0:
         raise ValueError(f"the voice clip {path} is an empty file; record it again or choose another")
     return path
+
+
+def check_file_name(name: str) -> str:
+    """The name of a file inside an output folder; ValueError if it leads elsewhere or is no wav or flac."""
+    if not isinstance(name, str) or Path(name).suffix.lower() not in (".wav", ".flac"):
+        raise ValueError(f"the file name {name!r} does not end in .wav or .flac; rename it")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"the file name {name!r} leads out of the output folder; give a name inside it")
+    return name
 
 
 def check_output(path: str | os.PathLike, suffixes: Sequence[str] = (".wav",)) -> Path:

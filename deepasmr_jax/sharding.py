@@ -5,6 +5,8 @@ The mesh always exists and always has three explicit axes, also on one device:
 Weights and activations name their axes by what they mean; `spec` turns the names into a PartitionSpec.
 """
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -18,10 +20,8 @@ AXES = {
     "heads": ("model",),
     "kv_heads": ("model",),
     "mlp": ("model",),
-    "vocab": ("model",),
     "tokens": (),
     "frames": (),
-    "samples": (),
     "head_dim": (),
     "mel": (),
     "channels": (),
@@ -35,7 +35,7 @@ def make_mesh(slice: int = 1, data: int = 1, model: int = 1, devices=None) -> Me
     Args:
         slice: replicas over the slow network.
         data: chips over which batch and weights are split.
-        model: chips over which heads, MLP and vocabulary are split.
+        model: chips over which heads and MLP are split.
         devices: the devices to use; the first `slice * data * model` of `jax.devices()` if None.
 
     Raises:
@@ -81,6 +81,24 @@ def spec(*names: str | None) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
+def check_fits(*sizes: tuple[str, int, str]) -> None:
+    """Checks that the current mesh divides what a model splits.
+
+    Args:
+        sizes: of each split (what it is, its size, the mesh axis).
+
+    Raises:
+        ValueError: naming the first size that is not divided.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shape = ensure_mesh().shape if mesh.empty else mesh.shape
+    for what, size, axis in sizes:
+        if size % shape[axis]:
+            raise ValueError(
+                f"mesh axis {axis} of size {shape[axis]} does not divide {size} ({what}); use a divisor of {size}"
+            )
+
+
 def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's rows of a batch as global arrays, first axis split over `slice` and `data`.
 
@@ -103,11 +121,8 @@ def replicate(tree):
 
 def start_hosts() -> None:
     """Joins the hosts of a multi-host job; does nothing on a single host. Call first thing in main."""
-    import os
-
-    markers = ("TPU_WORKER_HOSTNAMES", "JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "MEGASCALE_NUM_SLICES")
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     several = len(hosts) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    several = several or any(m in os.environ for m in markers[1:2] + markers[3:])
+    several = several or any(m in os.environ for m in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES"))
     if several and not jax.distributed.is_initialized():
         jax.distributed.initialize()

@@ -5,7 +5,7 @@ code with 8 base channels, trained here with the additive angular margin loss (D
 Batch norm: the loss uses the statistics of the valid frames of the whole batch. `mean` and `var` of a `Norm`
 are read by `embed` alone, receive no gradient, and are set once after training by `calibrate`; until then
 they are 0 and 1 and embeddings mean nothing. Keep leaves named mean, var and scale out of weight decay.
-Batch: wav [B, W] float32 16 kHz, lengths [B] int32 samples, speaker_index [B] int32.
+Batch: wav [B, W] float32 16 kHz, lengths [B] int32 samples, speaker_index [B] int32 (-1: unknown, no loss).
 Letters: B rows, T frames (100 Hz), F frequency rows of the image, C channels, E embedding size.
 """
 
@@ -40,6 +40,7 @@ class Config:
     scale: float = 32.0
 
     def __post_init__(self):
+        nn.check_dtype(self.dtype)
         object.__setattr__(self, "repeats", tuple(self.repeats))  # a list after a round trip through JSON
         if len(self.repeats) != 4 or min(self.repeats) < 1:
             raise ValueError(
@@ -349,8 +350,8 @@ def loss(model: Encoder, cfg: Config, batch: dict[str, jax.Array], key: jax.Arra
         key: unused; the loss draws nothing.
 
     Returns:
-        (sum, count, aux): nats summed over rows, number of rows, and {"accuracy": (right rows, rows)}, judged
-        without the margin.
+        (sum, count, aux): nats summed over rows whose speaker is known, their number, and {"accuracy": (right
+        rows, rows)}, judged without the margin.
 
     Raises:
         ValueError: if the model has no head.
@@ -369,8 +370,8 @@ def loss(model: Encoder, cfg: Config, batch: dict[str, jax.Array], key: jax.Arra
     moved = jnp.where(cos > -math.cos(cfg.margin), moved, cos - cfg.margin * math.sin(cfg.margin))
     right = jax.nn.one_hot(batch["speaker_index"], cfg.num_speakers)
     log_probs = jax.nn.log_softmax(cfg.scale * jnp.where(right > 0, moved, cos))
-    is_right = jnp.argmax(cos, axis=-1) == jnp.argmax(right, axis=-1)
-    count = jnp.asarray(cos.shape[0], jnp.float32)
+    is_right = jnp.argmax(cos, axis=-1) == batch["speaker_index"]
+    count = jnp.sum(batch["speaker_index"] >= 0, dtype=jnp.float32)
     return -jnp.sum(right * log_probs), count, {"accuracy": (jnp.sum(is_right, dtype=jnp.float32), count)}
 
 

@@ -19,7 +19,6 @@ from flax import nnx
 from deepasmr_jax import audio, nn, text
 
 NUM_DIGITS = 8
-NUM_CODES = 3**NUM_DIGITS
 FRAMES_PER_TOKEN = 4
 HOP_SAMPLES = 160  # of audio.s3_log_mel
 FSQ_SCALE = 0.9990000128746033  # float32 constant of the released graph
@@ -64,6 +63,7 @@ class Config:
     max_warp: float = 0.08
 
     def __post_init__(self):
+        nn.check_dtype(self.dtype)
         if self.width % self.num_heads:
             raise ValueError(
                 f"width {self.width} is not a multiple of {self.num_heads} heads; change num_heads"
@@ -97,19 +97,6 @@ def mini() -> Config:
 def _scaled(gain: float):
     """Initializer of a kernel whose outputs have `gain` times the root mean square of its inputs."""
     return jax.nn.initializers.variance_scaling(gain**2, "fan_in", "normal")
-
-
-class LayerNorm(nnx.Module):
-    """scale [D] and bias [D]; always in float32."""
-
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
-
-    def __call__(self, x: jax.Array, eps: float) -> jax.Array:
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-        return x * self.scale[...] + self.bias[...]
 
 
 class Conv(nnx.Module):
@@ -162,9 +149,9 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         residual_gain = (2 * cfg.num_blocks) ** -0.5
-        self.attn_ln = LayerNorm(cfg.width)
+        self.attn_ln = nn.LayerNorm(cfg.width)
         self.attn = Attention(cfg, rngs)
-        self.mlp_ln = LayerNorm(cfg.width)
+        self.mlp_ln = nn.LayerNorm(cfg.width)
         self.mlp_in = nn.Linear(cfg.width, cfg.mlp_width, rngs=rngs, dtype=cfg.dtype)
         self.mlp_out = nn.Linear(
             cfg.mlp_width, cfg.width, rngs=rngs, dtype=cfg.dtype, init=_scaled(residual_gain)
@@ -189,10 +176,10 @@ class Encoder(nnx.Module):
         """[B, T, M] to [B, N, D] and its mask [B, N]; padding is zeroed before each convolution."""
         x = log_mel.astype(jnp.float32)
         for conv in (self.conv1, self.conv2):
-            x = jnp.where(_mask(lengths, x.shape[1])[:, :, None], x, 0.0)
+            x = jnp.where(nn.length_mask(lengths, x.shape[1])[:, :, None], x, 0.0)
             x = jax.nn.gelu(conv(x, cfg.dtype), approximate=False)
             lengths = (lengths + 1) // 2
-        return x, _mask(lengths, x.shape[1])
+        return x, nn.length_mask(lengths, x.shape[1])
 
     def __call__(self, cfg: Config, log_mel: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, mask = self.stem(cfg, log_mel, lengths)
@@ -284,11 +271,6 @@ def without_head(model: Tokenizer, cfg: Config) -> tuple[Tokenizer, Config]:
 # ---------------------------------------------------------------- small helpers
 
 
-def _mask(lengths: jax.Array, size: int) -> jax.Array:
-    """[B, size], True before each row's length."""
-    return jnp.arange(size)[None, :] < lengths[:, None]
-
-
 def _slots(x: jax.Array) -> jax.Array:
     """[B, N, 2 K] to [B, 2 N, K]: the two 20 ms halves of each 40 ms token."""
     return _reshape(x, 2 * x.shape[1], x.shape[2] // 2)
@@ -315,12 +297,6 @@ def tokens_of(digits: jax.Array) -> jax.Array:
     """
     powers = jnp.asarray([3**i for i in range(NUM_DIGITS)], jnp.int32)
     return jnp.sum((digits.astype(jnp.int32) + 1) * powers, axis=-1)
-
-
-def digits_of(tokens: jax.Array) -> jax.Array:
-    """Inverse of `tokens_of`: [...] int32 in [0, 6561) to [..., 8] float32 in {-1, 0, 1}."""
-    powers = jnp.asarray([3**i for i in range(NUM_DIGITS)], jnp.int32)
-    return (tokens[..., None] // powers % 3 - 1).astype(jnp.float32)
 
 
 def hidden(
@@ -373,7 +349,7 @@ def encode(
     _, projection = hidden(model, cfg, log_mel, lengths)
     counts = (lengths + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN
     tokens = tokens_of(jnp.round(projection))
-    return jnp.where(_mask(counts, tokens.shape[1]), tokens, 0), counts
+    return jnp.where(nn.length_mask(counts, tokens.shape[1]), tokens, 0), counts
 
 
 _encode = jax.jit(encode, static_argnums=1)
@@ -436,26 +412,10 @@ def _augment(cfg: Config, log_mel: jax.Array, key: jax.Array) -> jax.Array:
     return log_mel
 
 
-def _ctc(logits: jax.Array, slots: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
-    """Connectionist temporal classification, nats [B], of [B, 2 N, K] logits; silence (0) is the blank."""
-    import optax
-
-    def rows(logits, slots, labels, label_lengths):
-        return optax.ctc_loss(
-            logits, 1.0 - _mask(slots, logits.shape[1]), labels, 1.0 - _mask(label_lengths, labels.shape[1])
-        )
-
-    # each device runs its own rows: the scan in optax starts from unsplit states, which explicit axes refuse
-    rows_axis = nn.axes_of(logits)[0]
-    inputs = [jnp.asarray(x) for x in (logits, slots, labels, label_lengths)]
-    inputs = [jax.sharding.reshard(x, jax.P(rows_axis, *(None,) * (x.ndim - 1))) for x in inputs]
-    return jax.shard_map(rows, out_specs=jax.P(rows_axis), check_vma=False)(*inputs)
-
-
 def _num_distinct(tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """How many different valid tokens there are in the whole batch."""
     tokens, mask = (jax.sharding.reshard(x, jax.P()) for x in (tokens, mask))
-    return jnp.sum(jnp.zeros(NUM_CODES).at[tokens].max(mask.astype(jnp.float32)))
+    return jnp.sum(jnp.zeros(audio.NUM_CODES).at[tokens].max(mask.astype(jnp.float32)))
 
 
 def _labels(labels: jax.Array, num_slots: int, num_classes: int) -> tuple[jax.Array, jax.Array]:
@@ -509,7 +469,7 @@ def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Ar
         is_raw = jax.random.uniform(jax.random.fold_in(key, 1), (code.shape[0], 1, 1)) < cfg.raw_share
         code = jnp.where(is_raw, projection, code)
     counts = (lengths + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN
-    token_mask = _mask(counts, code.shape[1])
+    token_mask = nn.length_mask(counts, code.shape[1])
     aux = {"distinct_codes": (_num_distinct(tokens_of(digits), token_mask), jnp.ones(()))}
 
     phone_log_probs = jax.nn.log_softmax(model.head.phone_logits(code))
@@ -522,7 +482,7 @@ def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Ar
         aux["direct_phone_accuracy"] = _accuracy(direct_phones, phones, slot_mask)
         aux["phone_accuracy"] = _accuracy(phone_log_probs, phones, slot_mask)
     else:
-        nats = _ctc(phone_log_probs, 2 * counts, batch["phone_sequence"], batch["phone_lengths"])
+        nats = nn.ctc(phone_log_probs, 2 * counts, batch["phone_sequence"], batch["phone_lengths"])
         total = cfg.phone_weight * jnp.sum(nats)
         count = jnp.sum(batch["phone_lengths"], dtype=jnp.float32)
         aux["ctc_nats"] = (jnp.sum(nats), count)

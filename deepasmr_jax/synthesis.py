@@ -25,11 +25,10 @@ import numpy as np
 from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import Request
+from deepasmr_jax.request import Request, check_file_name, from_row
 
 BUILT_IN = Path(__file__).parent / "mini"
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
-TOKEN_RATE = 25  # Hz, S3 tokens
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
 # shortest padded lengths; the others are these times powers of two
@@ -234,6 +233,12 @@ class Synthesizer:
         self.mel_config = audio.mel_profile(config["mel_profile"])
         self.sample_rate = self.mel_config.sample_rate
         self._parts = {name: _Part(folder, name, config) for name in COMPONENTS}
+        made_for = getattr(self._parts["vocoder"].config, "mel_profile", self.mel_config.name)
+        if made_for != self.mel_config.name:
+            raise ValueError(
+                f"the vocoder in {folder} has mel profile {made_for!r}, config.json {self.mel_config.name!r}; "
+                "export a flow and a vocoder of one profile"
+            )
         if jax.default_backend() == "cpu":  # products of one row are slow in bfloat16 there
             own_lm = self._parts["lm"]
             own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
@@ -301,7 +306,7 @@ class Synthesizer:
         jobs = []
         for place, r in enumerate(requests):
             try:
-                jobs.append(self._prepare(place, r if isinstance(r, Request) else Request(**r)))
+                jobs.append(self._prepare(place, r if isinstance(r, Request) else from_row(r)))
             except (ValueError, TypeError) as e:
                 results[place] = Failure(r, str(e))
         say("choosing the words' sounds")
@@ -333,8 +338,9 @@ class Synthesizer:
         """Speaks many requests into a folder: wavs, and a JSON line each in results.jsonl or failures.jsonl.
 
         Args:
-            rows: fields of `Request`, and anything else ("group", "speaker", ...), which is copied into the
-                line; "file" names the wav in the folder, else it is row number and task.
+            rows: fields of `Request`, and anything else ("group", "speaker", ...); all but arrays is copied
+                into the line. "file" names the wav in the folder, else it is row number and task. A row that
+                cannot be used is a failure like any other.
             folder: made if absent; files of the same name are replaced.
             progress: called with a sentence now and then.
             at_once: requests held in memory together; results do not depend on it.
@@ -344,21 +350,22 @@ class Synthesizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        fields = {f.name for f in dataclasses.fields(Request)}
         counts = [0, 0]
         with (folder / "results.jsonl").open("w") as made, (folder / "failures.jsonl").open("w") as failed:
             for start in range(0, len(rows), at_once):
                 part = rows[start : start + at_once]
-                results = self.batch([{k: v for k, v in row.items() if k in fields} for row in part])
-                for i, (row, result) in enumerate(zip(part, results, strict=True), start):
-                    line = {k: str(v) if isinstance(v, os.PathLike) else v for k, v in row.items()}
+                asked = [_asked(row) for row in part]
+                spoken = iter(self.batch([r for r in asked if isinstance(r, Request)]))
+                for i, (row, request) in enumerate(zip(part, asked, strict=True), start):
+                    result = next(spoken) if isinstance(request, Request) else request
+                    line = {k: v for k, v in row.items() if not hasattr(v, "__array__")}
                     if isinstance(result, Failure):
-                        failed.write(json.dumps(line | {"error": result.error}, ensure_ascii=False) + "\n")
+                        failed.write(_json_line(line | {"error": result.error}))
                         counts[1] += 1
                         continue
                     line |= {"file": row.get("file", f"{i:05d}_{result.task}.wav")} | result.facts()
                     result.save(folder / line["file"])
-                    made.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    made.write(_json_line(line))
                     counts[0] += 1
                 if progress:
                     progress(f"{sum(counts)} of {len(rows)} done, {counts[1]} failed")
@@ -390,14 +397,14 @@ class Synthesizer:
             voice, voice_rate, self.sample_rate, style=voice_style, levels_db=self.clip_level_db, notes=notes
         )
         wav = excerpt.wav
-        wav16 = wav if self.sample_rate == 16000 else audio.resample(wav, self.sample_rate, 16000)
-        per_token = self.sample_rate // TOKEN_RATE
-        num_tokens = min(len(wav16) // (16000 // TOKEN_RATE), len(wav) // per_token)
+        wav16 = audio.resample(wav, self.sample_rate, audio.SAMPLE_RATE)
+        per_token, per_token16 = (rate // audio.TOKEN_RATE for rate in (self.sample_rate, audio.SAMPLE_RATE))
+        num_tokens = min(len(wav16) // per_token16, len(wav) // per_token)
         levelled = wav[: num_tokens * per_token] * np.float32(excerpt.gain)
         size = _padded(num_tokens, TOKEN_BASE)
         rows = _rows_of_mesh()
         batch = {
-            "wav16": _pad(wav16[: num_tokens * 640], size * 640)[None].repeat(rows, 0),
+            "wav16": _pad(wav16[: num_tokens * per_token16], size * per_token16)[None].repeat(rows, 0),
             "wav": _pad(levelled, size * per_token)[None].repeat(rows, 0),
             "num_tokens": np.full(rows, num_tokens, np.int32),
         }
@@ -418,6 +425,48 @@ class Synthesizer:
             language,
             excerpt.gain,
         )
+
+    def copy(self, wav: np.ndarray) -> np.ndarray:
+        """Copy synthesis: the mel of a recording through the vocoder alone.
+
+        Args:
+            wav: [W] float32 in [-1, 1] at `sample_rate`.
+
+        Returns:
+            [W // hop * hop] float32.
+        """
+        hop, vocoder = self.mel_config.hop_samples, self._parts["vocoder"]
+        frames = len(wav) // hop
+        row = np.zeros((1, _padded(frames, 2 * TOKEN_BASE) * hop), np.float32)
+        row[0, : len(wav)] = wav[: row.shape[1]]
+        put = sharding.replicate
+        mel = audio.log_mel(put(row), put(np.array([frames * hop], np.int32)), self.mel_config)
+        out = self._vocode(vocoder.module, vocoder.config, mel, put(np.array([frames], np.int32)))
+        return np.asarray(jax.device_get(out))[0, : frames * hop]
+
+    def speak_tokens(
+        self, requests: Sequence[Request], speech_tokens: Sequence[np.ndarray]
+    ) -> list[Result | Failure]:
+        """Flow and vocoder on given speech tokens, each in the voice of its request; texts are not read.
+
+        Args:
+            requests: voice, styles and seed.
+            speech_tokens: one [N] int32 for each.
+
+        Raises:
+            ValueError: if a clip cannot be used.
+        """
+        jobs, no_ids = [], np.zeros(0, np.int32)
+        for place, (r, tokens) in enumerate(zip(requests, speech_tokens, strict=True)):
+            clip = self.read_clip(r.voice, r.voice_rate, voice_style=r.voice_style)
+            language = r.language or text_lib.detect_language(r.text)
+            job = _Job(
+                place, r, language, clip, clip.style, "self", no_ids, clip.tokens, float("nan"), [no_ids], []
+            )
+            job.tokens = [tokens]
+            jobs.append(job)
+        self._sound(jobs, 0)
+        return [Failure(j.request, j.error) if j.error else self._result(j) for j in jobs]
 
     def entry(self, recording: pool.Recording, provenance: dict | None = None) -> pool.Entry:
         """A pool entry of a recording; ValueError if it cannot be read or is longer than `clip.MAX_DURATION_S`."""
@@ -601,14 +650,6 @@ class Synthesizer:
             )
         return sounds
 
-    def warm_up(self, seconds: float = 3.0) -> float:
-        """Compiles the programs of a short request by making one; returns the seconds it took."""
-        start = time.perf_counter()
-        noise = np.random.default_rng(0).standard_normal(int(seconds * self.sample_rate)).astype(np.float32)
-        voice = {"voice": 0.05 * noise, "voice_rate": self.sample_rate, "voice_style": "normal"}
-        self.batch([Request(text="Good night, sleep well.", language="en", **voice)])
-        return time.perf_counter() - start
-
     # ------------------------------------------------------------------------------------------ the hops
 
     def _prepare(self, place: int, request: Request) -> _Job:
@@ -646,9 +687,7 @@ class Synthesizer:
             elif not request.voice_text:
                 problem = "its transcript is not known (give voice_text)"
             elif not clip.transcript:
-                problem = (
-                    f"it was cut to {len(clip.tokens) / TOKEN_RATE:.0f} s and its transcript no longer fits"
-                )
+                problem = f"it was cut to {len(clip.tokens) / audio.TOKEN_RATE:.0f} s and its transcript no longer fits"
             elif clip.language != language:
                 problem = "its transcript is in another language than the text"
             if problem is None:
@@ -688,7 +727,9 @@ class Synthesizer:
             for c, ids in enumerate(j.chunks):
                 least, most = sampling.limits(len(ids))
                 least = max(least, MIN_CHUNK_TOKENS)
-                rows.append((j, c, np.concatenate([j.prompt_ids, ids]), least, max(most, least + TOKEN_RATE)))
+                rows.append(
+                    (j, c, np.concatenate([j.prompt_ids, ids]), least, max(most, least + audio.TOKEN_RATE))
+                )
 
         def sizes(row):
             j, _, ids, _, most = row
@@ -812,11 +853,11 @@ class Synthesizer:
         """Tokens [B, N], mel [B, T, M] and speaker embedding [B, E] of padded clips."""
         tokenizer, speaker = self._parts["speech_tokenizer"], self._parts["speaker"]
         num = batch["num_tokens"]
-        samples16 = num * (16000 // TOKEN_RATE)
+        samples16 = num * (audio.SAMPLE_RATE // audio.TOKEN_RATE)
         tokens, _ = tokenizer.file.encode(
             models["speech_tokenizer"], tokenizer.config, audio.s3_log_mel(batch["wav16"], samples16), 4 * num
         )
-        mel = audio.log_mel(batch["wav"], num * (self.sample_rate // TOKEN_RATE), self.mel_config)
+        mel = audio.log_mel(batch["wav"], num * (self.sample_rate // audio.TOKEN_RATE), self.mel_config)
         fbank = audio.fbank(batch["wav16"], samples16)
         embedding = speaker.file.embed(
             models["speaker"], speaker.config, fbank, audio.fbank_frames(samples16)
@@ -836,6 +877,19 @@ class Synthesizer:
             group = by_size[key]
             for start in range(0, len(group), self.max_batch):
                 yield key, group[start : start + self.max_batch]
+
+
+def _asked(row: dict) -> Request | Failure:
+    """The request of a row of a list, checked before any work."""
+    try:
+        check_file_name(row.get("file", "unnamed.wav"))
+        return from_row(row, extras=True)
+    except (ValueError, TypeError) as e:
+        return Failure(row, str(e))
+
+
+def _json_line(line: dict) -> str:
+    return json.dumps(line, ensure_ascii=False, default=str) + "\n"  # paths and the like as text
 
 
 class _Part:

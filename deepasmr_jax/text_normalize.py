@@ -406,7 +406,7 @@ def _chinese(text: str) -> str:
     return re.sub("[，、]+$", "。", _tidy(text, "…"))
 
 
-def normalize(text: str, language: str, backend: str = "own") -> str:
+def normalize(text: str, language: str) -> str:
     """Text as it is spoken: digits, dates, money, units, abbreviations in words; emoji and quotes away.
 
     Applying it twice changes nothing. Text that contains a mark of the form <|...|> is returned as it is.
@@ -416,20 +416,13 @@ def normalize(text: str, language: str, backend: str = "own") -> str:
     Args:
         text: at most `MAX_CHARACTERS` characters.
         language: "en" or "zh": how digits and symbols are read. Words of the other language are kept.
-        backend: "own", or "wetext" to read numbers with the weighted-FST library of that name (to be
-            installed by the caller) before our own clean-up. Never chosen by what is installed: the same text
-            must give the same tokens.
 
     Raises:
-        ValueError: if `check` refuses the text, nothing speakable is left, or language or backend is unknown.
+        ValueError: if `check` refuses the text, nothing speakable is left, or the language is unknown.
 
     Source: clean-up of Chinese as in CosyVoice2's front-end; blanks around Latin words differ on purpose.
     """
     check(text)
-    if backend not in ("own", "wetext"):
-        raise ValueError(f"normaliser {backend!r} is unknown; use 'own' or 'wetext'")
-    if backend == "wetext" and not BYPASS.search(text):
-        text = _wetext(text, language)
     return spoken_form(text, language)
 
 
@@ -444,11 +437,3 @@ def spoken_form(text: str, language: str) -> str:
             f"nothing speakable is left of text {text[:40]!r}; use Latin letters, digits or Chinese"
         )
     return spoken
-
-
-def _wetext(text: str, language: str) -> str:
-    try:
-        import wetext
-    except ImportError as error:
-        raise ValueError("normaliser 'wetext' is not installed: pip install wetext, or use 'own'") from error
-    return wetext.Normalizer(lang=language, operator="tn").normalize(text)

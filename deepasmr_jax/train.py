@@ -16,6 +16,7 @@ import json
 import math
 import signal
 import time
+import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +27,8 @@ import optax
 from deepasmr_jax import checkpoint, input_pipeline, metrics, sharding
 from deepasmr_jax import config as config_lib
 
-# last names of parameters that weight decay leaves alone: norms, biases, tables
-NO_DECAY = ("bias", "scale", "gain", "g", "alpha", "beta", "gamma", "embedding", "mean", "var")
+# last names of parameters that weight decay leaves alone: norms and biases; tables go by `is_decayed`
+NO_DECAY = ("scale", "gain", "mean", "var")
 _CALIBRATION = 20  # training batches from which batch-norm statistics are taken
 # settings of model and data that may differ when a run is resumed. Other folders with other records do change the
 # order from there on; they are allowed because a corpus may be moved.
@@ -52,6 +53,10 @@ class Optim:
     clip_norm: float | None = 1.0
 
     def __post_init__(self):
+        for name in ("name", "schedule"):
+            known = typing.get_args(typing.get_type_hints(Optim)[name])
+            if getattr(self, name) not in known:
+                raise ValueError(f"optim.{name} {getattr(self, name)!r} is unknown; use {' or '.join(known)}")
         if self.warmup_steps < 1:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be at least 1")
         if self.schedule == "exponential" and self.final_lr_ratio <= 0:
@@ -98,6 +103,12 @@ class TrainConfig:
     data_note: str = ""  # what the training data is, for the provenance of the exported model
 
     def __post_init__(self):
+        counts = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(self.mesh).items()}
+        counts |= {k: getattr(self, k) for k in ("accumulation", "log_every", "save_every", "eval_every")}
+        for name, count in counts.items():
+            if count < 1:
+                way_out = "; eval_batches=0 turns the evaluation off" if name == "eval_every" else ""
+                raise ValueError(f"{name} {count} must be at least 1{way_out}")
         rows = self.mesh.slice * self.mesh.data * self.accumulation
         if self.data.batch_size % rows:
             raise ValueError(
@@ -108,6 +119,11 @@ class TrainConfig:
         if end_id != self.data.end_id:
             raise ValueError(
                 f"data.end_id {self.data.end_id} is not the model's end id {end_id}; set it to that"
+            )
+        profile = getattr(self.model, "mel_profile", self.data.mel_profile)
+        if profile != self.data.mel_profile:
+            raise ValueError(
+                f"data.mel_profile {self.data.mel_profile!r} is not the model's {profile!r}; set it to that"
             )
         if self.accumulation > 1 and hasattr(_file(self.model), "train_step"):
             raise ValueError(f"{_file(self.model).__name__} makes its own step; use accumulation=1")
@@ -172,7 +188,9 @@ def make_schedule(cfg: Optim, steps: int):
 def is_decayed(name: str) -> bool:
     """Whether weight decay applies to a parameter, by its dotted path (ranks mislead: layers are stacked)."""
     parts = name.split(".")
-    return parts[-1] not in NO_DECAY and not any(p.endswith(("norm", "table", "embedding")) for p in parts)
+    if parts[-1] in NO_DECAY or parts[-1].endswith("bias"):
+        return False
+    return not any(p.endswith(("norm", "table", "embedding")) for p in parts)
 
 
 def _weight_decay(amount: float) -> optax.GradientTransformation:
@@ -626,10 +644,7 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, argparse.Nam
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field")
     parser.add_argument("--export", help="model folder for the weights at the end (default: WORKDIR/export)")
     options = parser.parse_args(arguments)
-    cfg = config_lib.load(options.config)
-    for assignment in options.set:
-        cfg = config_lib.override(cfg, assignment)
-    return cfg, options
+    return config_lib.override(config_lib.load(options.config), *options.set), options
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -47,6 +47,7 @@ class Config:
     feature_weight: float = 2.0
 
     def __post_init__(self):
+        nn.check_dtype(self.dtype)
         hop = audio.mel_profile(self.mel_profile).hop_samples
         if math.prod(self.upsample_rates) != hop:
             raise ValueError(

@@ -62,6 +62,7 @@ class Config:
     spectrogram_channels: tuple[int, ...] = (8, 32, 32)
 
     def __post_init__(self):
+        nn.check_dtype(self.dtype)
         if self.kernel % 2 == 0:
             raise ValueError(f"kernel {self.kernel} is even; use an odd one, it is centred")
         mel = audio.mel_profile(self.mel_profile)
@@ -114,19 +115,6 @@ def _param(key: jax.Array, shape: tuple[int, ...], std: float) -> nnx.Param:
     return nnx.Param(std * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32))
 
 
-class LayerNorm(nnx.Module):
-    """scale [D], bias [D]; in float32, eps 1e-6."""
-
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-        return x * self.scale[...] + self.bias[...]
-
-
 class Linear(nnx.Module):
     """kernel [in, out], bias [out]."""
 
@@ -166,7 +154,7 @@ class Block(nnx.Module):
         keys = jax.random.split(key, 3)
         self.depthwise = _param(keys[0], (cfg.kernel, cfg.width), 0.02)
         self.depthwise_bias = nnx.Param(jnp.zeros(cfg.width))
-        self.norm = LayerNorm(cfg.width)
+        self.norm = nn.LayerNorm(cfg.width)
         self.up = Linear(keys[1], cfg.width, cfg.mlp_width)
         self.down = Linear(keys[2], cfg.mlp_width, cfg.width)
         self.gain = nnx.Param(jnp.full(cfg.width, 1.0 / cfg.num_layers))
@@ -193,9 +181,9 @@ class Generator(nnx.Module):
     def __init__(self, cfg: Config, key: jax.Array):
         keys = jax.random.split(key, 3)
         self.embed = Conv(keys[0], cfg.kernel, cfg.mel.num_mels, cfg.width)
-        self.norm = LayerNorm(cfg.width)
+        self.norm = nn.LayerNorm(cfg.width)
         self.layers = jax.vmap(lambda k: Block(cfg, k))(jax.random.split(keys[1], cfg.num_layers))
-        self.final_norm = LayerNorm(cfg.width)
+        self.final_norm = nn.LayerNorm(cfg.width)
         num_bins = cfg.subframes * (cfg.frames.n_fft // 2 + 1)
         if cfg.source:
             pitch_key, filter_key, noise_key = jax.random.split(keys[2], 3)

@@ -15,12 +15,11 @@ import re
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, evaluate, input_pipeline, judges, sharding, synthesis  # noqa: E402
+from deepasmr_jax import audio, evaluate, input_pipeline, judges, synthesis  # noqa: E402
 
 STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
@@ -128,38 +127,18 @@ class Rows:
 
     def copy(self, items: list[Item], style: str) -> list[np.ndarray]:
         """Mel of the recordings through the vocoder."""
-        s, made = self.synthesizer, []
-        for item in items:
-            wav = item.target[style]
-            frames = len(wav) // s.mel_config.hop_samples
-            padded = synthesis._padded(frames, 128)
-            row = np.zeros((1, padded * s.mel_config.hop_samples), np.float32)
-            row[0, : len(wav)] = wav[: row.shape[1]]
-            lengths = np.array([frames * s.mel_config.hop_samples], np.int32)
-            mel = audio.log_mel(sharding.replicate(row), sharding.replicate(lengths), s.mel_config)
-            vocoder = s._parts["vocoder"]
-            out = s._vocode(
-                vocoder.module, vocoder.config, mel, sharding.replicate(np.array([frames], np.int32))
-            )
-            made.append(np.asarray(jax.device_get(out))[0, : frames * s.mel_config.hop_samples])
-        return made
+        return [self.synthesizer.copy(item.target[style]) for item in items]
 
-    def from_tokens(self, items: list[Item], task: str, voices: list[Item] | None = None) -> list[np.ndarray]:
+    def from_tokens(
+        self, items: list[Item], task: str, voices: list[Item] | None = None
+    ) -> list[np.ndarray | None]:
         """The flow and the vocoder on the recordings' own tokens, in the voice of the clip (of `voices`)."""
-        s, source, target = self.synthesizer, STYLES[task[0]], STYLES[task[2]]
-        jobs = []
-        for i, (spoken, item) in enumerate(zip(items, voices or items, strict=True)):
-            request = self._request(item, task, seed=i)
-            clip = s.read_clip(item.clip[source], s.sample_rate, voice_style=source)
-            prompt = dataclasses.replace(clip, transcript=item.clip_text, language=item.language)  # not used
-            job = s._job(i, request, item.language, clip, "truth", prompt, 1.0, [])
-            job.chunks = job.chunks[:1]
-            job.tokens = [s.read_clip(spoken.target[target], s.sample_rate, voice_style=target).tokens]
-            jobs.append(job)
-        s._sound(jobs, 0)
-        return [job.wav for job in jobs]
+        s, target = self.synthesizer, STYLES[task[2]]
+        requests = [self._request(item, task, seed=i) for i, item in enumerate(voices or items)]
+        tokens = [s.read_clip(x.target[target], s.sample_rate, voice_style=target).tokens for x in items]
+        return [_wav(result) for result in s.speak_tokens(requests, tokens)]
 
-    def from_other_tokens(self, items: list[Item], task: str) -> list[np.ndarray]:
+    def from_other_tokens(self, items: list[Item], task: str) -> list[np.ndarray | None]:
         """Tokens of each recording in the voice of another speaker: whose voice is heard?"""
         return self.from_tokens(items, task, voices_of_others(items))
 
@@ -177,8 +156,12 @@ class Rows:
         made = []
         for start in range(0, len(requests), 32):
             for result in self.synthesizer.batch(requests[start : start + 32]):
-                made.append(None if isinstance(result, synthesis.Failure) else result.audio)
+                made.append(_wav(result))
         return made
+
+
+def _wav(result: synthesis.Result | synthesis.Failure) -> np.ndarray | None:
+    return None if isinstance(result, synthesis.Failure) else result.audio
 
 
 def row_table() -> dict[str, tuple]:
@@ -210,7 +193,7 @@ def enrol(judge: judges.MatrixJudge, known: Known, path: Path) -> dict[str, dict
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         found = {
-            style: {speaker: judge.enrol(clips, 16000) for speaker, clips in own.items()}
+            style: {speaker: judge.enrol(clips, audio.SAMPLE_RATE) for speaker, clips in own.items()}
             for style, own in known.enrolment.items()
         }
         part = path.with_suffix(".part")
@@ -219,7 +202,7 @@ def enrol(judge: judges.MatrixJudge, known: Known, path: Path) -> dict[str, dict
     return json.loads(path.read_text())
 
 
-def make_row(rows: Rows, name: str, spec: tuple, items: dict[str, list[Item]], folder: Path) -> None:
+def make_row(rows: Rows, spec: tuple, items: dict[str, list[Item]], folder: Path) -> None:
     """Writes the sounds of one row and their results.jsonl; a row that is whole is left alone."""
     if (folder / evaluate.RESULTS).exists():
         return
@@ -245,6 +228,14 @@ def make_row(rows: Rows, name: str, spec: tuple, items: dict[str, list[Item]], f
     part.rename(folder / evaluate.RESULTS)
 
 
+def is_judged(report_file: Path, judging: dict) -> bool:
+    """Whether a row has been measured by just these judges."""
+    if not report_file.exists():
+        return False
+    present = sorted(name for name, judge in judging.items() if judge is not None)
+    return json.loads(report_file.read_text())["settings"].get("judges") == present
+
+
 def cell(value: dict | None, scale: float = 100.0) -> str:
     """ "12.3 [10.1, 14.9]" of an interval or a rate; a dash where nothing was measured."""
     if not value:
@@ -266,18 +257,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True)
     parser.add_argument("--per-row", type=int, default=208, help="utterances per row and language")
     parser.add_argument("--rows", help="only rows whose name contains this")
-    parser.add_argument("--languages", default="en,zh")
+    parser.add_argument("--languages", help="such as en; without it all of the split")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
 
+    table = {name: spec for name, spec in row_table().items() if (args.rows or "") in name}
+    if not table:
+        parser.error(f"no row's name contains {args.rows!r}; the rows are {', '.join(row_table())}")
     items, known = read_items(args.data, args.split, args.per_row)
-    items = {k: v for k, v in items.items() if k in args.languages.split(",")}
+    languages = args.languages.split(",") if args.languages else list(items)
+    if unknown := [x for x in languages if x not in items]:
+        parser.error(f"the split has no sentence in language {unknown[0]!r}; it has {', '.join(items)}")
+    items = {k: v for k, v in items.items() if k in languages}
     rows = Rows(synthesis.load(args.model))
+    if rows.synthesizer.sample_rate != audio.SAMPLE_RATE:
+        parser.error(
+            f"the model works at {rows.synthesizer.sample_rate} Hz, the corpus is at "
+            f"{audio.SAMPLE_RATE} Hz; give a model of that rate"
+        )
     matrix = judges.MatrixJudge()
     mandarin = judges.MandarinJudge(args.judge) if args.judge else None
     speaker = judges.SpeakerJudge()
     gallery = {
-        style: (np.stack([speaker.embed(w, 16000) for _, w in clips]), [s for s, _ in clips])
+        style: (np.stack([speaker.embed(w, audio.SAMPLE_RATE) for _, w in clips]), [s for s, _ in clips])
         for style, clips in known.gallery.items()
     }
     out = Path(args.out)
@@ -287,13 +289,12 @@ def main(argv: list[str] | None = None) -> int:
         "| right voice first en | token's voice first en | cosine en |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, spec in row_table().items():
-        if args.rows and args.rows not in name:
-            continue
+    judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker)
+    for name, spec in table.items():
         folder = out / re.sub("[^A-Za-z0-9]+", "_", name)
-        make_row(rows, name, spec, items, folder)
+        make_row(rows, spec, items, folder)
         report_file = folder / "evaluation.json"
-        if not report_file.exists():
+        if not is_judged(report_file, judging):
             present = {s for v in items.values() for s in (i.speaker for i in v)}
             english = {i.speaker for i in items.get("en", [])}
             embeddings, names = gallery[spec[3]]
@@ -301,9 +302,8 @@ def main(argv: list[str] | None = None) -> int:
                 i for i, n in enumerate(names) if n in present
             ]
             evaluate.evaluate_folder(
-                folder, matrix=matrix, mandarin=mandarin, speaker=speaker,
-                gallery=(embeddings[keep], [names[i] for i in keep]), factors=factors.get(spec[3]),
-                workers=args.workers,
+                folder, **judging, gallery=(embeddings[keep], [names[i] for i in keep]),
+                factors=factors.get(spec[3]), workers=args.workers,
             )  # fmt: skip
         groups = json.loads(report_file.read_text())["groups"]
         en, zh = groups.get("en", {}), groups.get("zh", {})

@@ -91,7 +91,7 @@ def test_retrieval_ranks_the_right_centroid():
     found = evaluate.speaker_retrieval(axes + 0.1, ["a", "b", "a"], gallery, names)
     assert found.ranks.tolist()[:2] == [1, 1] and found.ranks[2] >= 2 and found.num_speakers == 3
     assert found.within(1).value == pytest.approx(2 / 3) and found.within(3).value == 1
-    assert found.own_cosine[0] > found.other_cosine[0]
+    assert found.own_cosine[0] > found.own_cosine[2]
     with pytest.raises(ValueError, match="'d'"):
         evaluate.speaker_retrieval(axes, ["a", "b", "d"], gallery, names)
     with pytest.raises(ValueError, match="one speaker per clip"):
@@ -189,8 +189,34 @@ def test_a_result_folder_is_measured_by_group(tmp_path):
     assert normal["unvoiced"]["value"] < 0.1 < 0.6 < asmr["unvoiced"]["value"]
     assert normal["retrieval_first"]["value"] == 1 and asmr["retrieval_first"]["value"] == 0
     assert asmr["token_speaker_first"]["value"] == 1 and "token_speaker_first" not in normal
-    assert "pYIN" in report["settings"]["unvoiced"]
+    assert "pYIN" in report["settings"]["unvoiced"] and report["settings"]["judges"] == ["matrix", "speaker"]
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
+
+
+def test_a_silent_file_counts_among_the_words_and_not_among_the_voices(tmp_path):
+    class Speaker:
+        def embed(self, wav, rate):
+            assert np.any(wav)
+            return np.array([1.0, 0.0])
+
+    rows = [{"file": f"{i}.wav", "text": "a b", "language": "en", "speaker": "one"} for i in range(2)]
+    audio.save(tmp_path / "0.wav", tone(), RATE)
+    audio.save(tmp_path / "1.wav", np.zeros(RATE // 2, np.float32), RATE)
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    class Hears:
+        def knows(self, sentence):
+            return True
+
+        def errors(self, wav, rate, sentence, factor):
+            return judges.word_errors(sentence, sentence if np.any(wav) else "")
+
+    found = evaluate.evaluate_folder(
+        tmp_path, matrix=Hears(), speaker=Speaker(), gallery=(np.eye(2), ["one", "two"])
+    )["groups"]["all"]
+    assert found["clips"] == 2 and found["silent"] == 1
+    assert found["matrix_wer"]["rate"] == 50 and found["matrix_wer"]["deletions"] == 50
+    assert found["retrieval_first"]["count"] == 1 and found["unvoiced"]["value"] < 0.1
 
 
 @pytest.mark.parametrize(

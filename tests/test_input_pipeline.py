@@ -6,7 +6,7 @@ import fixture_data
 import numpy as np
 import pytest
 
-from deepasmr_jax import input_pipeline, lm, text
+from deepasmr_jax import audio, input_pipeline, lm, text
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +232,26 @@ def test_padding_of_labels_is_minus_one_and_of_waves_is_silence(folder):
         assert np.all(row["phones"][frames:] == -1) and np.all(row["phones"][:frames] >= 0)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 40), (40, 7), (12, 12)])
+def test_the_cheapest_way_is_that_of_librosa(shape):
+    import librosa
+
+    for seed in range(5):
+        cost = np.random.default_rng(seed).integers(0, 11, shape)
+        expected = librosa.sequence.dtw(C=cost.astype(float))[1][::-1]
+        np.testing.assert_array_equal(input_pipeline.warp(cost), expected)
+
+
+def test_waves_of_the_vocoder_are_at_the_rate_of_its_mel_profile(folder):
+    cfg = make_config(folder, "vocoder", mel_profile="hifigan", num_samples=4410)
+    rows = input_pipeline._Waves(cfg, input_pipeline.read_index(cfg))
+    row = rows.row(0, np.random.default_rng(0))
+    samples = rows.records[int(rows.mixture.order(0)[0])]["audio"]
+    start = np.random.default_rng(0).integers(len(samples) - 3200 + 1)  # 3200 samples at 16 kHz are 4410 here
+    piece = samples[start : start + 3200].astype(np.float32) / 32768
+    np.testing.assert_array_equal(row["wav"], audio.resample(piece, 16000, 22050))
+
+
 def test_speaker_labels_follow_the_sorted_names_of_the_training_split(folder):
     cfg = make_config(folder, "speaker")
     assert input_pipeline.speakers(cfg) == ["speaker_0", "speaker_1", "speaker_2"]
@@ -281,6 +301,12 @@ def test_a_corpus_without_features_is_sent_to_add_features(tmp_path):
         input_pipeline.make(make_config(folder, "flow"))
 
 
+def test_a_corpus_without_labels_is_sent_to_the_description_of_records(tmp_path):
+    folder = fixture_data.write(tmp_path, {"train": 4}, has_labels=False)
+    with pytest.raises(ValueError, match="no .'f0_class', 'phones'.; .*data/README.md"):
+        input_pipeline.make(make_config(folder, "speech_tokenizer"))
+
+
 def test_alignment_without_phone_labels_says_how_to_train_without_it(tmp_path):
     folder = fixture_data.write(tmp_path, {"train": 4}, has_labels=False)
     with pytest.raises(ValueError, match="no phone labels.*data.align=false"):
@@ -295,6 +321,7 @@ def test_alignment_without_phone_labels_says_how_to_train_without_it(tmp_path):
         (dict(stage="lm", style_weights=(1.0,)), "one weight per style"),
         (dict(stage="speech_tokenizer", num_samples=16001), "16001 is not a multiple of 640"),
         (dict(stage="flow", num_tokens=40), "leaves no room"),
+        (dict(stage="flow", mel_profile="minni"), "unknown mel profile 'minni'; known: cv2"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_when_built(changes, words):

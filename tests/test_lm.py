@@ -127,7 +127,7 @@ def test_presets_have_the_parameter_totals_of_the_public_models():
     assert count((abstract.text_table, abstract.layers, abstract.norm)) == 494_032_768
     assert count((abstract.layers, abstract.norm)) == 357_898_112
     assert lm.qwen2_0p5b() == lm.cosyvoice2()
-    assert (lm.cosyvoice2().end_id, lm.cosyvoice2().fill_id) == (6561, 6563)
+    assert (lm.cosyvoice2().end_id, lm.cosyvoice2().num_speech_rows) == (6561, 6564)
     small = jax.eval_shape(lambda k: lm.init(lm.mini(150), k), jax.random.key(0))
     assert count(small.layers) == 4_724_736
     assert small.text_table.shape == (150, 256)

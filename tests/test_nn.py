@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepasmr_jax import nn, sharding
+from deepasmr_jax import (
+    flow,
+    nn,
+    recognizer,
+    sharding,
+    speaker,
+    speech_tokenizer,
+    vocoder,
+    vocoder_istft,
+)
 
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)]
 
@@ -86,6 +95,12 @@ def test_rotary_turns_each_pair_by_its_angle(interleaved):
     # angle rounding in float32 at position 32000 is 1e-3 radians
     np.testing.assert_allclose(nn.rotary(x, positions, 1e4, interleaved), expected, atol=5e-3)
     np.testing.assert_allclose(nn.rotary(x, positions, 1e4, interleaved)[0], expected[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [flow, recognizer, speaker, speech_tokenizer, vocoder, vocoder_istft])
+def test_no_config_takes_a_type_that_products_do_not_have(module):
+    with pytest.raises(ValueError, match="dtype 'float61' is unknown; use float32 or bfloat16"):
+        module.Config(dtype="float61")
 
 
 def test_rotary_of_bfloat16_input_keeps_exact_angles():

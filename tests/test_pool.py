@@ -13,16 +13,8 @@ from deepasmr_jax import pool
 def test_a_saved_pool_is_read_back_bit_for_bit(tmp_path):
     made = tiny_model.make_pool()
     made.save(tmp_path / "pool.safetensors")
-    assert pool.equal(pool.load(tmp_path / "pool.safetensors"), made)
+    assert tiny_model.plain(pool.load(tmp_path / "pool.safetensors")) == tiny_model.plain(made)
     assert [p.name for p in tmp_path.iterdir()] == ["pool.safetensors"]
-
-
-def test_pools_that_differ_in_one_transcript_or_one_token_are_not_equal():
-    made = tiny_model.make_pool()
-    first = made.entries[0]
-    for change in ({"transcript": "other"}, {"speech_tokens": first.speech_tokens + 1}):
-        other = pool.Pool((dataclasses.replace(first, **change), *made.entries[1:]), "mini", "tiny")
-        assert not pool.equal(made, other)
 
 
 def test_retrieval_returns_the_entry_with_the_largest_cosine_of_the_style_and_language():

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from deepasmr_jax import recognizer, sharding, text
+from deepasmr_jax import nn, recognizer, sharding, text
 
 TINY = recognizer.Config(width=32, num_heads=4, num_layers=2, mlp_width=64, kernel=5)
 NI_HAO = [text.PHONES.index(p) for p in ("zh_n", "zh_i", "zh_h", "zh_ao")]
@@ -50,7 +50,7 @@ def test_padding_and_level_change_no_valid_score():
 
 def test_loss_is_the_negative_log_of_the_summed_path_probabilities():
     scores = jax.random.normal(jax.random.key(1), (1, 4, 3))
-    found = recognizer._ctc(scores, jnp.array([4]), jnp.array([[1, 2]]), jnp.array([2]))[0]
+    found = nn.ctc(scores, jnp.array([4]), jnp.array([[1, 2]]), jnp.array([2]))[0]
     logp = np.asarray(jax.nn.log_softmax(scores[0]))
     total = 0.0
     for path in itertools.product(range(3), repeat=4):

@@ -36,6 +36,7 @@ def test_a_good_request_is_kept_and_its_numbers_are_read_from_strings(tmp_path):
         ({"refine": "many"}, "'many' refinement passes"),
         ({"voice": "no_such_clip.wav"}, "no_such_clip.wav does not exist"),
         ({"voice": [0.0, 0.1]}, "voice_rate"),
+        ({"voice": None}, "the voice is empty; give the path"),
     ],
 )
 def test_a_bad_value_is_named_with_the_way_out(tmp_path, changes, words):
@@ -60,3 +61,33 @@ def test_an_output_path_must_be_a_wav_in_a_folder_that_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write in the folder"):
         request.check_output(tmp_path / "file" / "out.wav")
+
+
+def test_a_row_of_a_list_may_write_its_keys_with_dashes_and_hold_other_things(tmp_path):
+    clip = tmp_path / "clip.wav"
+    clip.write_bytes(b"something")
+    row = {"text": "Good night.", "voice": clip, "voice-text": "Hello.", "group": "a", "speaker": "b"}
+    assert request.from_row(row, extras=True) == make(tmp_path, voice_text="Hello.")
+
+
+@pytest.mark.parametrize(
+    ("row", "extras", "words"),
+    [
+        ({"text": "Hi.", "voise": "x"}, False, "'voise'.*did you mean 'voice'"),
+        ({"text": "Hi.", "voise": "x"}, True, "'voise'.*did you mean 'voice'"),
+        ({"text": "Hi.", "voice": "x", "voicetext": "Hi."}, True, "did you mean 'voice_text'"),
+        ({"text": "Hi.", "voice": "x", "group": "a"}, False, "'group'.*known are text, voice"),
+        ({"text": "Hi."}, True, "no 'voice', only text"),
+        ({}, False, "no 'text', only nothing"),
+    ],
+)
+def test_a_row_with_a_wrong_key_is_refused_with_the_right_one(row, extras, words):
+    with pytest.raises(ValueError, match=words):
+        request.from_row(row, extras)
+
+
+@pytest.mark.parametrize("name", ["x.mp3", "../x.wav", "/tmp/x.wav", 5, "x"])
+def test_a_file_name_must_be_a_wav_inside_the_folder(name):
+    with pytest.raises(ValueError, match="file name"):
+        request.check_file_name(name)
+    assert request.check_file_name("a/x.wav") == "a/x.wav"

@@ -218,3 +218,15 @@ def test_three_voices_are_told_apart_after_training_also_in_new_clips():
     cos = x @ x.T
     same = (new["speaker_index"][:, None] == new["speaker_index"]) & ~np.eye(6, dtype=bool)
     assert cos[same].min() > cos[new["speaker_index"][:, None] != new["speaker_index"]].max()
+
+
+def test_a_row_of_an_unknown_speaker_carries_no_loss_and_is_not_counted():
+    model, batch = init(TINY, jax.random.key(4)), voices(4)
+
+    def sums(*index):
+        total, count, aux = loss(model, TINY, batch | {"speaker_index": np.array(index, np.int32)}, None)
+        return np.array([total, count, *aux["accuracy"]])
+
+    found = sums(0, 1, 2, -1)
+    np.testing.assert_allclose(found, sums(0, 1, 2, 0) - sums(-1, -1, -1, 0), rtol=1e-4)
+    assert found[1] == found[3] == 3

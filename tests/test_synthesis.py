@@ -1,6 +1,8 @@
 """Synthesis on a tiny model with random weights: every hop of a request, batches, notes, prompts."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -64,6 +66,43 @@ def test_a_request_that_fails_leaves_the_others_of_its_batch_alone(made):
     assert [isinstance(r, synthesis.Failure) for r in results] == [True, True, False, True]
     assert "silent" in results[1].error and "voise" in results[3].error
     np.testing.assert_array_equal(results[2].tokens, made.batch([ask(seed=1)])[0].tokens)
+
+
+def test_rows_that_cannot_be_used_are_recorded_and_arrays_are_not(tmp_path, monkeypatch):
+    def batch(self, requests):
+        facts = {"task": "N2A", "language": "en", "prompt": "p", "prompt_similarity": 1.0, "notes": ()}
+        wav, none = np.ones(1600, np.float32), np.zeros(0)
+        return [synthesis.Result(wav, 16000, none, none, request=r, timings={}, **facts) for r in requests]
+
+    monkeypatch.setattr(synthesis.Synthesizer, "batch", batch)
+    row = {"text": TEXT, "voice": tiny_model.buzz(0.5), "voice-rate": tiny_model.RATE}
+    rows = [row | {"file": name} for name in ("a.mp3", "../a.wav", "in/a.flac")] + [row | {"speeker": "me"}]
+    rows += [row | {"sed": 1}, {"text": TEXT}]
+    maker = object.__new__(synthesis.Synthesizer)
+    assert maker.batch_to_folder(rows, tmp_path, at_once=4) == (2, 4)
+    made, failed = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("results.jsonl", "failures.jsonl")
+    )
+    assert [x["file"] for x in made] == ["in/a.flac", "00003_N2A.wav"] and "voice" not in made[0]
+    assert made[1]["speeker"] == "me" and all((tmp_path / x["file"]).exists() for x in made)
+    words = ("a.mp3", "leads out", "did you mean 'seed'", "no 'voice'")
+    assert all(w in x["error"] for w, x in zip(words, failed, strict=True))
+
+
+def test_given_tokens_sound_as_in_the_request_they_come_from(made):
+    result = made.batch([ask(seed=1)])[0]
+    [again] = made.speak_tokens([result.request], [result.tokens])
+    np.testing.assert_array_equal(again.audio, result.audio)
+    [other] = made.speak_tokens([ask(seed=2)], [result.tokens])
+    assert len(other.audio) == len(result.audio) and np.abs(other.audio - result.audio).max() > 1e-4
+
+
+def test_a_copy_goes_through_the_vocoder_alone_and_padding_does_not_matter(made):
+    wav = tiny_model.buzz(1.01)
+    copy = made.copy(wav)
+    assert len(copy) == len(wav) // 320 * 320 and np.isfinite(copy).all()
+    np.testing.assert_allclose(made.copy(wav[: len(copy)]), copy, atol=1e-5)
 
 
 def test_within_a_style_the_clip_is_the_prompt_if_its_transcript_is_known(made):
@@ -187,7 +226,7 @@ def test_the_pool_can_be_built_by_our_own_synthesis(made, tmp_path):
         ("high_asmr", "asmr", False),
     ]
     assert all(len(e.mel) == 2 * len(e.speech_tokens) and e.mel.dtype == np.float16 for e in built)
-    assert pool.equal(built, made.build_pool(recordings, seed=5))
+    assert tiny_model.plain(built) == tiny_model.plain(made.build_pool(recordings, seed=5))
     real = made.build_pool(recordings, synthesize_asmr=False)
     assert [e.name for e in real] == ["low", "high", "whisper"] and all(e.is_real for e in real)
     with pytest.raises(ValueError, match="found 0 normal"):
@@ -205,6 +244,15 @@ def test_the_random_draws_depend_on_seed_and_chunk_and_stage_but_not_on_the_plac
 
 def test_padded_sizes_are_a_base_times_powers_of_two():
     assert [synthesis._padded(n, 64) for n in (1, 64, 65, 128, 129, 1000)] == [64, 64, 128, 128, 256, 1024]
+
+
+def test_a_vocoder_of_another_mel_profile_than_the_folder_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model.shared(), folder)
+    config = json.loads((folder / "config.json").read_text()) | {"mel_profile": "cv2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has mel profile 'mini', config.json 'cv2'"):
+        synthesis.load(folder)
 
 
 def test_a_model_of_another_mel_profile_is_refused_for_a_pool(made, tmp_path):

@@ -1,7 +1,5 @@
 """Text as it is spoken: numbers, dates, money, units and symbols in words, in both languages."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -99,11 +97,3 @@ def test_text_with_control_marks_is_left_alone():
 def test_numbers_in_words(number, en, zh):
     assert text_normalize.number_words(number, "en") == en
     assert text_normalize.number_words(number, "zh") == zh
-
-
-def test_an_unknown_or_missing_normaliser_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="festival"):
-        text_normalize.normalize("a", "en", backend="festival")
-    monkeypatch.setitem(sys.modules, "wetext", None)
-    with pytest.raises(ValueError, match="pip install wetext"):
-        text_normalize.normalize("a", "en", backend="wetext")

@@ -345,7 +345,8 @@ def test_schedules_pass_through_their_stated_points(schedule, expected):
 
 def test_weight_decay_is_decided_by_the_name_and_not_by_the_rank():
     assert train.is_decayed("layers.mlp.up.kernel")
-    for name in ("layers.attn.q.bias", "layers.attn_norm.scale", "norm.scale", "text_table", "layers.x.gain"):
+    left = ("layers.attn.q.bias", "layers.attn_norm.scale", "norm.scale", "text_table", "layers.x.gain")
+    for name in (*left, "layers.depthwise_bias", "bn1.mean", "bn1.var"):
         assert not train.is_decayed(name)
     tx = train.make_optimizer(train.Optim("adamw", 0.1, "constant", 1, weight_decay=0.5, clip_norm=None), 10)
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2, 2))}
@@ -362,39 +363,32 @@ def test_weight_decay_is_decided_by_the_name_and_not_by_the_rank():
         (["data.end_id=5"], "5 is not the model's end id 6561"),
         (["optim.weight_decay=0.1"], "needs optim.name=adamw"),
         (["optim.warmup_steps=0"], "must be at least 1"),
+        (["accumulation=0"], "accumulation 0 must be at least 1"),
+        (["mesh.data=0"], "mesh.data 0 must be at least 1"),
+        (["log_every=0"], "log_every 0 must be at least 1"),
+        (["save_every=0"], "save_every 0 must be at least 1"),
+        (["eval_every=0"], "eval_every 0 .*eval_batches=0"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_when_configured(assignments, words):
     cfg = config.load(f"{TINY}:lm")
     with pytest.raises(ValueError, match=words):
-        for assignment in assignments:
-            cfg = config.override(cfg, assignment)
+        config.override(cfg, *assignments)
 
 
-def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path):
-    writer = metrics.Writer(tmp_path)
-    for step in range(1, 5):
-        writer.write(step, {"train/loss": step, "train/odd": float("nan")})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "tr')
-    metrics.Writer(tmp_path, 2)
-    lines = metrics.read(tmp_path / "metrics.jsonl")
-    assert [x["step"] for x in lines] == [1, 2] and lines[0]["train/odd"] == "nan"
+@pytest.mark.parametrize("order", [1, -1])
+def test_settings_that_depend_on_each_other_come_in_any_order(order):
+    assignments = ["data.mel_profile=cv2", "model.mel_profile=cv2"][::order]
+    cfg = config.override(config.load(f"{TINY}:vocoder"), *assignments)
+    assert cfg.data.mel_profile == cfg.model.mel_profile == "cv2"
 
 
-def test_step_time_leaves_out_the_first_two_steps_and_pauses():
-    now = iter([0.0, 10.0, 15.0, 16.0, 100.0, 102.0])
-    timer = metrics.StepTimer(clock=lambda: next(now))
-    for _ in range(3):
-        timer.tick()
-    timer.pause()
-    timer.tick()
-    assert timer.compile_s == 10.0 and timer.take() == pytest.approx(1.5) and timer.take() is None
+@pytest.mark.parametrize("field, value, known", [("name", "sgd", "adamw"), ("schedule", "linear", "cosine")])
+def test_an_unknown_optimizer_or_schedule_is_refused(field, value, known):
+    with pytest.raises(ValueError, match=f"optim.{field} '{value}' is unknown; use .*{known}"):
+        train.Optim(**{field: value})
 
 
-def test_mfu_is_the_share_of_the_peak_and_unknown_devices_have_none():
-    assert metrics.mfu(197e12 * 4, 2.0, "TPU v5 lite", 4) == pytest.approx(0.5)
-    assert metrics.mfu(1.0, 1.0, "cpu", 1) is None
-    full = metrics.transformer_flops(0, 2, 8, 100, causal=False)
-    assert full == 4 * 2 * 8 * 100 and metrics.transformer_flops(0, 2, 8, 100, causal=True) == full // 2
-    assert metrics.train_flops(full) == 3 * full
+def test_a_vocoder_of_another_mel_profile_than_its_data_is_refused():
+    with pytest.raises(ValueError, match="data.mel_profile 'cv2' is not the model's 'mini'"):
+        config.override(config.load(f"{TINY}:vocoder"), "data.mel_profile=cv2")

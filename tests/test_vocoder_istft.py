@@ -286,7 +286,9 @@ def test_loss_does_not_depend_on_the_mesh(cfg):
         sharding.make_mesh(*sizes)
         model, tx = filled(vocoder_istft.init, cfg, 3), optax.sgd(1e-3)
         state = vocoder_istft.init_opt(tx, model)
-        step = jax.jit(lambda m, s, b, tx=tx: vocoder_istft.train_step(m, s, tx, cfg, b, jax.random.key(5), 0))
+        step = jax.jit(
+            lambda m, s, b, tx=tx: vocoder_istft.train_step(m, s, tx, cfg, b, jax.random.key(5), 0)
+        )
         _, _, aux = jax.block_until_ready(step(model, state, sharding.put({"wav": wav})))
         totals.append([float(x / n) for x, n in aux.values()])
     np.testing.assert_allclose(totals[0], totals[1], rtol=1e-4)

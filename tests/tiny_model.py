@@ -128,6 +128,15 @@ def make_pool(embedding: int = 16) -> pool.Pool:
     return pool.Pool(tuple(entries), "mini", "tiny")
 
 
+def plain(p: pool.Pool) -> tuple:
+    """All facts and arrays of a pool in a form that == compares."""
+
+    def value(v):
+        return (str(v.dtype), v.tolist()) if isinstance(v, np.ndarray) else v
+
+    return p.mel_profile, p.speaker_model, [{k: value(v) for k, v in vars(e).items()} for e in p]
+
+
 def make_demo(folder: Path) -> None:
     """A voice per language, each with a buzzing and a hissing clip."""
     folder.mkdir(parents=True)
