@@ -20,8 +20,8 @@ _EXAMPLES = """examples:
 """
 NOTICE = (
     "This is a small demonstration: the built-in model was trained by this project's own recipes on synthetic speech "
-    "only. Its ordinary voices are still too noisy, in Mandarin so much that they half whisper. It does not show the "
-    "quality of a model of full size trained on people."
+    "only. It sounds like the synthesisers it learned from, and misreads more in Mandarin than in English. It does not "
+    "show the quality of a model of full size trained on people."
 )
 
 
