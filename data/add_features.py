@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, checkpoint, config, sharding, text, train  # noqa: E402
+from deepasmr_jax import audio, checkpoint, config, input_pipeline, sharding, text  # noqa: E402
 
 # ---------------------------------------------------------------- TFDS files without TensorFlow
 
@@ -185,7 +185,7 @@ def add_features(
         model: exported model folder.
         out: version folder to write, e.g. `FEATURES/1.0.0`.
         text_tokenizer: "mini", or the folder of a Qwen tokenizer; its name and vocabulary size are written beside
-            the features (train.TEXT_TOKENIZER_FILE), for the language model to compare.
+            the features (input_pipeline.TEXT_TOKENIZER_FILE), for the language model to compare.
         mel_profile: name of the mel recipe.
         batch_size: rows per compiled call.
         shard_size: records per output file.
@@ -238,7 +238,7 @@ def add_features(
 
 def _note_tokenizer(folder: Path, name: str, vocab_size: int) -> None:
     """Writes which tokenizer made the text ids, or compares with what is there."""
-    path, made = folder / train.TEXT_TOKENIZER_FILE, {"name": name, "vocab_size": vocab_size}
+    path, made = folder / input_pipeline.TEXT_TOKENIZER_FILE, {"name": name, "vocab_size": vocab_size}
     if path.exists() and (found := json.loads(path.read_text())) != made:
         raise ValueError(
             f"{folder} was begun with the text tokenizer {found}, not {made}; choose another --out"

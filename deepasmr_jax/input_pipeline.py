@@ -33,6 +33,8 @@ from deepasmr_jax import audio, lm, text
 IGNORED = -1  # target or label that carries no loss
 LABEL_SAMPLES = 320  # one phone label each 20 ms
 FEATURES = {"speech_tokens", "mel", "text_ids"}  # fields that data/add_features.py makes
+# beside them: {"name": "mini" or "qwen", "vocab_size"} of the tokenizer that made text_ids
+TEXT_TOKENIZER_FILE = "text_tokenizer.json"
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 _EXAMPLES = 2**40  # "without end", for Grain's range
 _OPEN_ROWS = 256  # rows that the packing fills at the same time

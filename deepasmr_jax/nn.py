@@ -1,4 +1,4 @@
-"""Layers shared by models of the package: linear, RMS norm, SwiGLU, rotary positions, attention, grouped convolution.
+"""Layers shared by models of the package: linear, norms, SwiGLU, rotary positions, attention, grouped convolution, CTC.
 
 Mixed precision, in one place: weights and activations are float32; a product casts only its two operands to
 `dtype`, forward and backward, and accumulates in float32. Norms, softmax and rotary angles are float32
@@ -20,8 +20,6 @@ from jax.sharding import PartitionSpec
 from deepasmr_jax.sharding import AXES, spec
 
 MASKED = -1e30  # score of a forbidden pair: finite, so that a row with no allowed key gives no NaN
-
-
 # what the backward pass computes anew of a layer: nothing, all but matrix products, everything
 REMAT = {
     "none": None,

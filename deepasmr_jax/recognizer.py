@@ -1,9 +1,9 @@
 """Mandarin judge: log-mel to toneless pinyin initials and finals, by CTC.
 
 No independent Mandarin recogniser works offline, so this one is trained here. It is NOT independent of the
-corpus: show its error on the ground truth beside every number. It learns from the
-Mandarin records of the split that the speech tokenizer learns from, so it knows the same voices; it has another
-seed, and reads the 80-band "mini" mel instead of the tokenizer's 128-band one.
+corpus: show its error on the ground truth beside every number. It learns from the Mandarin records of the split
+that the speech tokenizer learns from, so it knows the same voices; it has another seed, and reads the 80-band
+"mini" mel instead of the tokenizer's 128-band one.
 Batch: wav [B, W] float32 16 kHz, lengths [B] samples, and either phone_sequence [B, P] int32 (ids in
 text.PHONES, 0 = padding) with phone_lengths [B], or frame labels phones [B, W // 320] int32, whose runs give
 the sequence.

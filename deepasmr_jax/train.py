@@ -33,8 +33,6 @@ _CALIBRATION = 20  # training batches from which batch-norm statistics are taken
 # settings of model and data that may differ when a run is resumed. Other folders with other records do change the
 # order from there on; they are allowed because a corpus may be moved.
 _FREE_ON_RESUME = ("data.data_dirs", "data.num_threads", "data.num_prefetch", "model.remat", "model.unroll")
-# beside features: {"name": "mini" or "qwen", "vocab_size"} of the tokenizer that made text_ids (data/add_features.py)
-TEXT_TOKENIZER_FILE = "text_tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,7 +415,7 @@ def check_text_ids(cfg: TrainConfig) -> None:
         "make them again with data/add_features.py --text-tokenizer (mini, or the folder of a Qwen tokenizer)"
     )
     for folder in cfg.data.data_dirs:
-        path = Path(folder) / TEXT_TOKENIZER_FILE
+        path = Path(folder) / input_pipeline.TEXT_TOKENIZER_FILE
         if path.exists():
             made = json.loads(path.read_text())
             if made["vocab_size"] != rows:

@@ -174,8 +174,9 @@ class Block(nnx.Module):
 class Generator(nnx.Module):
     """embed, norm, layers (stacked on axis 0), final_norm, head; with a source three heads in place of `head`.
 
-    head, filter_head: log magnitudes and phases, [D, 2 K] for K bins per output frame; noise_head: log
-    magnitudes, [D, K]; pitch_head: logits of the pitch bins, then of voicing.
+    For each of the S output frames of a mel frame, K bins: head and filter_head give log magnitudes, then phases
+    (kernels [D, S 2 K]), noise_head log magnitudes ([D, S K]). pitch_head gives logits of the pitch bins, then of
+    voicing.
     """
 
     def __init__(self, cfg: Config, key: jax.Array):
@@ -317,9 +318,8 @@ def _synthesize(
 
     def spectrum(head: Linear) -> jax.Array:
         log_magnitude, phase = jnp.split(per_frame(head), 2, axis=-1)
-        return jax.lax.complex(
-            magnitude(log_magnitude) * jnp.cos(phase), magnitude(log_magnitude) * jnp.sin(phase)
-        )
+        level = magnitude(log_magnitude)
+        return jax.lax.complex(level * jnp.cos(phase), level * jnp.sin(phase))
 
     if not cfg.source:
         return inverse_stft(spectrum(model.head), frames, out_valid), None
@@ -528,7 +528,7 @@ def _spoil(cfg: Config, mel: jax.Array, key: jax.Array | None) -> jax.Array:
     """
     if key is None or cfg.spoil_probability == 0:
         return mel
-    keys, num_rows = jax.random.split(key, 4), mel.shape[0]
+    keys, num_rows = jax.random.split(jax.random.fold_in(key, 0), 4), mel.shape[0]
 
     def per_row(i: int, high: float = 1.0) -> jax.Array:
         draw = jax.random.uniform(keys[i], (num_rows,), maxval=high, out_sharding=spec("batch"))
@@ -578,7 +578,7 @@ def _with_pitch_loss(
     if not cfg.source:
         return _synthesize(model, cfg, mel)[0][:, : wav.shape[1]], jnp.zeros(wav.shape[0])
     hz, voiced = jax.lax.stop_gradient(pitch.track(wav, cfg.mel))
-    first = 0 if key is None else jax.random.randint(key, (), 0, 2**30)
+    first = 0 if key is None else jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**30)
     fake, logits = _synthesize(model, cfg, mel, track=(hz, voiced), first=first)
     return fake[:, : wav.shape[1]], _pitch_loss(cfg, logits, hz, voiced)
 

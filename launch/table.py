@@ -177,12 +177,8 @@ def row_table() -> dict[str, tuple]:
     for task in TASKS:
         rows[f"text to {task}"] = ("speak", (task,), {}, STYLES[task[2]])
     for task in ("A2N", "N2A"):
-        rows[f"text to {task}, static prompt"] = (
-            "speak",
-            (task,),
-            {"pool_strategy": "static"},
-            STYLES[task[2]],
-        )
+        static = {"pool_strategy": "static"}
+        rows[f"text to {task}, static prompt"] = ("speak", (task,), static, STYLES[task[2]])
         for passes in (2, 3):
             rows[f"text to {task}, {passes} passes"] = ("speak", (task,), {"refine": passes}, STYLES[task[2]])
     return rows
@@ -213,9 +209,7 @@ def make_row(rows: Rows, spec: tuple, items: dict[str, list[Item]], folder: Path
         lent = voices_of_others(own) if method == "from_other_tokens" else own
         for i, (item, wav) in enumerate(zip(own, getattr(rows, method)(own, *args, **options), strict=True)):
             if wav is None:
-                wav = np.zeros(
-                    rows.synthesizer.sample_rate // 2, np.float32
-                )  # failed: all its words are lost
+                wav = np.zeros(audio.SAMPLE_RATE // 2, np.float32)  # failed: all its words are lost
             file = f"{language}_{i:04d}.wav"
             audio.save(folder / file, wav, rows.synthesizer.sample_rate)
             line = {"file": file, "text": item.text, "language": language, "group": language}
@@ -237,7 +231,7 @@ def is_judged(report_file: Path, judging: dict) -> bool:
 
 
 def cell(value: dict | None, scale: float = 100.0) -> str:
-    """ "12.3 [10.1, 14.9]" of an interval or a rate; a dash where nothing was measured."""
+    """An interval or a rate as `12.3 [10.1, 14.9]`; a dash where nothing was measured."""
     if not value:
         return "-"
     middle = value["value"] * scale if "value" in value else value["rate"]
