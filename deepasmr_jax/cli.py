@@ -182,14 +182,14 @@ def _demo(args) -> None:
     folder = request.check_output_folder(args.out)
     seed = request.check_seed(args.seed)
     _check_model(args)
-    from deepasmr_jax import audio, evaluate, page, synthesis
+    from deepasmr_jax import audio, demo, evaluate, page, synthesis
 
     synthesizer = synthesis.load(args.model, args.pool)
     if synthesizer.folder.resolve() == synthesis.BUILT_IN.resolve():
         notice, intro = NOTICE, _VOICE_INTRO
     else:
         notice, intro = _made_from(synthesizer.config), ""
-    sounds = synthesizer.demo(seed, progress=_progress)
+    sounds = demo.make(synthesizer, seed, _progress)
     judge = None if args.no_judge else evaluate.judge_one
     if judge:
         _progress("measuring")
@@ -224,10 +224,14 @@ def _batch(args) -> None:
         raise ValueError(f"the list {source} is empty; write one JSON object per line")
     folder = request.check_output_folder(args.out)
     _check_model(args)
-    from deepasmr_jax import synthesis
+    from deepasmr_jax import batch, synthesis
 
-    made, failed = synthesis.load(args.model, args.pool).batch_to_folder(rows, folder, _progress)
-    print(f"{folder}: {made} made" + (f", {failed} failed: see failures.jsonl" if failed else ""))
+    made, failed, before = batch.to_folder(synthesis.load(args.model, args.pool), rows, folder, _progress)
+    print(
+        f"{folder}: {made} made"
+        + (f", {failed} failed: see {batch.FAILURES}" if failed else "")
+        + (f", {before} were finished before" if before else "")
+    )
 
 
 def _evaluate(args) -> None:

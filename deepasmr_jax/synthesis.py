@@ -25,7 +25,7 @@ import numpy as np
 from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import Request, check_file_name, from_row
+from deepasmr_jax.request import Request, from_row
 
 BUILT_IN = Path(__file__).parent / "mini"
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
@@ -136,34 +136,6 @@ class Failure:
 
     request: Request | dict
     error: str
-
-
-@dataclass(frozen=True)
-class Sound:
-    """One sound of the demo: a bundled clip, or what was made from it.
-
-    Attributes:
-        name: for files.
-        voice: title of the voice.
-        label: "normal clip", "ASMR clip", or the task.
-        caption: one line.
-        text, language: what is said.
-        wav: [W] float32 at the synthesizer's rate.
-        is_clip: True for a bundled clip.
-        similarity: cosine to the clip by the model's own speaker encoder; None for clips.
-        timings: seconds per stage; empty for clips.
-    """
-
-    name: str
-    voice: str
-    label: str
-    caption: str
-    text: str
-    language: str
-    wav: np.ndarray
-    is_clip: bool
-    similarity: float | None = None
-    timings: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -327,49 +299,6 @@ class Synthesizer:
         for j in jobs:
             results[j.place] = Failure(j.request, j.error) if j.error else self._result(j)
         return results
-
-    def batch_to_folder(
-        self,
-        rows: Sequence[dict],
-        folder: str | os.PathLike,
-        progress: Callable[[str], None] | None = None,
-        at_once: int = 32,
-    ) -> tuple[int, int]:
-        """Speaks many requests into a folder: wavs, and a JSON line each in results.jsonl or failures.jsonl.
-
-        Args:
-            rows: fields of `Request`, and anything else ("group", "speaker", ...); all but arrays is copied
-                into the line. "file" names the wav in the folder, else it is row number and task. A row that
-                cannot be used is a failure like any other.
-            folder: made if absent; files of the same name are replaced.
-            progress: called with a sentence now and then.
-            at_once: requests held in memory together; results do not depend on it.
-
-        Returns:
-            (number made, number failed).
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        counts = [0, 0]
-        with (folder / "results.jsonl").open("w") as made, (folder / "failures.jsonl").open("w") as failed:
-            for start in range(0, len(rows), at_once):
-                part = rows[start : start + at_once]
-                asked = [_asked(row) for row in part]
-                spoken = iter(self.batch([r for r in asked if isinstance(r, Request)]))
-                for i, (row, request) in enumerate(zip(part, asked, strict=True), start):
-                    result = next(spoken) if isinstance(request, Request) else request
-                    line = {k: v for k, v in row.items() if not hasattr(v, "__array__")}
-                    if isinstance(result, Failure):
-                        failed.write(_json_line(line | {"error": result.error}))
-                        counts[1] += 1
-                        continue
-                    line |= {"file": row.get("file", f"{i:05d}_{result.task}.wav")} | result.facts()
-                    result.save(folder / line["file"])
-                    made.write(_json_line(line))
-                    counts[0] += 1
-                if progress:
-                    progress(f"{sum(counts)} of {len(rows)} done, {counts[1]} failed")
-        return counts[0], counts[1]
 
     def read_clip(
         self,
@@ -559,96 +488,6 @@ class Synthesizer:
                 "  " + " ".join(self.tokenizer.decode_symbols(self.tokenizer.encode(chunk, language)))
             )
         return lines
-
-    def demo(self, seed: int = 0, progress: Callable[[str], None] | None = None) -> list[Sound]:
-        """The bundled clips of voices the model never heard, and all four tasks from each of them.
-
-        Reads `demo/demo.json` in the model folder: {"voices": [{"voice", "language", "clips": {"normal":
-        {"file", "text"}, "asmr": {...}}, "sentences": [...]}]}.
-
-        Raises:
-            ValueError: if the model folder has no demo clips, or one of them cannot be used.
-        """
-        path = self.folder / "demo" / "demo.json"
-        if not path.exists():
-            raise ValueError(
-                f"the model in {self.folder} brings no demo clips ({path} is missing); use `deepasmr say`"
-            )
-        sounds, requests, places = [], [], []
-        for v, voice in enumerate(json.loads(path.read_text("utf-8"))["voices"]):
-            language = voice["language"]
-            stem = f"{language}{v + 1}"
-            for style, label in (("normal", "normal clip"), ("asmr", "ASMR clip")):
-                clip = voice["clips"][style]
-                wav = audio.load(path.parent / clip["file"], self.sample_rate)
-                sounds.append(
-                    Sound(
-                        f"{stem}_clip_{style}",
-                        voice["voice"],
-                        label,
-                        "given",
-                        clip["text"],
-                        language,
-                        wav,
-                        True,
-                    )
-                )
-            for source, target in (
-                ("normal", "asmr"),
-                ("asmr", "normal"),
-                ("normal", "normal"),
-                ("asmr", "asmr"),
-            ):
-                clip = voice["clips"][source]
-                for i, text in enumerate(voice["sentences"]):
-                    places.append(
-                        (
-                            f"{stem}_{source[0]}2{target[0]}_{i + 1}",
-                            voice["voice"],
-                            path.parent / clip["file"],
-                        )
-                    )
-                    requests.append(
-                        Request(
-                            text=text,
-                            voice=path.parent / clip["file"],
-                            style=target,
-                            voice_style=source,
-                            voice_text=clip["text"] if source == target else None,
-                            language=language,
-                            seed=seed,
-                        )
-                    )
-        words = {"normal": "normal", "asmr": "whispered"}
-        for (name, voice, clip), r in zip(places, self.batch(requests, progress), strict=True):
-            if isinstance(r, Failure):
-                raise ValueError(f"{name}: {r.error}")
-            given, made = (
-                self.read_clip(w, rate, voice_style="normal")
-                for w, rate in ((clip, None), (r.audio, r.sample_rate))
-            )
-            cosine = (
-                given.embedding
-                @ made.embedding
-                / np.linalg.norm(given.embedding)
-                / np.linalg.norm(made.embedding)
-            )
-            caption = f"from the {words[r.request.voice_style]} clip to {words[r.request.style]} speech"
-            sounds.append(
-                Sound(
-                    name,
-                    voice,
-                    r.task,
-                    caption,
-                    r.request.text,
-                    r.language,
-                    r.audio,
-                    False,
-                    float(cosine),
-                    r.timings,
-                )
-            )
-        return sounds
 
     # ------------------------------------------------------------------------------------------ the hops
 
@@ -877,19 +716,6 @@ class Synthesizer:
             group = by_size[key]
             for start in range(0, len(group), self.max_batch):
                 yield key, group[start : start + self.max_batch]
-
-
-def _asked(row: dict) -> Request | Failure:
-    """The request of a row of a list, checked before any work."""
-    try:
-        check_file_name(row.get("file", "unnamed.wav"))
-        return from_row(row, extras=True)
-    except (ValueError, TypeError) as e:
-        return Failure(row, str(e))
-
-
-def _json_line(line: dict) -> str:
-    return json.dumps(line, ensure_ascii=False, default=str) + "\n"  # paths and the like as text
 
 
 class _Part:

@@ -16,6 +16,7 @@ LAYERS = [
     {"input_pipeline", "checkpoint", "pool"},
     {"judges"},
     {"train", "synthesis", "evaluate"},
+    {"batch", "demo"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -68,28 +68,6 @@ def test_a_request_that_fails_leaves_the_others_of_its_batch_alone(made):
     np.testing.assert_array_equal(results[2].tokens, made.batch([ask(seed=1)])[0].tokens)
 
 
-def test_rows_that_cannot_be_used_are_recorded_and_arrays_are_not(tmp_path, monkeypatch):
-    def batch(self, requests):
-        facts = {"task": "N2A", "language": "en", "prompt": "p", "prompt_similarity": 1.0, "notes": ()}
-        wav, none = np.ones(1600, np.float32), np.zeros(0)
-        return [synthesis.Result(wav, 16000, none, none, request=r, timings={}, **facts) for r in requests]
-
-    monkeypatch.setattr(synthesis.Synthesizer, "batch", batch)
-    row = {"text": TEXT, "voice": tiny_model.buzz(0.5), "voice-rate": tiny_model.RATE}
-    rows = [row | {"file": name} for name in ("a.mp3", "../a.wav", "in/a.flac")] + [row | {"speeker": "me"}]
-    rows += [row | {"sed": 1}, {"text": TEXT}]
-    maker = object.__new__(synthesis.Synthesizer)
-    assert maker.batch_to_folder(rows, tmp_path, at_once=4) == (2, 4)
-    made, failed = (
-        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        for name in ("results.jsonl", "failures.jsonl")
-    )
-    assert [x["file"] for x in made] == ["in/a.flac", "00003_N2A.wav"] and "voice" not in made[0]
-    assert made[1]["speeker"] == "me" and all((tmp_path / x["file"]).exists() for x in made)
-    words = ("a.mp3", "leads out", "did you mean 'seed'", "no 'voice'")
-    assert all(w in x["error"] for w, x in zip(words, failed, strict=True))
-
-
 def test_given_tokens_sound_as_in_the_request_they_come_from(made):
     result = made.batch([ask(seed=1)])[0]
     [again] = made.speak_tokens([result.request], [result.tokens])
