@@ -467,8 +467,9 @@ def evaluate_folder(
         workers: processes for the unvoiced ratio.
 
     Returns:
-        {"settings": ..., "groups": {name: {"clips", "silent", "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser":
-        ..., "retrieval_first": Interval, "speaker_cosine"}}}, rates in percent where the key says wer or ser.
+        {"settings": ..., "unvoiced": Interval over all groups, "groups": {name: {"clips", "silent",
+        "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser": ..., "retrieval_first": Interval, "speaker_cosine"}}},
+        rates in percent where the key says wer or ser.
         Where each line names a `token_speaker`, whose tokens were spoken, also "token_speaker_first": how
         often that voice is heard instead.
         Beside "retrieval_first" stand "retrieval_first_three": Interval (among the first three), and
@@ -491,10 +492,12 @@ def evaluate_folder(
         },
         "groups": {},
     }
+    counted = []
     for name, members in sorted(groups.items()):
         wavs = [audio.load(folder / r["file"], settings.sample_rate, allow_silence=True) for r in members]
         made = {"clips": len(wavs), "silent": sum(map(audio.is_silent, wavs))}
         unvoiced = unvoiced_ratio(wavs, settings.sample_rate, settings, workers)
+        counted.append(unvoiced)
         if unvoiced.active.sum():
             made["unvoiced"] = dataclasses.asdict(unvoiced.interval())
         english = [(w, r) for w, r in zip(wavs, members, strict=True) if r["language"] == "en"]
@@ -526,6 +529,10 @@ def evaluate_folder(
                 made["retrieval_chance"] = 1 / found.num_speakers
                 made["speaker_cosine"] = dataclasses.asdict(bootstrap(found.own_cosine))
         report["groups"][name] = made
+    counts = (np.concatenate([getattr(u, key) for u in counted]) for key in ("unvoiced", "active"))
+    every = Unvoiced(*counts, settings)
+    if every.active.sum():
+        report["unvoiced"] = dataclasses.asdict(every.interval())
     (folder / "evaluation.json").write_text(
         json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )

@@ -220,6 +220,9 @@ class Synthesizer:
         self.ratios = settings.get("ratios", {})  # style -> {"min_ratio", "max_ratio"} where they differ
         self.solver = {"num_steps": 16, "guidance": 1.0, "method": "euler", "schedule": "cosine"}
         self.solver |= settings.get("flow", {})
+        self.output_gain_db = settings.get(
+            "output_gain_db", {}
+        )  # style -> what guidance makes too loud, negative
         self.clip_level_db = settings.get("clip_level_db", {})  # style -> level of the training data
         self.tokenizer = _text_tokenizer(folder, config.get("text", {}))
         own = folder / "pool.safetensors"
@@ -666,7 +669,9 @@ class Synthesizer:
                 wavs[id(j)][c] = wav[i, : len(j.mels[c]) * hop]
         for j in jobs:
             if not j.error:
-                whole = _join(wavs[id(j)], self.sample_rate, PAUSE_S[j.request.style]) / j.clip.gain
+                style = j.request.style
+                gain = 10 ** (self.output_gain_db.get(style, 0.0) / 20) / j.clip.gain
+                whole = _join(wavs[id(j)], self.sample_rate, PAUSE_S[style]) * gain
                 if not np.isfinite(whole).all():
                     j.error = "the vocoder gave samples that are not finite; try another seed"
                 j.wav = np.clip(whole, -1.0, 1.0).astype(np.float32)

@@ -23,6 +23,27 @@ from deepasmr_jax import audio, evaluate, input_pipeline, judges, synthesis  # n
 
 STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
+CROSS = ("N2A", "A2N")  # the tasks whose task prompt always comes from the pool
+STATIC = "one static prompt"
+PARTS = {  # title -> whether a row of that name belongs there
+    "": lambda name: "static" not in name and "passes" not in name,
+    "Pool retrieval against one static prompt (the paper's Table III)": lambda name: (
+        name.endswith(CROSS) and name.startswith("text") or STATIC in name
+    ),
+    "Refinement passes (the paper's Table V)": lambda name: (
+        name.endswith(CROSS) and name.startswith("text") or "passes" in name
+    ),
+}
+COLUMNS = (  # title, language (None: all clips), measure of evaluate.evaluate_folder
+    ("English words", "en", "matrix_wer"),
+    ("Mandarin symbols", "zh", "mandarin_ser"),
+    ("unvoiced, English", "en", "unvoiced"),
+    ("unvoiced, Mandarin", "zh", "unvoiced"),
+    ("unvoiced, both", None, "unvoiced"),
+    ("voice first", "en", "retrieval_first"),
+    ("token's voice first", "en", "token_speaker_first"),
+    ("cosine", "en", "speaker_cosine"),
+)
 FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind")
 ENROLMENT = 5  # true matrix sentences of each English speaker and style on which the judge of words is set
 GALLERY_CLIPS = 6  # clips of each unseen speaker and style from which the judge knows the voice
@@ -167,18 +188,16 @@ def _wav(result: synthesis.Result | synthesis.Failure) -> np.ndarray | None:
 def row_table() -> dict[str, tuple]:
     """Name of each row -> (method of Rows, its arguments, style of its output)."""
     rows: dict[str, tuple] = {}
-    for style in ("normal", "asmr"):
-        rows[f"truth {style}"] = ("truth", (style,), {}, style)
-        rows[f"vocoder copy {style}"] = ("copy", (style,), {}, style)
-    for task in TASKS:
-        rows[f"true tokens to {task}"] = ("from_tokens", (task,), {}, STYLES[task[2]])
-    for task in ("N2A", "N2N"):
-        rows[f"another speaker's tokens to {task}"] = ("from_other_tokens", (task,), {}, STYLES[task[2]])
+    for method, name in (("truth", "recordings"), ("copy", "vocoder copy")):
+        rows[f"{name}, normal"] = (method, ("normal",), {}, "normal")
+        rows[f"{name}, whispered"] = (method, ("asmr",), {}, "asmr")
+    for method, name in (("from_tokens", "true tokens"), ("from_other_tokens", "another speaker's tokens")):
+        for task in ("N2A", "N2N"):
+            rows[f"{name} to {task}"] = (method, (task,), {}, STYLES[task[2]])
     for task in TASKS:
         rows[f"text to {task}"] = ("speak", (task,), {}, STYLES[task[2]])
-    for task in ("A2N", "N2A"):
-        static = {"pool_strategy": "static"}
-        rows[f"text to {task}, static prompt"] = ("speak", (task,), static, STYLES[task[2]])
+    for task in CROSS:
+        rows[f"text to {task}, {STATIC}"] = ("speak", (task,), {"pool_strategy": "static"}, STYLES[task[2]])
         for passes in (2, 3):
             rows[f"text to {task}, {passes} passes"] = ("speak", (task,), {"refine": passes}, STYLES[task[2]])
     return rows
@@ -230,13 +249,40 @@ def is_judged(report_file: Path, judging: dict) -> bool:
     return json.loads(report_file.read_text())["settings"].get("judges") == present
 
 
-def cell(value: dict | None, scale: float = 100.0) -> str:
-    """An interval or a rate as `12.3 [10.1, 14.9]`; a dash where nothing was measured."""
+def cell(report: dict, language: str | None, measure: str) -> str:
+    """A rate in percent or a cosine with its interval, as `12.3 [10.1, 14.9]`; a dash where nothing was measured."""
+    value = (report["groups"].get(language, {}) if language else report).get(measure)
     if not value:
         return "-"
-    middle = value["value"] * scale if "value" in value else value["rate"]
-    low, high = (value[k] * (scale if "value" in value else 1.0) for k in ("low", "high"))
-    return f"{middle:.1f} [{low:.1f}, {high:.1f}]"
+    middle = value["value" if "value" in value else "rate"]
+    low, high = value["low"], value["high"]
+    if measure == "speaker_cosine":
+        return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    scale = 100 if "value" in value else 1
+    return f"{scale * middle:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
+
+
+def markdown(reports: dict[str, dict]) -> str:
+    """The reports of the rows as Markdown tables, one for each of PARTS that has rows; empty columns are left out."""
+    tables = []
+    for title, belongs in PARTS.items():
+        own = {name: report for name, report in reports.items() if belongs(name)}
+        if not own or (title and not any("," in name for name in own)):
+            continue
+        table = {name: [cell(report, *column[1:]) for column in COLUMNS] for name, report in own.items()}
+        kept = [i for i in range(len(COLUMNS)) if any(cells[i] != "-" for cells in table.values())]
+        heads = ["row", *(COLUMNS[i][0] for i in kept)]
+        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        lines += [
+            "| " + " | ".join([name, *(cells[i] for i in kept)]) + " |" for name, cells in table.items()
+        ]
+        tables.append((f"{title}\n\n" if title else "") + "\n".join(lines) + "\n")
+    counts = {
+        " / ".join(f"{group['clips']} {language}" for language, group in sorted(report["groups"].items()))
+        for report in reports.values()
+    }
+    notes = f"Utterances a row: {', '.join(sorted(counts))}. Unvoiced ratio: {evaluate.PitchSettings().describe()}.\n"
+    return "\n".join([*tables, notes])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,14 +296,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judge", help="folder with the Mandarin recogniser")
     parser.add_argument("--out", required=True)
     parser.add_argument("--per-row", type=int, default=208, help="utterances per row and language")
-    parser.add_argument("--rows", help="only rows whose name contains this")
+    parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose name contains one of these")
     parser.add_argument("--languages", help="such as en; without it all of the split")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
 
-    table = {name: spec for name, spec in row_table().items() if (args.rows or "") in name}
+    table = {name: spec for name, spec in row_table().items() if any(x in name for x in args.rows)}
     if not table:
-        parser.error(f"no row's name contains {args.rows!r}; the rows are {', '.join(row_table())}")
+        parser.error(f"no row's name contains {args.rows[0]!r}; the rows are {'; '.join(row_table())}")
     items, known = read_items(args.data, args.split, args.per_row)
     languages = args.languages.split(",") if args.languages else list(items)
     if unknown := [x for x in languages if x not in items]:
@@ -278,11 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     out = Path(args.out)
     factors = enrol(matrix, known, out / "factors.json") if "en" in items else {}
-    lines = [
-        "| row | utterances en/zh | WER en, matrix | symbol error zh | unvoiced en | unvoiced zh "
-        "| right voice first en | token's voice first en | cosine en |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    reports = {}
     judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker)
     for name, spec in table.items():
         folder = out / re.sub("[^A-Za-z0-9]+", "_", name)
@@ -299,18 +341,10 @@ def main(argv: list[str] | None = None) -> int:
                 folder, **judging, gallery=(embeddings[keep], [names[i] for i in keep]),
                 factors=factors.get(spec[3]), workers=args.workers,
             )  # fmt: skip
-        groups = json.loads(report_file.read_text())["groups"]
-        en, zh = groups.get("en", {}), groups.get("zh", {})
-        lines.append(
-            f"| {name} | {en.get('clips', 0)}/{zh.get('clips', 0)} | {cell(en.get('matrix_wer'))} | "
-            f"{cell(zh.get('mandarin_ser'))} | {cell(en.get('unvoiced'))} | {cell(zh.get('unvoiced'))} | "
-            f"{cell(en.get('retrieval_first'))} | {cell(en.get('token_speaker_first'))} | "
-            f"{cell(en.get('speaker_cosine'), 1.0).replace('0.', '.')} |"
-        )
-        print(lines[-1], flush=True)
-    text = "\n".join(lines) + "\n\nUnvoiced ratio: " + evaluate.PitchSettings().describe() + ".\n"
-    (out / "table.md").write_text(text)
-    print(text)
+        reports[name] = json.loads(report_file.read_text())
+        print(name, *(cell(reports[name], *column[1:]) for column in COLUMNS), sep=" | ", flush=True)
+    (out / "table.md").write_text(markdown(reports))
+    print("\n" + markdown(reports))
     return 0
 
 

@@ -174,6 +174,8 @@ def test_a_result_folder_is_measured_by_group(tmp_path):
     normal, asmr = report["groups"]["normal"], report["groups"]["asmr"]
     assert normal["clips"] == 2 and normal["matrix_wer"]["rate"] == 20 and "matrix_wer" not in asmr
     assert normal["unvoiced"]["value"] < 0.1 < 0.6 < asmr["unvoiced"]["value"]
+    assert normal["unvoiced"]["value"] < report["unvoiced"]["value"] < asmr["unvoiced"]["value"]
+    assert report["unvoiced"]["count"] == 3
     assert normal["retrieval_first"]["value"] == 1 and asmr["retrieval_first"]["value"] == 0
     assert asmr["token_speaker_first"]["value"] == 1 and "token_speaker_first" not in normal
     assert "pYIN" in report["settings"]["unvoiced"] and report["settings"]["judges"] == ["matrix", "speaker"]

@@ -187,6 +187,14 @@ def test_a_clip_far_from_the_training_level_is_aligned_and_the_output_follows_th
     np.testing.assert_allclose(quiet.audio, 0.05 * loud.audio, atol=2e-3 * np.abs(loud.audio).max())
 
 
+def test_the_output_gain_of_a_style_changes_its_level_and_nothing_else(made, monkeypatch):
+    as_is = made.batch([ask(seed=1), ask(seed=1, style="normal")])
+    monkeypatch.setattr(made, "output_gain_db", {"asmr": -6.0})
+    softer = made.batch([ask(seed=1), ask(seed=1, style="normal")])
+    np.testing.assert_allclose(softer[0].audio, 10**-0.3 * as_is[0].audio, atol=1e-6)
+    np.testing.assert_array_equal(softer[1].audio, as_is[1].audio)
+
+
 def test_the_pool_can_be_built_by_our_own_synthesis(made, tmp_path):
     recordings = []
     for name, wav, style in (
