@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from deepasmr_jax import audio, nn, sharding
-from deepasmr_jax.sharding import spec
+from deepasmr_jax.sharding import pick, spec
 
 TIME_FEATURES = 256  # sinusoids of the flow time, E2 TTS
 METHODS = ("euler", "midpoint")
@@ -339,8 +339,8 @@ class Decoder(nnx.Module):
         num_frames = x.shape[1]
         x = self.embed_input(_patch(x, cfg), _patch(condition, cfg), tokens, mask)
         x = jnp.concatenate([self.embed_time(t)[:, None], x], axis=1)
-        first = jnp.ones_like(mask[:, :1])
-        x = self.layers(x, jnp.concatenate([first, mask], axis=1), cfg, key)
+        mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)  # the frame of the time
+        x = self.layers(x, mask, cfg, key)
         return _unpatch(self.output(self.norm(x)[:, 1:]), cfg)[:, :num_frames]
 
 
@@ -603,12 +603,13 @@ def _sample(model, cfg, inputs, grid, guidance, guided, method):
         condition = twins(condition, jnp.zeros_like(condition))
 
     def velocity(x, t):
-        t = jnp.zeros_like(x[:, 0, 0]) + t
+        t = jnp.zeros_like(jnp.sum(x, axis=(1, 2))) + t  # x[:, 0, 0]: see sharding.pick
         if not guided:
             return model(x, condition, tokens, t, mask, cfg)
         v = model(twins(x, x), condition, tokens, twins(t, t), mask, cfg)
         v = v.reshape(num_rows, 2, length, num_bins, out_sharding=spec("batch", None, "frames", "mel"))
-        return v[:, 0] + guidance * (v[:, 0] - v[:, 1])
+        conditional, null = pick(v, 0, 1), pick(v, 1, 1)
+        return conditional + guidance * (conditional - null)
 
     x = integrate(velocity, start, grid, method)
     return jnp.where((frame[None] < frames[:, None])[..., None], x * cfg.mel_std + cfg.mel_mean, 0.0)

@@ -275,12 +275,15 @@ class SpeakerJudge:
     size = 256
 
     def __init__(self) -> None:
-        import importlib.util
         import sys
         import types
 
-        if importlib.util.find_spec("webrtcvad") is None:  # imported by resemblyzer for the step we leave out
-            sys.modules.setdefault("webrtcvad", types.ModuleType("webrtcvad"))
+        try:
+            import webrtcvad  # noqa: F401
+        except (
+            ImportError
+        ):  # not there, or without setuptools; only for a step of resemblyzer that we leave out
+            sys.modules["webrtcvad"] = types.ModuleType("webrtcvad")
         try:
             from resemblyzer import VoiceEncoder
         except ImportError as error:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepasmr_jax import audio
+from deepasmr_jax.sharding import pick
 
 UNVOICED_HZ = 150.0  # frequency that the silent source runs at between voiced stretches
 
@@ -65,7 +66,7 @@ def track(wav: jax.Array, recipe: audio.MelConfig, limits: Range = Range()) -> t
     curve = before - 2 * middle + after
     shift = jnp.where(curve < -1e-6, 0.5 * (before - after) / jnp.minimum(curve, -1e-6), 0.0)
     hz = rate / (best + first + jnp.clip(shift, -0.5, 0.5))
-    loud = energy[..., 0] > limits.floor * jnp.max(energy[..., 0], axis=1, keepdims=True)
+    loud = pick(energy, 0, 2) > limits.floor * jnp.max(energy, axis=1)
     return hz, (middle > limits.strength) & loud
 
 
@@ -93,8 +94,8 @@ def pulses(
 
     def beside(x: jax.Array, offset: int) -> jax.Array:
         """x of the frame before (-1) or after (1); zero outside."""
-        zero = jnp.zeros_like(x[:, :1])
-        return jnp.concatenate([zero, x[:, :-1]] if offset < 0 else [x[:, 1:], zero], axis=1)
+        padded = jnp.pad(x, ((0, 0), (1, 0) if offset < 0 else (0, 1)))
+        return padded[:, :-1] if offset < 0 else padded[:, 1:]
 
     # an unvoiced frame takes the pitch of a voiced neighbour, so that a voice neither starts nor ends in a glide
     known = jnp.where(beside(gate, 1) > 0, beside(hz, 1), UNVOICED_HZ)
@@ -104,18 +105,16 @@ def pulses(
     def upsample(x: jax.Array) -> jax.Array:
         """[B, T] to [B, T, hop], linear between frame middles, held at both ends of the row."""
         after = jnp.where(beside(valid.astype(jnp.float32), 1) > 0, beside(x, 1), x)
-        before = jnp.concatenate([x[:, :1], x[:, :-1]], axis=1)
-        place = (
-            np.arange(hop, dtype=np.float32) + 0.5
-        ) / hop - 0.5  # -0.5 .. 0.5 of a frame around its middle
+        before = jnp.where(jnp.arange(x.shape[1]) > 0, beside(x, -1), x)
+        place = (np.arange(hop, dtype=np.float32) + 0.5) / hop - 0.5  # in frames, around the frame's middle
         left, right = np.maximum(-place, 0), np.maximum(place, 0)
         return x[..., None] * (1 - left - right) + before[..., None] * left + after[..., None] * right
 
     step = upsample(hz) / rate
     inner = jnp.cumsum(step, axis=-1)
-    ends = jax.lax.associative_scan(lambda a, b: (a + b) % 1.0, inner[..., -1] % 1.0, axis=1)
-    starts = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
-    cycles = (starts[..., None] + inner) % 1.0
+    turns = (pick(inner, -1, 2) % 1.0 * 2.0**32).astype(jnp.uint32)
+    ends = jnp.cumsum(turns, axis=1).astype(jnp.float32) / 2.0**32  # whole numbers wrap around by themselves
+    cycles = (beside(ends, -1)[..., None] + inner) % 1.0
     # sum of cos(k x) for k = 1..count in closed form (Dirichlet kernel)
     count = jnp.floor(0.5 / jnp.maximum(step, 1e-4))
     half = jnp.sin(jnp.pi * cycles)

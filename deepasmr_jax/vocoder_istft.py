@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 
 from deepasmr_jax import audio, nn, pitch
-from deepasmr_jax.sharding import spec
+from deepasmr_jax.sharding import pick, spec
 
 MAX_MAGNITUDE = 100.0  # Vocos: keeps an untrained head from overflowing
 WASH_BINS = 3.0  # standard deviation of the smoothing over mel bins in `_spoil`
@@ -211,7 +211,7 @@ def overlap_add(frames: jax.Array, hop: int, start: int, num_samples: int) -> ja
     pieces = -(-size // hop)
     frames = jnp.pad(frames, ((0, 0), (0, 0), (0, pieces * hop - size)))
     frames = frames.reshape(num_rows, num_frames, pieces, hop)
-    shifted = [jnp.pad(frames[:, :, i], ((0, 0), (i, pieces - 1 - i), (0, 0))) for i in range(pieces)]
+    shifted = [jnp.pad(pick(frames, i, 2), ((0, 0), (i, pieces - 1 - i), (0, 0))) for i in range(pieces)]
     out = sum(shifted).reshape(num_rows, (num_frames + pieces - 1) * hop)
     missing = max(0, start + num_samples - out.shape[1])
     return jnp.pad(out, ((0, 0), (0, missing)))[:, start : start + num_samples]
@@ -256,7 +256,7 @@ def _decode_pitch(cfg: Config, logits: jax.Array) -> tuple[jax.Array, jax.Array]
     scores, centres = logits[..., :-1], jnp.asarray(np.log(pitch_centres(cfg)), jnp.float32)
     away = jnp.abs(jnp.arange(cfg.pitch_bins) - jnp.argmax(scores, axis=-1)[..., None])
     weights = jax.nn.softmax(jnp.where(away <= 3, scores, -1e9), axis=-1)
-    return jnp.exp(jnp.sum(weights * centres, axis=-1)), logits[..., -1] > 0
+    return jnp.exp(jnp.sum(weights * centres, axis=-1)), pick(logits, -1, 2) > 0
 
 
 def _pitch_loss(cfg: Config, logits: jax.Array, hz: jax.Array, voiced: jax.Array) -> jax.Array:
@@ -265,7 +265,7 @@ def _pitch_loss(cfg: Config, logits: jax.Array, hz: jax.Array, voiced: jax.Array
     place = (jnp.log(hz) - centres[0]) / (centres[1] - centres[0])
     target = jnp.maximum(1.0 - jnp.abs(jnp.arange(cfg.pitch_bins) - place[..., None]), 0.0)
     nll = -jnp.sum(target * jax.nn.log_softmax(logits[..., :-1]), axis=-1) * voiced
-    score = logits[..., -1]
+    score = pick(logits, -1, 2)
     return jnp.mean(nll + jax.nn.softplus(score) - score * voiced, axis=1)
 
 
