@@ -6,15 +6,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deepasmr_jax.evaluate import RESULTS
-from deepasmr_jax.request import Request, check_file_name, from_row
-from deepasmr_jax.synthesis import Failure, Synthesizer
+from deepasmr_jax import evaluate, request, synthesis
 
-FAILURES = "failures.jsonl"
+FAILURES = "failures.jsonl"  # beside evaluate.RESULTS
 
 
 def to_folder(
-    synthesizer: Synthesizer,
+    synthesizer: synthesis.Synthesizer,
     rows: Sequence[dict],
     folder: str | os.PathLike,
     progress: Callable[[str], None] | None = None,
@@ -28,9 +26,10 @@ def to_folder(
 
     Args:
         synthesizer: the model.
-        rows: fields of `Request`, and anything else ("group", "speaker", ...); all but arrays is copied into the
-            line. "file" names the wav in the folder, else it is row number and task. A row that cannot be used
-            is a failure like any other; one with an array is always made again.
+        rows: fields of `Request`, and anything else ("group", "speaker", ...). A line holds all of the row but
+            arrays, then facts of the result in place of fields of the same name, and the row as it was under
+            "asked". "file" names the wav in the folder, else it is row number and task. A row that cannot be
+            used, or names a file that an earlier one has, is a failure; one with an array is always made again.
         folder: made if absent; files of the same name are replaced.
         progress: called with a sentence now and then.
         at_once: requests held in memory together; results do not depend on it.
@@ -40,29 +39,31 @@ def to_folder(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = _fingerprint(synthesizer)
+    model = fingerprint(synthesizer)
     finished = _finished(folder, rows, model)
-    part = folder / (RESULTS + ".part")
+    part = folder / (evaluate.RESULTS + ".part")
     part.write_text("".join(map(_json_line, finished.values())), "utf-8")
-    part.replace(folder / RESULTS)
+    part.replace(folder / evaluate.RESULTS)
+    owners = {row.get("file"): i for i, row in reversed(list(enumerate(rows)))}
     left = [i for i in range(len(rows)) if i not in finished]
     counts = [0, 0]
     with (
-        (folder / RESULTS).open("a", encoding="utf-8") as made,
+        (folder / evaluate.RESULTS).open("a", encoding="utf-8") as made,
         (folder / FAILURES).open("w", encoding="utf-8") as failed,
     ):
         for start in range(0, len(left), at_once):
             now = left[start : start + at_once]
-            asked = [_asked(rows[i]) for i in now]
-            spoken = iter(synthesizer.batch([r for r in asked if isinstance(r, Request)]))
-            for i, request in zip(now, asked, strict=True):
-                result = next(spoken) if isinstance(request, Request) else request
-                line = _plain(rows[i]) | {"row": i}
-                if isinstance(result, Failure):
+            asked = [_asked(i, rows[i], owners) for i in now]
+            spoken = iter(synthesizer.batch([r for r in asked if isinstance(r, request.Request)]))
+            for i, one in zip(now, asked, strict=True):
+                result = next(spoken) if isinstance(one, request.Request) else one
+                row = {k: v for k, v in rows[i].items() if not hasattr(v, "__array__")}
+                line = row | {"row": i, "asked": row}
+                if isinstance(result, synthesis.Failure):
                     failed.write(_json_line(line | {"error": result.error}))
                     counts[1] += 1
                     continue
-                line |= {"file": rows[i].get("file", f"{i:05d}_{result.task}.wav"), "model": model}
+                line |= {"file": row.get("file", f"{i:05d}_{result.task}.wav"), "model": model}
                 result.save(folder / line["file"])
                 made.write(_json_line(line | result.facts()))
                 counts[0] += 1
@@ -75,16 +76,17 @@ def to_folder(
 
 def _finished(folder: Path, rows: Sequence[dict], model: str) -> dict[int, dict]:
     """Number of each row that need not be made again -> its line."""
-    path, finished = folder / RESULTS, {}
-    for text in path.read_text("utf-8").splitlines() if path.exists() else []:
+    path, finished = folder / evaluate.RESULTS, {}
+    content = path.read_text("utf-8", errors="replace") if path.exists() else ""
+    for text in content.splitlines():
         try:
             line = json.loads(text)
-            number, wav = line["row"], folder / line["file"]
+            number, asked, wav = line["row"], line["asked"], folder / line["file"]
             row = rows[number]
         except (ValueError, KeyError, IndexError, TypeError):  # cut short, or of another list
             continue
-        same = _plain(row) == row and line.get("model") == model
-        same = same and json.loads(_json_line(row)).items() <= line.items()
+        has_array = any(hasattr(v, "__array__") for v in row.values())
+        same = not has_array and asked == json.loads(_json_line(row)) and line.get("model") == model
         if same and wav.is_file() and not _is_newer(row.get("voice"), wav):
             finished[number] = line
     return finished
@@ -97,26 +99,24 @@ def _is_newer(clip, wav: Path) -> bool:
         return True
 
 
-def _fingerprint(synthesizer: Synthesizer) -> str:
-    """Name and checksum of the model's settings, provenance and pool."""
-    content = json.dumps(synthesizer.config, sort_keys=True, default=str).encode()
-    for entry in synthesizer.pool.entries:
-        content += entry.name.encode() + entry.speech_tokens.tobytes()
-    return f"{synthesizer.config.get('name', synthesizer.folder.name)} {zlib.crc32(content):08x}"
+def fingerprint(synthesizer: synthesis.Synthesizer) -> str:
+    """Name and checksum of the model: settings, checksums of the weights, and pool."""
+    content = zlib.crc32(json.dumps(synthesizer.config, sort_keys=True, default=str).encode())
+    for e in synthesizer.pool:
+        for part in (e.name.encode(), e.transcript.encode(), e.speech_tokens, e.mel, e.speaker_embedding):
+            content = zlib.crc32(part, content)
+    return f"{synthesizer.config.get('name', synthesizer.folder.name)} {content:08x}"
 
 
-def _asked(row: dict) -> Request | Failure:
+def _asked(number: int, row: dict, owners: dict[str, int]) -> request.Request | synthesis.Failure:
     """The request of a row of a list, checked before any work."""
     try:
-        check_file_name(row.get("file", "unnamed.wav"))
-        return from_row(row, extras=True)
+        file = request.check_file_name(row.get("file", "unnamed.wav"))
+        if owners.get(file, number) != number:
+            raise ValueError(f"the file name {file!r} is that of row {owners[file]} too; give another")
+        return request.from_row(row, extras=True)
     except (ValueError, TypeError) as e:
-        return Failure(row, str(e))
-
-
-def _plain(row: dict) -> dict:
-    """The row without arrays."""
-    return {k: v for k, v in row.items() if not hasattr(v, "__array__")}
+        return synthesis.Failure(row, str(e))
 
 
 def _json_line(line: dict) -> str:

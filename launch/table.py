@@ -19,18 +19,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, evaluate, input_pipeline, judges, synthesis  # noqa: E402
+from deepasmr_jax import audio, batch, evaluate, input_pipeline, judges, synthesis  # noqa: E402
 
 STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
 CROSS = ("N2A", "A2N")  # the tasks whose task prompt always comes from the pool
 STATIC = "one static prompt"
-PARTS = {  # title -> whether a row of that name belongs there
-    "": lambda name: "static" not in name and "passes" not in name,
-    "Pool retrieval against one static prompt (the paper's Table III)": lambda name: (
+PARTS = {  # option, title -> whether a row of that name belongs there
+    ("main", ""): lambda name: "static" not in name and "passes" not in name,
+    ("pool", "Pool retrieval against one static prompt (the paper's Table III)"): lambda name: (
         name.endswith(CROSS) and name.startswith("text") or STATIC in name
     ),
-    "Refinement passes (the paper's Table V)": lambda name: (
+    ("passes", "Refinement passes (the paper's Table V)"): lambda name: (
         name.endswith(CROSS) and name.startswith("text") or "passes" in name
     ),
 }
@@ -63,10 +63,10 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What the judges may know of the speakers beforehand: recordings that are in no item; by style."""
+    """What the judges may know of the English speakers: recordings that are no item's target; by style."""
 
     gallery: dict[str, list[tuple[str, np.ndarray]]]  # (speaker, wav)
-    enrolment: dict[str, dict[str, list[tuple[np.ndarray, str]]]]  # English speaker -> (wav, matrix sentence)
+    enrolment: dict[str, dict[str, list[tuple[np.ndarray, str]]]]  # speaker -> (wav, matrix sentence)
 
 
 def read_items(data: str, split: str, per_row: int) -> tuple[dict[str, list[Item]], Known]:
@@ -91,18 +91,18 @@ def read_items(data: str, split: str, per_row: int) -> tuple[dict[str, list[Item
     for (language, speaker), own in by_speaker.items():
         matrix = [p for p in own if p["kind"] == "matrix"]
         others = [p for p in own if p["kind"] != "matrix"] or matrix
-        for p in others[:GALLERY_CLIPS]:
-            for style in gallery:
-                gallery[style].append((speaker, p["wavs"][style]))
         clips = others[GALLERY_CLIPS:] or matrix
         if language == "en":
+            for p in others[:GALLERY_CLIPS]:
+                for style in gallery:
+                    gallery[style].append((speaker, p["wavs"][style]))
             for style in enrolment:
                 enrolment[style][speaker] = [(p["wavs"][style], p["text"]) for p in matrix[-ENROLMENT:]]
-            matrix = matrix[:-ENROLMENT]
+            targets = [p for p in matrix[:-ENROLMENT] if not any(p is o for o in others[:GALLERY_CLIPS])]
         else:
-            matrix = matrix + others[:GALLERY_CLIPS]
-        for i, p in enumerate(matrix):
-            clip = clips[i % len(clips)] if clips is not matrix else matrix[(i + 1) % len(matrix)]
+            targets = matrix + [p for p in others[:GALLERY_CLIPS] if not any(p is m for m in matrix)]
+        for i, p in enumerate(targets):
+            clip = next(c for c in (clips[(i + k) % len(clips)] for k in (0, 1)) if c is not p)
             items.setdefault(language, []).append(
                 Item(language, speaker, p["text"], clip["text"], p["wavs"], clip["wavs"])
             )
@@ -186,7 +186,7 @@ def _wav(result: synthesis.Result | synthesis.Failure) -> np.ndarray | None:
 
 
 def row_table() -> dict[str, tuple]:
-    """Name of each row -> (method of Rows, its arguments, style of its output)."""
+    """Name of each row -> (method of Rows, its arguments, its options, style of its output)."""
     rows: dict[str, tuple] = {}
     for method, name in (("truth", "recordings"), ("copy", "vocoder copy")):
         rows[f"{name}, normal"] = (method, ("normal",), {}, "normal")
@@ -215,6 +215,21 @@ def enrol(judge: judges.MatrixJudge, known: Known, path: Path) -> dict[str, dict
         part.write_text(json.dumps(found, indent=1))
         part.rename(path)
     return json.loads(path.read_text())
+
+
+def check_settings(path: Path, settings: dict, refuse) -> None:
+    """Keeps what the rows of a folder are made with; a folder of other rows is refused."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(settings, indent=1) + "\n")
+        part.rename(path)
+    before = json.loads(path.read_text())
+    if changed := [key for key in settings if settings[key] != before.get(key)]:
+        key = changed[0]
+        refuse(
+            f"{path.parent} holds rows with {key} {before.get(key)!r}, not {settings[key]!r}; name another --out"
+        )
 
 
 def make_row(rows: Rows, spec: tuple, items: dict[str, list[Item]], folder: Path) -> None:
@@ -265,7 +280,7 @@ def cell(report: dict, language: str | None, measure: str) -> str:
 def markdown(reports: dict[str, dict]) -> str:
     """The reports of the rows as Markdown tables, one for each of PARTS that has rows; empty columns are left out."""
     tables = []
-    for title, belongs in PARTS.items():
+    for (_, title), belongs in PARTS.items():
         own = {name: report for name, report in reports.items() if belongs(name)}
         if not own or (title and not any("," in name for name in own)):
             continue
@@ -297,11 +312,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True)
     parser.add_argument("--per-row", type=int, default=208, help="utterances per row and language")
     parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose name contains one of these")
+    parser.add_argument("--parts", nargs="+", choices=[part for part, _ in PARTS], help="all if absent")
     parser.add_argument("--languages", help="such as en; without it all of the split")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
 
+    wanted = [belongs for (part, _), belongs in PARTS.items() if not args.parts or part in args.parts]
     table = {name: spec for name, spec in row_table().items() if any(x in name for x in args.rows)}
+    table = {name: spec for name, spec in table.items() if any(belongs(name) for belongs in wanted)}
     if not table:
         parser.error(f"no row's name contains {args.rows[0]!r}; the rows are {'; '.join(row_table())}")
     items, known = read_items(args.data, args.split, args.per_row)
@@ -315,14 +333,19 @@ def main(argv: list[str] | None = None) -> int:
             f"the model works at {rows.synthesizer.sample_rate} Hz, the corpus is at "
             f"{audio.SAMPLE_RATE} Hz; give a model of that rate"
         )
+    out = Path(args.out)
+    settings = {key: getattr(args, key) for key in ("data", "split", "per_row", "languages")}
+    check_settings(
+        out / "settings.json", settings | {"model": batch.fingerprint(rows.synthesizer)}, parser.error
+    )
     matrix = judges.MatrixJudge()
     mandarin = judges.MandarinJudge(args.judge) if args.judge else None
     speaker = judges.SpeakerJudge()
     gallery = {
         style: (np.stack([speaker.embed(w, audio.SAMPLE_RATE) for _, w in clips]), [s for s, _ in clips])
         for style, clips in known.gallery.items()
+        if "en" in items
     }
-    out = Path(args.out)
     factors = enrol(matrix, known, out / "factors.json") if "en" in items else {}
     reports = {}
     judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker)
@@ -331,14 +354,8 @@ def main(argv: list[str] | None = None) -> int:
         make_row(rows, spec, items, folder)
         report_file = folder / "evaluation.json"
         if not is_judged(report_file, judging):
-            present = {s for v in items.values() for s in (i.speaker for i in v)}
-            english = {i.speaker for i in items.get("en", [])}
-            embeddings, names = gallery[spec[3]]
-            keep = [i for i, n in enumerate(names) if n in english] or [
-                i for i, n in enumerate(names) if n in present
-            ]
             evaluate.evaluate_folder(
-                folder, **judging, gallery=(embeddings[keep], [names[i] for i in keep]),
+                folder, **judging, gallery=gallery.get(spec[3]),
                 factors=factors.get(spec[3]), workers=args.workers,
             )  # fmt: skip
         reports[name] = json.loads(report_file.read_text())

@@ -37,12 +37,12 @@ def lines(folder, name: str) -> list[dict]:
 def test_rows_that_cannot_be_used_are_recorded_and_arrays_are_not(tmp_path, maker):
     row = {"text": TEXT, "voice": tiny_model.buzz(0.5), "voice-rate": tiny_model.RATE}
     rows = [row | {"file": name} for name in ("a.mp3", "../a.wav", "in/a.flac")] + [row | {"speeker": "me"}]
-    rows += [row | {"sed": 1}, {"text": TEXT}]
-    assert batch.to_folder(maker, rows, tmp_path, at_once=4) == (2, 4, 0)
+    rows += [row | {"sed": 1}, {"text": TEXT}, row | {"file": "in/a.flac"}]
+    assert batch.to_folder(maker, rows, tmp_path, at_once=4) == (2, 5, 0)
     made, failed = lines(tmp_path, "results.jsonl"), lines(tmp_path, "failures.jsonl")
     assert [x["file"] for x in made] == ["in/a.flac", "00003_N2A.wav"] and "voice" not in made[0]
     assert made[1]["speeker"] == "me" and all((tmp_path / x["file"]).exists() for x in made)
-    words = ("a.mp3", "leads out", "did you mean 'seed'", "no 'voice'")
+    words = ("a.mp3", "leads out", "did you mean 'seed'", "no 'voice'", "'in/a.flac' is that of row 2")
     assert all(w in x["error"] for w, x in zip(words, failed, strict=True))
 
 
@@ -50,17 +50,18 @@ def test_a_stopped_run_goes_on_and_makes_only_what_is_missing_or_changed(tmp_pat
     clip, out = tmp_path / "clip.wav", tmp_path / "out"
     audio.save(clip, tiny_model.buzz(0.5), tiny_model.RATE)
     os.utime(clip, (1, 1))
-    rows = [{"text": f"Line {i}.", "voice": str(clip), "seed": i} for i in range(5)] + [{"text": ""}]
+    rows = [{"text": f"Line {i}.", "voice": str(clip), "seed": str(i)} for i in range(5)] + [{"text": ""}]
+    rows[0] |= {"notes": "mine", "language": None}  # names that the result has too
+    rows[3] |= {"text": "把眼睛闭上。"}
     assert batch.to_folder(maker, rows, out) == (5, 1, 0)
-    cut = (out / "results.jsonl").read_text().splitlines(keepends=True)
-    (out / "results.jsonl").write_text(
-        "".join(cut[:3]) + cut[3][:40]
-    )  # stopped while writing the fourth line
+    whole = (out / "results.jsonl").read_bytes()
+    at = whole.index("睛".encode()) + 1  # stopped inside a character of the fourth line
+    (out / "results.jsonl").write_bytes(whole[:at])
     (out / "00001_N2A.wav").unlink()
     rows[2] = rows[2] | {"text": "Another line."}
     maker.asked.clear()
     assert batch.to_folder(maker, rows, out) == (4, 1, 1)
-    assert [r.text for r in maker.asked] == ["Line 1.", "Another line.", "Line 3.", "Line 4."]
+    assert [r.text for r in maker.asked] == ["Line 1.", "Another line.", "把眼睛闭上。", "Line 4."]
     assert sorted(x["row"] for x in lines(out, "results.jsonl")) == [0, 1, 2, 3, 4]
     assert batch.to_folder(maker, rows, out) == (0, 1, 5)
     maker.config = {"name": "tiny", "trained": "more"}

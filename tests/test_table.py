@@ -5,7 +5,10 @@ import json
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from deepasmr_jax import audio
 
 PATH = Path(__file__).parent.parent / "launch" / "table.py"
 
@@ -75,4 +78,70 @@ def test_the_tables_hold_the_rows_and_columns_that_were_measured(table):
 
 def test_every_row_of_the_list_belongs_to_a_table(table):
     for name in table.row_table():
-        assert sum(belongs(name) for belongs in table.PARTS.values()) >= 1
+        assert any(belongs(name) for belongs in table.PARTS.values())
+
+
+def records(matrix: int, others: int, languages: str = "en en zh") -> list[dict]:
+    """Pairs of every speaker; the samples of a recording name it."""
+    made = []
+    for s, language in enumerate(languages.split()):
+        for i in range(matrix + others):
+            for style in (0, 1):
+                wav = np.full(3, len(made) + 1, np.int16)
+                made.append(
+                    {"pair_id": f"{s}_{i:02d}", "audio": wav, "text": f"text {i}", "language": language}
+                    | {"speaker": f"{language}{s}", "style": ("normal", "asmr")[style]}
+                    | {"kind": "matrix" if i < matrix else "open"}
+                )
+    return made
+
+
+@pytest.mark.parametrize("others", [0, 3, 9])
+def test_no_english_target_is_known_to_the_judges_and_none_is_its_own_clip(table, monkeypatch, others):
+    monkeypatch.setattr(table.input_pipeline, "Records", lambda *_: records(14, others))
+    items, known = table.read_items("x", "test", 1000)
+    names = lambda wavs: {float(w[0]) for w in wavs}
+    targets = names(i.target[style] for i in items["en"] for style in i.target)
+    assert not targets & names(w for clips in known.gallery.values() for _, w in clips)
+    heard = (w for own in known.enrolment.values() for clips in own.values() for w, _ in clips)
+    assert not targets & names(heard)
+    assert {s for s, _ in known.gallery["asmr"]} == {"en0", "en1"} and len(items["zh"]) >= 14
+    for item in items["en"] + items["zh"]:
+        for style in ("normal", "asmr"):
+            assert item.clip[style][0] != item.target[style][0]
+    few = table.read_items("x", "test", 4)[0]["en"]
+    assert [i.speaker for i in few] == ["en0", "en1", "en0", "en1"]
+
+
+def test_voices_are_lent_by_other_speakers_and_one_speaker_is_not_enough(table):
+    item = lambda speaker: table.Item("en", speaker, "a", "b", {}, {})
+    lent = table.voices_of_others([item("one"), item("one"), item("two")])
+    assert [i.speaker for i in lent] == ["two", "two", "one"]
+    with pytest.raises(ValueError, match="only the speaker 'one'"):
+        table.voices_of_others([item("one"), item("one")])
+
+
+def test_a_row_is_written_whole_and_what_failed_is_silence(table, tmp_path):
+    class Rows:
+        synthesizer = types.SimpleNamespace(sample_rate=16000)
+
+        def speak(self, items, task, refine):
+            assert (task, refine) == ("N2A", 2)
+            return [np.full(16000, 0.5, np.float32), None]
+
+    items = [table.Item("en", s, f"text of {s}", "", {}, {}) for s in ("one", "two")]
+    table.make_row(Rows(), ("speak", ("N2A",), {"refine": 2}, "asmr"), {"en": items}, tmp_path / "row")
+    lines = [json.loads(line) for line in (tmp_path / "row" / "results.jsonl").read_text().splitlines()]
+    assert [(x["speaker"], x["text"]) for x in lines] == [("one", "text of one"), ("two", "text of two")]
+    wavs = [audio.load(tmp_path / "row" / x["file"], 16000, allow_silence=True) for x in lines]
+    assert wavs[0].std() < 1e-3 < wavs[0].mean() and audio.is_silent(wavs[1])
+    table.make_row(None, ("speak", (), {}, "asmr"), {"en": items}, tmp_path / "row")  # is there: left alone
+
+
+def test_a_folder_of_rows_with_other_settings_is_refused(table, tmp_path):
+    refused = []
+    for per_row in (208, 208, 104):
+        table.check_settings(
+            tmp_path / "settings.json", {"split": "test", "per_row": per_row}, refused.append
+        )
+    assert len(refused) == 1 and "per_row 208, not 104; name another --out" in refused[0]
