@@ -52,6 +52,8 @@ setup(
             "pypinyin>=0.53,<0.56",
             "pocketsphinx>=5.1,<6",
         ],
+        # the demo's page is one file that needs nothing more; a server would name its packages here
+        "web": [],
         # the tests use `zh` and `judge` too (launch/test.sh installs dev,zh,judge); those of the corpus and of the
         # speaker judge are skipped without `corpus` and `eval`
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "jiwer>=4,<5"],

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+from pathlib import Path
 
 import grain
 import jax
@@ -268,3 +269,11 @@ def test_a_module_with_a_list_of_modules_comes_back(tmp_path):
     checkpoints.save(1, make(jax.random.key(0)), data)
     step, found = checkpoints.restore(checkpoint.abstract(make, jax.random.key(1)), data)
     assert step == 1 and all_equal(found, make(jax.random.key(0)))
+
+
+def test_the_built_in_weights_and_pool_are_at_most_40_mb():
+    folder = Path(checkpoint.__file__).parent / "mini"
+    names = [entry["file"] for entry in checkpoint.read_config(folder)["components"].values()]
+    files = sorted(folder.rglob("*.safetensors"))
+    assert [f.name for f in files] == sorted([*names, "pool.safetensors"])
+    assert sum(f.stat().st_size for f in files) <= 40e6
