@@ -275,11 +275,11 @@ def _pool_build(args) -> None:
 def _pool_add(args) -> None:
     target = request.check_output(args.to, (".safetensors",))
     recordings = _recordings(args)
-    from deepasmr_jax import pool, synthesis
+    _check_model(args)
+    from deepasmr_jax import synthesis
 
-    old = pool.load(target)
-    synthesizer = synthesis.load(args.model)
-    new = old.add(*(synthesizer.entry(r) for r in recordings))
+    synthesizer = synthesis.load(args.model, target)  # refuses a pool that another model made
+    new = synthesizer.pool.add(*(synthesizer.entry(r) for r in recordings))
     new.save(target)
     print(f"{target}: {len(recordings)} entries added, {len(new)} in all")
 

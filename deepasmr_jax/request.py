@@ -57,6 +57,7 @@ class Request:
         if self.voice_text is not None:
             try:
                 text_lib.check(self.voice_text)
+                _ = self.voice_language  # refuses other scripts, and digits whose language nobody says
             except ValueError as e:
                 raise ValueError(f"transcript of the voice clip: {e}") from None
         check_choice(self.style, STYLES, "style")
@@ -74,6 +75,15 @@ class Request:
             raise ValueError(
                 "the voice is an array without a sample rate; pass voice_rate in Hz, such as 16000"
             )
+
+    @property
+    def voice_language(self) -> str | None:
+        """Language of `voice_text`, from its letters; without letters it is `language`. None: no transcript."""
+        if self.voice_text is None:
+            return None
+        if self.language and not any(map(str.isalpha, self.voice_text)):
+            return self.language
+        return text_lib.detect_language(self.voice_text)
 
 
 def from_row(row: dict, extras: bool = False) -> Request:
