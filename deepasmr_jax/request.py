@@ -160,7 +160,7 @@ def check_file_name(name: str) -> str:
 
 
 def check_output(path: str | os.PathLike, suffixes: Sequence[str] = (".wav",)) -> Path:
-    """The path of a file to be written, its folder made; ValueError if it cannot be written there."""
+    """The path of a file to be written, in a folder that need not exist yet; ValueError if it cannot be."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"the output file {path} does not end in {' or '.join(suffixes)}; rename it")
@@ -173,11 +173,11 @@ def check_output(path: str | os.PathLike, suffixes: Sequence[str] = (".wav",)) -
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:
-    """The folder, made if need be; ValueError if nothing can be written there."""
+    """The folder, which need not exist yet and is not made; ValueError if nothing can be written there."""
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".deepasmr_probe_{os.getpid()}"
+        existing = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+        probe = existing / f".deepasmr_probe_{os.getpid()}"
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as e:

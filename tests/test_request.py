@@ -62,8 +62,8 @@ def test_a_clip_that_is_a_folder_or_empty_is_refused(tmp_path):
 
 
 def test_an_output_path_must_be_a_wav_in_a_folder_that_can_be_written(tmp_path):
-    assert request.check_output(tmp_path / "new" / "out.wav").parent.is_dir()
-    assert list((tmp_path / "new").iterdir()) == []  # the probe is gone
+    assert request.check_output(tmp_path / "new" / "deep" / "out.wav").name == "out.wav"
+    assert list(tmp_path.iterdir()) == []  # no folder is made, and the probe is gone
     with pytest.raises(ValueError, match="out.txt does not end in .wav"):
         request.check_output(tmp_path / "out.txt")
     (tmp_path / "file").write_text("")
