@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_model
 from flax import nnx
 
-from deepasmr_jax import checkpoint, config, input_pipeline, metrics, sharding, train
+from deepasmr_jax import checkpoint, config, input_pipeline, metrics, sharding, text, train
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -289,13 +290,32 @@ def test_text_ids_of_another_tokenizer_are_refused_with_the_way_out(tmp_path):
         train.check_text_ids(small)
     train.check_text_ids(tiny(features, "lm"))
     tools = fixture_data.add_features_module()
-    tools._note_tokenizer(Path(features), "mini", 313)
+    tools._note_origin(Path(features), {"name": "mini", "vocab_size": 313})
     train.check_text_ids(tiny(features, "lm"))
     large = config.override(tiny(features, "lm"), "model.text_vocab=151936")
     with pytest.raises(ValueError, match=r"tokenizer 'mini' with 313 symbols, model.text_vocab is 151936"):
         train.train(large, tmp_path / "run")
-    with pytest.raises(ValueError, match="begun with the text tokenizer"):
-        tools._note_tokenizer(Path(features), "qwen", 151936)
+
+
+def test_features_of_two_tokenizers_or_mel_profiles_do_not_share_a_folder(tmp_path):
+    tools = fixture_data.add_features_module()
+    made = {"name": "mini", "vocab_size": 313, "speech_tokenizer": "0a", "mel_profile": "mini"}
+    faults = {"name": "qwen", "vocab_size": 151936, "speech_tokenizer": "0b", "mel_profile": "cv2"}
+    for _ in range(2):
+        tools._note_origin(tmp_path / "new", made)
+        for key, value in faults.items():
+            with pytest.raises(
+                ValueError, match=f"begun with .* {made[key]}, not {value}; choose another --out"
+            ):
+                tools._note_origin(tmp_path / "new", made | {key: value})
+    config.write_json(
+        tmp_path / "old" / input_pipeline.TEXT_TOKENIZER_FILE, {"name": "mini", "vocab_size": 313}
+    )
+    tools._note_origin(tmp_path / "old", made)
+    features, out = fixture_data.write(tmp_path, {"train": 4}, has_features=False), tmp_path / "f" / "1.0.0"
+    tools._note_origin(out, made | {"vocab_size": text.MiniTokenizer().vocab_size})
+    with pytest.raises(ValueError, match="begun with the speech tokenizer of sha256 0a, not [0-9a-f]{64}"):
+        tools.add_features(features, str(tiny_model.shared()), str(out))
 
 
 def all_configs():
