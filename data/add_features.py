@@ -169,6 +169,14 @@ def _pad(wavs: list[np.ndarray], width: int, num_rows: int) -> tuple[np.ndarray,
     return wav, lengths
 
 
+_ORIGIN = {
+    "name": "the text tokenizer",
+    "vocab_size": "a text vocabulary of size",
+    "speech_tokenizer": "the speech tokenizer of sha256",
+    "mel_profile": "the mel profile",
+}
+
+
 def add_features(
     data: str,
     model: str,
@@ -185,14 +193,15 @@ def add_features(
         model: exported model folder.
         out: version folder to write, e.g. `FEATURES/1.0.0`.
         text_tokenizer: "mini", or the folder of a Qwen tokenizer; its name and vocabulary size are written beside
-            the features (input_pipeline.TEXT_TOKENIZER_FILE), for the language model to compare.
+            the features (input_pipeline.TEXT_TOKENIZER_FILE), for the language model to compare; so are the
+            checksum of the speech tokenizer and the mel profile, for an interrupted pass.
         mel_profile: name of the mel recipe.
         batch_size: rows per compiled call.
         shard_size: records per output file.
 
     Raises:
         ValueError: if a folder is missing, a waveform is shorter than one token, or `out` was begun with another
-            text tokenizer.
+            text tokenizer, speech tokenizer or mel profile.
     """
     import tensorflow_datasets as tfds
 
@@ -200,7 +209,13 @@ def add_features(
     source = tfds.builder_from_directory(str(data))
     extract = Extractor(model, mel_profile, batch_size)
     tokenizer = text.MiniTokenizer() if text_tokenizer == "mini" else text.QwenTokenizer(text_tokenizer)
-    _note_tokenizer(folder, "mini" if text_tokenizer == "mini" else "qwen", tokenizer.vocab_size)
+    made = {
+        "name": "mini" if text_tokenizer == "mini" else "qwen",
+        "vocab_size": tokenizer.vocab_size,
+        "speech_tokenizer": checkpoint.read_config(model)["components"]["speech_tokenizer"]["sha256"],
+        "mel_profile": mel_profile,
+    }
+    _note_origin(folder, made)
     added = {
         "speech_tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
         "mel": tfds.features.Tensor(
@@ -236,14 +251,18 @@ def add_features(
     return folder
 
 
-def _note_tokenizer(folder: Path, name: str, vocab_size: int) -> None:
-    """Writes which tokenizer made the text ids, or compares with what is there."""
-    path, made = folder / input_pipeline.TEXT_TOKENIZER_FILE, {"name": name, "vocab_size": vocab_size}
-    if path.exists() and (found := json.loads(path.read_text())) != made:
-        raise ValueError(
-            f"{folder} was begun with the text tokenizer {found}, not {made}; choose another --out"
-        )
-    config.write_json(path, made)
+def _note_origin(folder: Path, made: dict) -> None:
+    """Writes what the features are made with, or compares it with what is there; older files say less."""
+    path = folder / input_pipeline.TEXT_TOKENIZER_FILE
+    if not path.exists():
+        config.write_json(path, made)
+        return
+    found = json.loads(path.read_text())
+    for key, what in _ORIGIN.items():
+        if key in found and found[key] != made[key]:
+            raise ValueError(
+                f"{folder} was begun with {what} {found[key]}, not {made[key]}; choose another --out"
+            )
 
 
 def _plain(record: dict) -> dict:

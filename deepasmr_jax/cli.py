@@ -154,6 +154,7 @@ def _say(args) -> None:
         pool_strategy=args.pool_strategy,
     )
     out = request.check_output(args.out)
+    picture = request.check_output(out.with_suffix(".png"), (".png",)) if args.plot else None
     if out.resolve() == Path(args.voice).resolve():
         raise ValueError(f"the output {out} is the voice clip itself; choose another name")
     _check_model(args)
@@ -167,8 +168,8 @@ def _say(args) -> None:
     if isinstance(result, synthesis.Failure):
         raise ValueError(result.error)
     result.save(out)
-    if args.plot:
-        out.with_suffix(".png").write_bytes(result.picture())
+    if picture:
+        _write(picture, result.picture())
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.json:
@@ -199,12 +200,12 @@ def _demo(args) -> None:
         row = page.Row(s.label, s.caption, s.text, s.wav, synthesizer.sample_rate, cells)
         sections.setdefault(s.voice, ([], []))[0 if s.is_clip else 1].append(row)
         audio.save(folder / f"{s.name}.wav", s.wav, synthesizer.sample_rate)
-        (folder / f"{s.name}.png").write_bytes(page.picture(s.wav, synthesizer.sample_rate))
+        _write(folder / f"{s.name}.png", page.picture(s.wav, synthesizer.sample_rate))
         lines.append({"voice": s.voice, "sound": s.label} | cells)
     parts = [page.Section(voice, intro, clips, made) for voice, (clips, made) in sections.items()]
     settings = f"Unvoiced: {evaluate.PitchSettings().describe()}. {_SETTINGS}"
     document = page.demo("DeepASMR in JAX: a demonstration", notice, parts, settings)
-    (folder / "index.html").write_text(document, encoding="utf-8")
+    _write(folder / "index.html", document.encode())
     print(_table(lines))
     print(f"\n{notice}\n\nListen: {(folder / 'index.html').resolve()}")
 
@@ -244,10 +245,18 @@ def _evaluate(args) -> None:
         matrix = None
     report = evaluate.evaluate_folder(args.folder, matrix=matrix, workers=args.workers)
     print(json.dumps(report, indent=1, ensure_ascii=False))
+    if report["failed"]:
+        print(
+            f"note: {report['failed']} requests of the folder failed and are not counted: "
+            f"see {evaluate.FAILURES}",
+            file=sys.stderr,
+        )
 
 
 def _pool_build(args) -> None:
     out = request.check_output(args.out, (".safetensors",))
+    seed = request.check_seed(args.seed)
+    _check_model(args)
     recordings = _recordings(args)
     from deepasmr_jax import pool, synthesis
 
@@ -265,7 +274,7 @@ def _pool_build(args) -> None:
     made = synthesizer.build_pool(
         recordings,
         synthesize_asmr=bool(args.asmr_sample),
-        seed=request.check_seed(args.seed),
+        seed=seed,
         progress=_progress,
     )
     made.save(out)
@@ -275,11 +284,11 @@ def _pool_build(args) -> None:
 def _pool_add(args) -> None:
     target = request.check_output(args.to, (".safetensors",))
     recordings = _recordings(args)
-    from deepasmr_jax import pool, synthesis
+    _check_model(args)
+    from deepasmr_jax import synthesis
 
-    old = pool.load(target)
-    synthesizer = synthesis.load(args.model)
-    new = old.add(*(synthesizer.entry(r) for r in recordings))
+    synthesizer = synthesis.load(args.model, target)  # refuses a pool that another model made
+    new = synthesizer.pool.add(*(synthesizer.entry(r) for r in recordings))
     new.save(target)
     print(f"{target}: {len(recordings)} entries added, {len(new)} in all")
 
@@ -374,6 +383,16 @@ def _check_model(args) -> Path:
     if getattr(args, "pool", None) and not Path(args.pool).is_file():
         raise ValueError(f"there is no pool file {args.pool}; check the path or leave --pool out")
     return folder
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _progress(sentence: str) -> None:

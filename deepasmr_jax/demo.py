@@ -11,9 +11,9 @@ from deepasmr_jax import audio
 from deepasmr_jax.request import Request
 from deepasmr_jax.synthesis import Failure, Synthesizer
 
-WORDS = {"normal": "normal", "asmr": "whispered"}
-LABELS = {"normal": "normal clip", "asmr": "ASMR clip"}
-TASKS = (("normal", "asmr"), ("asmr", "normal"), ("normal", "normal"), ("asmr", "asmr"))
+_WORDS = {"normal": "normal", "asmr": "whispered"}
+_LABELS = {"normal": "normal clip", "asmr": "ASMR clip"}
+_TASKS = (("normal", "asmr"), ("asmr", "normal"), ("normal", "normal"), ("asmr", "asmr"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def make(
         progress: called with a short sentence before each stage.
 
     Raises:
-        ValueError: if the model folder has no demo clips, or one of them cannot be used.
+        ValueError: if the model folder has no demo clips, or one of them or a sound made from it cannot be used;
+            the message names the sound.
     """
     path = synthesizer.folder / "demo" / "demo.json"
     if not path.exists():
@@ -70,11 +71,11 @@ def make(
     for number, voice in enumerate(json.loads(path.read_text("utf-8"))["voices"], 1):
         language, title, clips = voice["language"], voice["voice"], voice["clips"]
         stem = f"{language}{number}"
-        for style, label in LABELS.items():
+        for style, label in _LABELS.items():
             wav = audio.load(path.parent / clips[style]["file"], synthesizer.sample_rate)
             name, text = f"{stem}_clip_{style}", clips[style]["text"]
             sounds.append(Sound(name, title, label, "given", text, language, wav, True))
-        for source, target in TASKS:
+        for source, target in _TASKS:
             for i, text in enumerate(voice["sentences"], 1):
                 request = Request(
                     text=text, voice=path.parent / clips[source]["file"], style=target, voice_style=source,
@@ -85,8 +86,11 @@ def make(
     for (name, title, request), result in zip(asked, made, strict=True):
         if isinstance(result, Failure):
             raise ValueError(f"{name}: {result.error}")
-        caption = f"from the {WORDS[request.voice_style]} clip to {WORDS[request.style]} speech"
-        similarity = _similarity(synthesizer, request.voice, result.audio)
+        caption = f"from the {_WORDS[request.voice_style]} clip to {_WORDS[request.style]} speech"
+        try:
+            similarity = _similarity(synthesizer, request.voice, result.audio)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
         sounds.append(
             Sound(
                 name, title, result.task, caption, request.text, result.language, result.audio, False,

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from deepasmr_jax import audio, judges, text
+from deepasmr_jax import audio, config, judges, text
 
-RESULTS = "results.jsonl"
+RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
 
 
 # ----------------------------------------------------------------------------- intervals
@@ -454,8 +454,9 @@ def evaluate_folder(
 
     The folder holds 16-bit wav files and results.jsonl, one object per line: "file" (path inside the folder),
     "text", "language" ("en"/"zh"), and if known "group" (such as "N2A/test"; default: the "style"), "style",
-    "speaker". A silent file, as of a request that failed, has lost all its words and has no voice: it counts in
-    the word errors and not in the retrieval.
+    "speaker". A silent file, as launch/table.py writes for a request that failed, has lost all its words and has
+    no voice: it counts in the word errors and not in the retrieval. The lines of failures.jsonl are counted and
+    enter no measure.
 
     Args:
         folder: the folder.
@@ -467,16 +468,16 @@ def evaluate_folder(
         workers: processes for the unvoiced ratio.
 
     Returns:
-        {"settings": ..., "unvoiced": Interval over all groups, "groups": {name: {"clips", "silent",
-        "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser": ..., "retrieval_first": Interval, "speaker_cosine"}}},
-        rates in percent where the key says wer or ser.
+        {"settings": ..., "failed": number of requests without audio, "unvoiced": Interval over all groups,
+        "groups": {name: {"clips", "silent", "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser": ...,
+        "retrieval_first": Interval, "speaker_cosine"}}}, rates in percent where the key says wer or ser.
         Where each line names a `token_speaker`, whose tokens were spoken, also "token_speaker_first": how
         often that voice is heard instead.
         Beside "retrieval_first" stand "retrieval_first_three": Interval (among the first three), and
         "retrieval_chance" (of the first place). A measure whose judge or clips are absent has no key.
 
     Raises:
-        ValueError: if results.jsonl is missing, empty or a line lacks a field; a file is missing.
+        ValueError: if results.jsonl is missing, empty or damaged, a line lacks a field, or a file is missing.
     """
     folder = Path(folder)
     rows = _read_results(folder)
@@ -490,6 +491,7 @@ def evaluate_folder(
             "unvoiced": settings.describe(),
             "judges": sorted(name for name, judge in judging.items() if judge is not None),
         },
+        "failed": _count_failures(folder),
         "groups": {},
     }
     counted = []
@@ -533,9 +535,7 @@ def evaluate_folder(
     every = Unvoiced(*counts, settings)
     if every.active.sum():
         report["unvoiced"] = dataclasses.asdict(every.interval())
-    (folder / "evaluation.json").write_text(
-        json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    config.write_json(folder / "evaluation.json", report)
     return report
 
 
@@ -543,12 +543,24 @@ def _read_results(folder: Path) -> list[dict]:
     path = folder / RESULTS
     if not path.is_file():
         raise ValueError(f"{folder} has no {RESULTS}; give a folder that the batch command wrote")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    for i, row in enumerate(rows, 1):
-        if missing := [k for k in ("file", "text", "language") if k not in row]:
-            raise ValueError(f"{path} line {i} lacks {', '.join(missing)}")
+    rows, way_out = [], "run `deepasmr batch` again"
+    for i, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = dict(json.loads(line))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path} line {i} is not a JSON object ({e}); {way_out}") from None
+        if missing := [k for k in ("file", "text", "language") if not isinstance(row.get(k), str)]:
+            raise ValueError(f"{path} line {i} lacks {', '.join(missing)}; {way_out}")
         if not (folder / row["file"]).is_file():
-            raise ValueError(f"{path} line {i} names {row['file']}, which does not exist")
+            raise ValueError(f"{path} line {i} names {row['file']}, which does not exist; {way_out}")
+        rows.append(row)
     if not rows:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} is empty; {way_out}")
     return rows
+
+
+def _count_failures(folder: Path) -> int:
+    path = folder / FAILURES
+    return sum(bool(line.strip()) for line in path.read_text("utf-8").split("\n")) if path.is_file() else 0

@@ -305,6 +305,9 @@ def describe(entries: Iterable[Entry]) -> list[dict]:
 
 
 def _recording(where: str, row: dict, style: str | None, language: str | None) -> Recording:
+    for key, kind, name in (("text", str, "string"), ("name", str, "string"), ("attributes", dict, "object")):
+        if not isinstance(row.get(key, kind()), kind):
+            raise ValueError(f"{where} has {key} {row[key]!r}, which is no JSON {name}; correct it")
     style = row.get("style", style)
     if style not in request.STYLES:
         raise ValueError(f"{where} has style {style!r}; say normal or asmr, in the manifest or with --style")

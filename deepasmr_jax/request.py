@@ -57,6 +57,7 @@ class Request:
         if self.voice_text is not None:
             try:
                 text_lib.check(self.voice_text)
+                _ = self.voice_language  # refuses other scripts, and digits whose language nobody says
             except ValueError as e:
                 raise ValueError(f"transcript of the voice clip: {e}") from None
         check_choice(self.style, STYLES, "style")
@@ -74,6 +75,15 @@ class Request:
             raise ValueError(
                 "the voice is an array without a sample rate; pass voice_rate in Hz, such as 16000"
             )
+
+    @property
+    def voice_language(self) -> str | None:
+        """Language of `voice_text`, from its letters; without letters it is `language`. None: no transcript."""
+        if self.voice_text is None:
+            return None
+        if self.language and not any(map(str.isalpha, self.voice_text)):
+            return self.language
+        return text_lib.detect_language(self.voice_text)
 
 
 def from_row(row: dict, extras: bool = False) -> Request:
@@ -150,7 +160,7 @@ def check_file_name(name: str) -> str:
 
 
 def check_output(path: str | os.PathLike, suffixes: Sequence[str] = (".wav",)) -> Path:
-    """The path of a file to be written, its folder made; ValueError if it cannot be written there."""
+    """The path of a file to be written, in a folder that need not exist yet; ValueError if it cannot be."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"the output file {path} does not end in {' or '.join(suffixes)}; rename it")
@@ -163,11 +173,11 @@ def check_output(path: str | os.PathLike, suffixes: Sequence[str] = (".wav",)) -
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:
-    """The folder, made if need be; ValueError if nothing can be written there."""
+    """The folder, which need not exist yet and is not made; ValueError if nothing can be written there."""
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".deepasmr_probe_{os.getpid()}"
+        existing = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+        probe = existing / f".deepasmr_probe_{os.getpid()}"
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as e:

@@ -211,6 +211,11 @@ class Synthesizer:
                 f"the vocoder in {folder} has mel profile {made_for!r}, config.json {self.mel_config.name!r}; "
                 "export a flow and a vocoder of one profile"
             )
+        if (rate := config.get("sample_rate", self.sample_rate)) != self.sample_rate:
+            raise ValueError(
+                f"config.json in {folder} has sample_rate {rate}, its mel profile {self.mel_config.name!r} "
+                f"{self.sample_rate}; correct one of them"
+            )
         if jax.default_backend() == "cpu":  # products of one row are slow in bfloat16 there
             own_lm = self._parts["lm"]
             own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
@@ -235,8 +240,16 @@ class Synthesizer:
         if self.pool.mel_profile != self.mel_config.name:
             raise ValueError(
                 f"the pool has mel profile {self.pool.mel_profile!r}, the model {self.mel_config.name!r}; "
-                "build a pool with this model"
+                "build a pool with this model, or give the model that made the pool"
             )
+        size = self._parts["speaker"].config.embedding_size
+        for e in self.pool:
+            if len(e.speaker_embedding) != size:
+                raise ValueError(
+                    f"the pool's entry {e.name!r} has an embedding of {len(e.speaker_embedding)} numbers, the "
+                    f"model's speaker encoder gives {size}; "
+                    "build a pool with this model, or give the model that made the pool"
+                )
         self._analyse = jax.jit(self._analyse_batch)
         self._vocode = jax.jit(self._parts["vocoder"].file.apply, static_argnums=1)
 
@@ -309,6 +322,7 @@ class Synthesizer:
         voice_rate: int | None = None,
         *,
         voice_text: str | None = None,
+        voice_language: str | None = None,
         voice_style: str | None = None,
         notes: list[str] | None = None,
     ) -> Clip:
@@ -318,6 +332,7 @@ class Synthesizer:
             voice: path, or array with `voice_rate`.
             voice_rate: Hz of an array.
             voice_text: transcript; forgotten if the clip has to be cut, as it would no longer fit.
+            voice_language: language of the transcript; None: detected.
             voice_style: "normal" or "asmr"; None: detected.
             notes: sentences about changes are appended.
 
@@ -346,7 +361,7 @@ class Synthesizer:
             raise ValueError("the speaker encoder gave no finite embedding for this clip; record it again")
         transcript, language = "", ""
         if voice_text and excerpt.is_whole:
-            transcript, language = voice_text.strip(), text_lib.detect_language(voice_text)
+            transcript, language = voice_text.strip(), voice_language or text_lib.detect_language(voice_text)
         num_frames = self._num_frames(num_tokens)
         return Clip(
             tokens[0, :num_tokens],
@@ -405,7 +420,11 @@ class Synthesizer:
         notes: list[str] = []
         try:
             clip = self.read_clip(
-                recording.audio, voice_text=recording.transcript, voice_style=recording.style, notes=notes
+                recording.audio,
+                voice_text=recording.transcript,
+                voice_language=recording.language,
+                voice_style=recording.style,
+                notes=notes,
             )
         except ValueError as e:
             raise ValueError(f"recording {recording.name}: {e}") from None
@@ -428,14 +447,15 @@ class Synthesizer:
 
         Args:
             recordings: normal ones and ASMR ones, of any number; the paper has 50 normal ones.
-            synthesize_asmr: True: the first ASMR recording of each language is the task prompt, each normal
+            synthesize_asmr: True: the one ASMR recording of each language is the task prompt, each normal
                 recording the voice, and this model speaks the normal recording's sentence: one ASMR entry for
                 each normal one. The prompt itself is no entry. False: every recording becomes an entry.
             seed: of the synthesis; entry i uses seed + i.
             progress: called with a short sentence per stage.
 
         Raises:
-            ValueError: if a recording cannot be used, or an ASMR sample is wanted and missing.
+            ValueError: if a recording cannot be used, or an ASMR sample is wanted and missing, or there are two
+                of one language.
 
         Source: DeepASMR, section 3.3.
         """
@@ -445,7 +465,13 @@ class Synthesizer:
         if not synthesize_asmr:
             return result.add(*(self.entry(r) for r in recordings))
         normal = [r for r in recordings if r.style == "normal"]
-        samples = {r.language: r for r in reversed(recordings) if r.style == "asmr"}
+        samples: dict[str, pool.Recording] = {}
+        for r in recordings:
+            if r.style == "asmr" and (first := samples.setdefault(r.language, r)) is not r:
+                raise ValueError(
+                    f"the ASMR half is synthesised from one ASMR recording of a language; {first.name!r} and "
+                    f"{r.name!r} are both of {r.language!r}: leave one of them out"
+                )
         if not samples or not normal:
             raise ValueError(
                 "the ASMR half is synthesised from one ASMR recording and the normal ones; "
@@ -504,6 +530,7 @@ class Synthesizer:
                 request.voice,
                 request.voice_rate,
                 voice_text=request.voice_text,
+                voice_language=request.voice_language,
                 voice_style=request.voice_style,
                 notes=notes,
             )

@@ -1,5 +1,6 @@
 """The `deepasmr` command: what it makes, and how it refuses."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, cli, pool
+from deepasmr_jax import audio, cli, judges, pool
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +22,18 @@ def clip(tmp_path_factory):
     return path
 
 
+def run(*arguments):
+    """Exit code of `deepasmr` with these arguments."""
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as e:  # argparse
+        return e.code
+
+
 def say(tmp_path, clip, *options, text="Good night.", out="out.wav", model=None):
     """(exit code, path of the output) of `deepasmr say`."""
-    model = str(model or tiny_model.shared())
-    path = tmp_path / out
-    try:
-        code = cli.main(["say", text, "--voice", str(clip), "--out", str(path), "--model", model, *options])
-    except SystemExit as e:  # argparse
-        code = e.code
-    return code, path
+    path, model = tmp_path / out, model or tiny_model.shared()
+    return run("say", text, "--voice", clip, "--out", path, "--model", model, *options), path
 
 
 def check_refused(code, path, capsys, words):
@@ -136,6 +140,78 @@ def test_bad_arguments_are_refused_without_importing_jax(tmp_path, clip):
     assert out.stdout.strip() == "2 []" and "'x'" in out.stderr
 
 
+ROW = {"text": "Good night.", "language": "en", "file": "one.wav"}
+ENTRY = {"audio": "one.wav", "text": "Good night.", "style": "normal"}
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "words"),
+    [
+        ("batch LIST --out OUT --model MODEL", None, ["no list", "list.jsonl"]),
+        ("batch LIST --out OUT --model MODEL", "\n", ["list.jsonl is empty"]),
+        ("batch LIST --out OUT --model MODEL", '{"text": "Hi."}\n{"text', ["line 2", "list.jsonl", "correct"]),
+        ("batch LIST --out OUT --model nowhere", '{"text": "Hi."}', ["nowhere", "config.json"]),
+        ("demo --out OUT --seed x --model MODEL", None, ["'x'", "whole number"]),
+        ("demo --out OUT --model BARE", None, ["brings no demo clips", "deepasmr say"]),
+        ("evaluate OUT", None, ["no results.jsonl", "batch"]),
+        ("evaluate FOLDER", "5\n", ["results.jsonl line 1", "not a JSON object", "batch"]),
+        ("evaluate FOLDER", json.dumps(ROW) + '\n{"text": "Go', ["results.jsonl line 2", "Unterminated", "batch"]),
+        ("evaluate FOLDER", json.dumps(ROW | {"text": 5}), ["results.jsonl line 1", "lacks text"]),
+        ("pool build nowhere --out OUT.safetensors --model MODEL", None, ["nowhere", "does not exist"]),
+        ("pool build LIST --out OUT.txt --model MODEL", json.dumps(ENTRY), ["OUT.txt", ".safetensors"]),
+        ("pool build LIST --out OUT.safetensors --seed x --model MODEL", json.dumps(ENTRY), ["'x'"]),
+        ("pool build LIST --out OUT.safetensors --model MODEL", json.dumps(ENTRY | {"text": 5}), ["line 1", "text 5"]),
+        ("pool build LIST --out OUT.safetensors --model MODEL", json.dumps(ENTRY | {"name": [1]}), ["name [1]"]),
+        ("pool add LIST --to OUT.safetensors --model MODEL", json.dumps(ENTRY), ["no pool file", "pool build"]),
+        ("pool add LIST --to POOL --model MODEL", json.dumps(ENTRY), ["mel profile 'cv2'", "the model 'mini'"]),
+        ("pool list --pool OUT.safetensors", None, ["no pool file", "OUT.safetensors"]),
+        ("pool list --model nowhere", None, ["nowhere", "config.json"]),
+        ("info --model nowhere", None, ["nowhere", "config.json"]),
+    ],
+)  # fmt: skip
+def test_every_command_refuses_in_one_sentence_with_code_2_and_leaves_nothing(
+    tmp_path, clip, capsys, monkeypatch, command, content, words
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(judges, "MatrixJudge", lambda: None)  # no note where pocketsphinx is not installed
+    shutil.copy(clip, "one.wav")
+    if content is not None:
+        for name in ("list.jsonl", "results.jsonl"):
+            Path(name).write_text(content)
+    if "BARE" in command:
+        shutil.copytree(tiny_model.shared(), "bare", ignore=shutil.ignore_patterns("demo"))
+    if "POOL" in command:
+        dataclasses.replace(tiny_model.make_pool(), mel_profile="cv2").save("pool.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    places = {"LIST": "list.jsonl", "OUT": "new/OUT", "MODEL": tiny_model.shared(), "BARE": "bare",
+              "POOL": "pool.safetensors", "FOLDER": tmp_path}  # fmt: skip
+    for name, place in places.items():
+        command = command.replace(name, str(place), 1)
+    code = run(*command.split())
+    check_refused(code, tmp_path / "new" / "OUT", capsys, words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_evaluate_prints_the_report_and_says_how_many_requests_are_not_in_it(tmp_path, clip, capsys):
+    shutil.copy(clip, tmp_path / "one.wav")
+    (tmp_path / "results.jsonl").write_text(json.dumps(ROW) + "\n")
+    assert run("evaluate", tmp_path) == 0
+    assert json.loads(capsys.readouterr().out)["failed"] == 0
+    (tmp_path / "failures.jsonl").write_text('{"error": "a"}\n{"error": "b"}\n')
+    assert run("evaluate", tmp_path) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["failed"] == 2 and report["groups"]["all"]["clips"] == 1
+    assert json.loads((tmp_path / "evaluation.json").read_text("utf-8")) == report
+    assert "note: 2 requests of the folder failed and are not counted: see failures.jsonl" in err
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path, clip, capsys):
+    (tmp_path / "out.png").mkdir()
+    code, path = say(tmp_path, clip, "--plot", model=tmp_path / "no_model")
+    assert code == 2 and "out.png is a folder" in capsys.readouterr().err and not path.exists()
+
+
 def test_say_writes_the_wav_the_picture_and_the_facts(tmp_path, clip, capsys):
     code, path = say(tmp_path, clip, "--plot", "--json", "--show-text", "--seed", "5")
     out, err = capsys.readouterr()
@@ -145,6 +221,7 @@ def test_say_writes_the_wav_the_picture_and_the_facts(tmp_path, clip, capsys):
     assert facts["task"] == "N2A" and facts["seed"] == 5 and facts["duration_s"] == len(wav) / tiny_model.RATE
     assert "good night" in out.splitlines()[0].lower() and "AY" in out.splitlines()[1]
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in tmp_path.iterdir()} == {"out.wav", "out.png"}
 
 
 def test_batch_speaks_a_list_and_keeps_what_failed_apart(tmp_path, clip, capsys):

@@ -1,8 +1,12 @@
-"""From a text and a wav to a wav, through the installed entry point and on more than one device."""
+"""From a text and a wav to a wav, through the command's function and on more than one device."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import tiny_model
 
 import deepasmr_jax
@@ -24,6 +28,14 @@ def test_a_text_and_a_wav_become_a_wav_of_the_expected_length_finite_and_not_sil
     facts = json.loads(capsys.readouterr().out)
     wav = audio.load(out, tiny_model.RATE)  # refuses silence and numbers that are not finite
     assert len(wav) == facts["duration_s"] * tiny_model.RATE and len(wav) % 640 == 0
+
+
+def test_the_installed_command_starts():
+    command = Path(sys.executable).with_name("deepasmr")
+    if not command.exists():
+        pytest.skip(f"the package is not installed beside {sys.executable}")
+    found = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert "usage: deepasmr" in found.stdout and "evaluate" in found.stdout
 
 
 def test_the_six_lines_of_the_readme_work(tmp_path):

@@ -134,10 +134,21 @@ def test_an_outside_style_model_is_asked_and_its_answer_checked():
 # ---------------------------------------------------------------- one clip, a folder
 
 
-def test_judging_one_clip_gives_errors_only_for_matrix_sentences():
-    ratio, rate = evaluate.judge_one(hiss(), RATE, "Any other sentence.", "en")
-    assert ratio > 0.6 and rate is None
-    assert evaluate.judge_one(hiss(), RATE, "你好", "zh")[1] is None
+def test_judging_one_clip_gives_errors_only_for_matrix_sentences(monkeypatch):
+    class Hears:
+        def knows(self, sentence):
+            return sentence == "lucy sees two red rings"
+
+        def errors(self, wav, rate, sentence):
+            return judges.word_errors(sentence, "lucy sees two red beds")
+
+    monkeypatch.setattr(evaluate, "_matrix_judge", Hears)
+    ratio, rate = evaluate.judge_one(hiss(), RATE, "lucy sees two red rings", "en")
+    assert ratio > 0.6 and rate == 0.2
+    assert evaluate.judge_one(hiss(), RATE, "Any other sentence.", "en") == (ratio, None)
+    assert evaluate.judge_one(hiss(), RATE, "lucy sees two red rings", "zh") == (ratio, None)
+    monkeypatch.setattr(evaluate, "_matrix_judge", lambda: None)  # pocketsphinx is not installed
+    assert evaluate.judge_one(hiss(), RATE, "lucy sees two red rings", "en") == (ratio, None)
 
 
 def test_a_result_folder_is_measured_by_group(tmp_path):
@@ -213,7 +224,7 @@ def test_a_silent_file_counts_among_the_words_and_not_among_the_voices(tmp_path)
     [
         (None, "has no results.jsonl"),
         ("", "is empty"),
-        ('{"file": "a.wav"}\n', "line 1 lacks text, language"),
+        ('{"file": "a.wav"}\n', "line 1 lacks text, language; run `deepasmr batch` again"),
         ('{"file": "a.wav", "text": "a", "language": "en"}\n', "does not exist"),
     ],
 )

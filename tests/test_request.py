@@ -16,6 +16,12 @@ def test_a_good_request_is_kept_and_its_numbers_are_read_from_strings(tmp_path):
     assert (made.seed, made.refine, made.style, made.pool_strategy) == (7, 3, "asmr", "nearest")
 
 
+def test_the_language_of_the_transcript_is_its_own_and_of_digits_that_of_the_text(tmp_path):
+    assert make(tmp_path).voice_language is None
+    assert make(tmp_path, voice_text="晚安。", language="en").voice_language == "zh"
+    assert make(tmp_path, voice_text="1 2 3", language="zh").voice_language == "zh"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -27,6 +33,8 @@ def test_a_good_request_is_kept_and_its_numbers_are_read_from_strings(tmp_path):
         ({"style": "loud"}, "'loud'.*normal or asmr"),
         ({"voice_style": "loud"}, "style of the voice clip 'loud'"),
         ({"voice_text": "?!"}, "transcript of the voice clip"),
+        ({"voice_text": "1 2 3"}, "transcript of the voice clip: .* digits only.*give language"),
+        ({"voice_text": "こんばんは", "language": "en"}, "transcript of the voice clip: .*Japanese"),
         ({"language": "fr"}, "'fr'.*en or zh"),
         ({"seed": "twelve"}, "'twelve' is not a whole number"),
         ({"seed": 1.5}, "'1.5'|1.5 is not a whole number"),
@@ -54,8 +62,8 @@ def test_a_clip_that_is_a_folder_or_empty_is_refused(tmp_path):
 
 
 def test_an_output_path_must_be_a_wav_in_a_folder_that_can_be_written(tmp_path):
-    assert request.check_output(tmp_path / "new" / "out.wav").parent.is_dir()
-    assert list((tmp_path / "new").iterdir()) == []  # the probe is gone
+    assert request.check_output(tmp_path / "new" / "deep" / "out.wav").name == "out.wav"
+    assert list(tmp_path.iterdir()) == []  # no folder is made, and the probe is gone
     with pytest.raises(ValueError, match="out.txt does not end in .wav"):
         request.check_output(tmp_path / "out.txt")
     (tmp_path / "file").write_text("")

@@ -151,6 +151,14 @@ def test_the_style_that_is_given_wins_over_the_detected_one(made):
     assert made.batch([ask(voice=tiny_model.hiss(), voice_style="normal")])[0].task == "N2A"
 
 
+def test_a_transcript_of_digits_is_of_the_language_that_is_given(made, tmp_path):
+    audio.save(tmp_path / "one.wav", tiny_model.buzz(), tiny_model.RATE)
+    entry = made.entry(pool.Recording("one", tmp_path / "one.wav", "1 2 3", "normal", "zh"))
+    assert (entry.transcript, entry.language) == ("1 2 3", "zh")
+    job = made._prepare(0, ask(voice_text="1 2 3", style="normal", voice_style="normal", language="en"))
+    assert (job.prompt_name, job.clip.language) == ("self", "en")
+
+
 def test_odd_clips_are_used_with_a_note(made, tmp_path):
     import soundfile
 
@@ -217,6 +225,9 @@ def test_the_pool_can_be_built_by_our_own_synthesis(made, tmp_path):
     assert [e.name for e in real] == ["low", "high", "whisper"] and all(e.is_real for e in real)
     with pytest.raises(ValueError, match="found 0 normal"):
         made.build_pool(recordings[2:])
+    second = dataclasses.replace(recordings[2], name="second")
+    with pytest.raises(ValueError, match="'whisper' and 'second' are both of 'en': leave one of them out"):
+        made.build_pool([*recordings, second])
 
 
 def test_the_random_draws_depend_on_seed_and_chunk_and_stage_but_not_on_the_place():
@@ -241,8 +252,20 @@ def test_a_vocoder_of_another_mel_profile_than_the_folder_is_refused(tmp_path):
         synthesis.load(folder)
 
 
-def test_a_model_of_another_mel_profile_is_refused_for_a_pool(made, tmp_path):
-    other = dataclasses.replace(made.pool, mel_profile="cv2")
-    other.save(tmp_path / "p.safetensors")
+def test_a_sample_rate_that_is_not_the_mel_profiles_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model.shared(), folder)
+    config = json.loads((folder / "config.json").read_text()) | {"sample_rate": 24000}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="sample_rate 24000, its mel profile 'mini' 16000"):
+        synthesis.load(folder)
+
+
+def test_a_pool_that_another_model_made_is_refused(tmp_path):
+    path = tmp_path / "p.safetensors"
+    dataclasses.replace(tiny_model.make_pool(), mel_profile="cv2").save(path)
     with pytest.raises(ValueError, match="mel profile 'cv2', the model 'mini'"):
-        synthesis.load(made.folder, tmp_path / "p.safetensors")
+        synthesis.load(tiny_model.shared(), path)
+    tiny_model.make_pool(embedding=8).save(path)
+    with pytest.raises(ValueError, match="embedding of 8 numbers, the model's speaker encoder gives 16"):
+        synthesis.load(tiny_model.shared(), path)
