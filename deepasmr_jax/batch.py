@@ -8,8 +8,6 @@ from pathlib import Path
 
 from deepasmr_jax import evaluate, request, synthesis
 
-FAILURES = "failures.jsonl"  # beside evaluate.RESULTS
-
 
 def to_folder(
     synthesizer: synthesis.Synthesizer,
@@ -49,7 +47,7 @@ def to_folder(
     counts = [0, 0]
     with (
         (folder / evaluate.RESULTS).open("a", encoding="utf-8") as made,
-        (folder / FAILURES).open("w", encoding="utf-8") as failed,
+        (folder / evaluate.FAILURES).open("w", encoding="utf-8") as failed,
     ):
         for start in range(0, len(left), at_once):
             now = left[start : start + at_once]
@@ -78,7 +76,7 @@ def _finished(folder: Path, rows: Sequence[dict], model: str) -> dict[int, dict]
     """Number of each row that need not be made again -> its line."""
     path, finished = folder / evaluate.RESULTS, {}
     content = path.read_text("utf-8", errors="replace") if path.exists() else ""
-    for text in content.splitlines():
+    for text in content.split("\n"):
         try:
             line = json.loads(text)
             number, asked, wav = line["row"], line["asked"], folder / line["file"]

@@ -215,7 +215,7 @@ def _batch(args) -> None:
     if not source.is_file():
         raise ValueError(f"there is no list {source}; give a file of JSON lines")
     rows = []
-    for i, line in enumerate(source.read_text("utf-8").splitlines(), 1):
+    for i, line in enumerate(source.read_text("utf-8").split("\n"), 1):
         if line.strip():
             try:
                 rows.append(dict(json.loads(line)))
@@ -225,12 +225,12 @@ def _batch(args) -> None:
         raise ValueError(f"the list {source} is empty; write one JSON object per line")
     folder = request.check_output_folder(args.out)
     _check_model(args)
-    from deepasmr_jax import batch, synthesis
+    from deepasmr_jax import batch, evaluate, synthesis
 
     made, failed, before = batch.to_folder(synthesis.load(args.model, args.pool), rows, folder, _progress)
     print(
         f"{folder}: {made} made"
-        + (f", {failed} failed: see {batch.FAILURES}" if failed else "")
+        + (f", {failed} failed: see {evaluate.FAILURES}" if failed else "")
         + (f", {before} were finished before" if before else "")
     )
 

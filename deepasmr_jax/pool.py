@@ -267,7 +267,7 @@ def read_recordings(
             )
     elif path.is_file():
         rows = []
-        for i, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        for i, line in enumerate(path.read_text("utf-8").split("\n"), 1):
             if line.strip():
                 try:
                     row = json.loads(line)

@@ -31,7 +31,7 @@ PARTS = {  # option, title -> whether a row of that name belongs there
         name.endswith(CROSS) and name.startswith("text") or STATIC in name
     ),
     ("passes", "Refinement passes (the paper's Table V)"): lambda name: (
-        name.endswith(CROSS) and name.startswith("text") or "passes" in name
+        name == "text to N2A" or "passes" in name
     ),
 }
 COLUMNS = (  # title, language (None: all clips), measure of evaluate.evaluate_folder
@@ -198,8 +198,8 @@ def row_table() -> dict[str, tuple]:
         rows[f"text to {task}"] = ("speak", (task,), {}, STYLES[task[2]])
     for task in CROSS:
         rows[f"text to {task}, {STATIC}"] = ("speak", (task,), {"pool_strategy": "static"}, STYLES[task[2]])
-        for passes in (2, 3):
-            rows[f"text to {task}, {passes} passes"] = ("speak", (task,), {"refine": passes}, STYLES[task[2]])
+    for passes in (2, 3):
+        rows[f"text to N2A, {passes} passes"] = ("speak", ("N2A",), {"refine": passes}, "asmr")
     return rows
 
 
