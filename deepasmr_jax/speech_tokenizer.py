@@ -402,6 +402,7 @@ def _augment(cfg: Config, log_mel: jax.Array, key: jax.Array) -> jax.Array:
     warp = 1.0 + cfg.max_warp * jax.random.uniform(keys[0], (num_rows, 1, 1), minval=-1.0)
     source = jnp.clip(bins[None, None, :] * warp, 0, num_mels - 1)
     interpolation = jnp.maximum(1.0 - jnp.abs(bins[None, :, None] - source), 0.0)  # [B, M in, M out], linear
+    interpolation = jax.sharding.reshard(interpolation, jax.P(nn.axes_of(log_mel)[0], None, None))
     log_mel = jnp.einsum("btm,bmc->btc", log_mel, interpolation)
     if cfg.num_band_masks:
         shape = (num_rows, 1, cfg.num_band_masks)
