@@ -186,7 +186,7 @@ def _demo(args) -> None:
     from deepasmr_jax import audio, demo, evaluate, page, synthesis
 
     synthesizer = synthesis.load(args.model, args.pool)
-    if synthesizer.folder.resolve() == synthesis.BUILT_IN.resolve():
+    if synthesizer.folder.resolve() == request.BUILT_IN.resolve():
         notice, intro = NOTICE, _VOICE_INTRO
     else:
         notice, intro = _made_from(synthesizer.config), ""
@@ -214,15 +214,7 @@ def _batch(args) -> None:
     source = Path(args.list)
     if not source.is_file():
         raise ValueError(f"there is no list {source}; give a file of JSON lines")
-    rows = []
-    for i, line in enumerate(source.read_text("utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as e:
-                raise ValueError(f"line {i} of {source} is not a JSON object ({e}); correct it") from None
-    if not rows:
-        raise ValueError(f"the list {source} is empty; write one JSON object per line")
+    rows = [row for _, row in request.read_json_lines(source)]
     folder = request.check_output_folder(args.out)
     _check_model(args)
     from deepasmr_jax import batch, evaluate, synthesis
@@ -267,7 +259,7 @@ def _pool_build(args) -> None:
             raise ValueError(
                 f"{sample} has no transcript; write what is said into {transcript.name} beside it"
             )
-        text = transcript.read_text("utf-8").strip()
+        text = request.read_text(transcript).strip()
         language = text_lib.detect_language(text)
         recordings.append(pool.Recording(sample.stem, sample, text, "asmr", language))
     synthesizer = synthesis.load(args.model)
@@ -375,11 +367,7 @@ def _recordings(args) -> list:
 
 def _check_model(args) -> Path:
     """The model folder, found without importing anything heavy."""
-    folder = Path(__file__).parent / "mini" if args.model in (None, "mini") else Path(args.model)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"unknown model {str(args.model or folder)!r}: no config.json in {folder}; give a model folder"
-        )
+    folder = request.check_model(args.model)
     if getattr(args, "pool", None) and not Path(args.pool).is_file():
         raise ValueError(f"there is no pool file {args.pool}; check the path or leave --pool out")
     return folder

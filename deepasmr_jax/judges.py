@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from deepasmr_jax import audio, text
+from deepasmr_jax import audio, request, text
 
-MATRIX_FILE = Path(__file__).parent / "mini" / "matrix_en.json"  # word lists of the corpus' matrix sentences
+MATRIX_FILE = request.BUILT_IN / "matrix_en.json"  # word lists of the corpus' matrix sentences
 
 
 # ----------------------------------------------------------------------------- word errors

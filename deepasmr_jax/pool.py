@@ -263,22 +263,20 @@ def read_recordings(
                 )
             name = "_".join(file.relative_to(path).with_suffix("").parts)
             rows.append(
-                (str(file), {"name": name, "audio": file, "text": transcript.read_text("utf-8").strip()})
+                (str(file), {"name": name, "audio": file, "text": request.read_text(transcript).strip()})
             )
     elif path.is_file():
         rows = []
-        for i, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    row["audio"] = path.parent / row["audio"]
-                    row.setdefault("name", row["audio"].stem)
-                    row["text"]
-                except (json.JSONDecodeError, KeyError, TypeError) as e:
-                    raise ValueError(
-                        f"line {i} of {path} is not a JSON object with audio and text ({e}); correct it"
-                    ) from None
-                rows.append((f"line {i} of {path}", row))
+        for i, row in request.read_json_lines(path):
+            try:
+                row["audio"] = path.parent / row["audio"]
+                row.setdefault("name", row["audio"].stem)
+                row["text"]
+            except (KeyError, TypeError) as e:
+                raise ValueError(
+                    f"line {i} of {path} is not a JSON object with audio and text ({e}); correct it"
+                ) from None
+            rows.append((f"line {i} of {path}", row))
     else:
         raise ValueError(f"{path} does not exist; give a folder of recordings or a JSON-lines manifest")
     if not rows:

@@ -5,6 +5,7 @@ The same checks hold for the Python interface, because `Synthesizer` builds a `R
 """
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ from typing import Any
 from deepasmr_jax import text as text_lib
 
 STYLES = ("normal", "asmr")
+BUILT_IN = Path(__file__).parent / "mini"  # folder of the built-in model
 MAX_SEED = 2**32 - 1
 MAX_PASSES = 3  # the paper's Table V stops there; each pass loses similarity
 
@@ -157,6 +159,42 @@ def check_file_name(name: str) -> str:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"the file name {name!r} leads out of the output folder; give a name inside it")
     return name
+
+
+def check_model(model: str | os.PathLike | None) -> Path:
+    """The folder of a model, None or "mini" being the built-in one; ValueError if it has no config.json."""
+    folder = BUILT_IN if model in (None, "mini") else Path(model)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f'unknown model {str(model or folder)!r}: no config.json in {folder}; give "mini" or a model folder'
+        )
+    return folder
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """The content of a text file; ValueError that names the file if it is not UTF-8."""
+    try:
+        return Path(path).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+
+
+def read_json_lines(path: str | os.PathLike) -> list[tuple[int, dict]]:
+    """The objects of a JSON-lines file with their line numbers; blank lines are passed over.
+
+    Raises:
+        ValueError: if it is not UTF-8, a line is no JSON object, or there is none; with file and line.
+    """
+    rows = []
+    for i, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((i, dict(json.loads(line))))
+            except (ValueError, TypeError) as e:
+                raise ValueError(f"line {i} of {path} is not a JSON object ({e}); correct it") from None
+    if not rows:
+        raise ValueError(f"the list {path} is empty; write one JSON object per line")
+    return rows
 
 
 def check_output(path: str | os.PathLike, suffixes: Sequence[str] = (".wav",)) -> Path:

@@ -25,9 +25,8 @@ import numpy as np
 from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import Request, from_row
+from deepasmr_jax.request import Request, check_model, from_row
 
-BUILT_IN = Path(__file__).parent / "mini"
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
@@ -171,9 +170,7 @@ def load(model: str | os.PathLike | None = None, pool_file: str | os.PathLike | 
     Raises:
         ValueError: if the folder or one of its files is missing or damaged; the message names it.
     """
-    folder = BUILT_IN if model in (None, "mini") else Path(model)
-    if not folder.is_dir():
-        raise ValueError(f'unknown model {str(model)!r}; give "mini" or a folder with config.json')
+    folder = check_model(model)
     _use_compilation_cache()
     sharding.ensure_mesh()
     try:

@@ -313,9 +313,9 @@ def measure_s3(bench: Bench, cfg: s3.Config) -> list[tuple]:
 
 def measure_say(bench: Bench) -> None:
     """Whispered speech from a normal clip: fresh processes, then a loaded Synthesizer on one sentence and on eight."""
-    from deepasmr_jax import synthesis
+    from deepasmr_jax import request, synthesis
 
-    folder = Path(bench.args.model) if bench.args.model else synthesis.BUILT_IN
+    folder = Path(bench.args.model) if bench.args.model else request.BUILT_IN
     voice = json.loads((folder / "demo/demo.json").read_text("utf-8"))["voices"][0]
     clip, sentence = str(folder / "demo" / voice["clips"]["normal"]["file"]), voice["sentences"][0]
     found: dict[str, list] = {"cold": [], "warm": []}

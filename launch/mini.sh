@@ -4,6 +4,7 @@
 #
 #   bash launch/mini.sh [WORK]          WORK holds corpus and runs (default workdir); the model ends in WORK/mini
 #   EXTRA_SET="--set=max_seconds=600" bash launch/mini.sh    options for every training stage
+#   EXTRA_CORPUS="--limit 2000", EXTRA_TABLE="--per-row 8"   options for making the corpus and for the tables
 #
 # Needs: pip install -e ".[corpus,zh,eval]" and the programs flite, festival and its voice (see data/README.md).
 set -euo pipefail
@@ -13,6 +14,8 @@ model="$work/mini"
 corpus="$work/corpus/records/synthetic/1.0.0"
 features="$work/corpus/features/1.0.0"
 read -r -a extra <<<"${EXTRA_SET:-}"
+read -r -a extra_corpus <<<"${EXTRA_CORPUS:-}"
+read -r -a extra_table <<<"${EXTRA_TABLE:-}"
 mkdir -p "$work/runs"
 python="${PYTHON:-python}"
 
@@ -46,7 +49,7 @@ run_to_the_end() { # log, command...: fails unless the training says that all it
   fi
 }
 
-step corpus_raw "$python" data/synthetic.py make --out "$work/corpus/raw" --workers "${WORKERS:-2}"
+step corpus_raw "$python" data/synthetic.py make --out "$work/corpus/raw" --workers "${WORKERS:-2}" "${extra_corpus[@]}"
 step corpus "$python" data/synthetic.py build --raw "$work/corpus/raw" --out "$work/corpus/records"
 train speech_tokenizer "$corpus" "--export=$model"
 train speaker "$corpus" "--export=$model"
@@ -62,7 +65,7 @@ step pool_sources "$python" data/mini_assets.py pool --data "$corpus" --out "$wo
 step pool "$python" -m deepasmr_jax.cli pool build "$work/pool_sources/manifest.jsonl" \
   --asmr-sample "$work/pool_sources/asmr_en.wav" --asmr-sample "$work/pool_sources/asmr_zh.wav" --model "$model" --out "$model/pool.safetensors"
 step demo "$python" data/mini_assets.py demo --data "$corpus" --out "$model/demo"
-step table "$python" launch/table.py --data "$corpus" --model "$model" --judge "$work/judge" --parts main --out "$work/table"
-step table_en "$python" launch/table.py --data "$corpus" --model "$model" --parts pool passes --languages en --out "$work/table_en"
-step table_hts "$python" launch/table.py --data "$corpus" --model "$model" --split hts --parts main --out "$work/table_hts"
+step table "$python" launch/table.py --data "$corpus" --model "$model" --judge "$work/judge" --parts main --out "$work/table" "${extra_table[@]}"
+step table_en "$python" launch/table.py --data "$corpus" --model "$model" --parts pool passes --languages en --out "$work/table_en" "${extra_table[@]}"
+step table_hts "$python" launch/table.py --data "$corpus" --model "$model" --split hts --parts main --out "$work/table_hts" "${extra_table[@]}"
 echo "model: $model"

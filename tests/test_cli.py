@@ -150,6 +150,8 @@ ENTRY = {"audio": "one.wav", "text": "Good night.", "style": "normal"}
         ("batch LIST --out OUT --model MODEL", None, ["no list", "list.jsonl"]),
         ("batch LIST --out OUT --model MODEL", "\n", ["list.jsonl is empty"]),
         ("batch LIST --out OUT --model MODEL", '{"text": "Hi."}\n{"text', ["line 2", "list.jsonl", "correct"]),
+        ("batch LIST --out OUT --model MODEL", b"\xff\xfe{", ["list.jsonl", "UTF-8", "byte 0"]),
+        ("pool build LIST --out OUT.safetensors --model MODEL", b"\xff{", ["list.jsonl", "UTF-8"]),
         ("batch LIST --out OUT --model nowhere", '{"text": "Hi."}', ["nowhere", "config.json"]),
         ("demo --out OUT --seed x --model MODEL", None, ["'x'", "whole number"]),
         ("demo --out OUT --model BARE", None, ["brings no demo clips", "deepasmr say"]),
@@ -177,7 +179,7 @@ def test_every_command_refuses_in_one_sentence_with_code_2_and_leaves_nothing(
     shutil.copy(clip, "one.wav")
     if content is not None:
         for name in ("list.jsonl", "results.jsonl"):
-            Path(name).write_text(content)
+            Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
     if "BARE" in command:
         shutil.copytree(tiny_model.shared(), "bare", ignore=shutil.ignore_patterns("demo"))
     if "POOL" in command:

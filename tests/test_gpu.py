@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepasmr_jax import flow, nn, sharding, synthesis
+from deepasmr_jax import flow, nn, request, sharding, synthesis
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +63,7 @@ def check_speech(folder) -> None:
 
 def test_the_built_in_model_speaks_and_a_neighbour_changes_no_token(tmp_path, monkeypatch):
     monkeypatch.setenv("DEEPASMR_CACHE", "off")
-    check_speech(with_float32_lm(synthesis.BUILT_IN, tmp_path / "model"))
+    check_speech(with_float32_lm(request.BUILT_IN, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -137,7 +137,7 @@ def test_inspect_data_shows_the_labels_of_a_corpus(tmp_path):
 
 
 if __name__ == "__main__":
-    from deepasmr_jax import synthesis
+    from deepasmr_jax import request
 
-    synthesis.BUILT_IN = Path(os.environ["DEEPASMR_TEST_MODEL"])
+    request.BUILT_IN = Path(os.environ["DEEPASMR_TEST_MODEL"])
     run_cells(Path(sys.argv[1]))
