@@ -40,6 +40,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         # Mandarin text
         "zh": ["pypinyin>=0.53,<0.56"],
+        # numbers and dates read as CosyVoice2's front-end does, for models with its text tokenizer
+        "normalize": ["wetext>=0.1.2"],
         # judges that need no network: pocketsphinx for English; eval adds resemblyzer (torch) for speakers
         "judge": ["pocketsphinx>=5.1,<6"],
         "eval": ["pocketsphinx>=5.1,<6", "torch>=2.6", "resemblyzer>=0.1.4"],

@@ -22,12 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, deserialize
-from safetensors import numpy as safetensors_numpy
 
 from deepasmr_jax import config as config_lib
 from deepasmr_jax import sharding
 
 FORMAT = 1
+SHARD_BYTES = 2**30  # a weight file is split where it would grow beyond this
 DTYPES = ("float32", "float16", "bfloat16")
 _FILE_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
@@ -140,28 +140,65 @@ def export_component(folder, name: str, module, config, dtype: str = "float32", 
     Raises:
         ValueError: on an unknown dtype, or a weight that is not finite in it.
     """
+    module, config = public_part(module, config)
+    arrays = named_arrays(module)
+    shapes = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in arrays.items()}
+    values = ((key, np.asarray(_to_host(x))) for key, x in arrays.items())
+    if jax.process_index():
+        for _ in values:  # every host takes part in gathering
+            pass
+        return Path(folder) / f"{name}.safetensors"
+    return write_component(folder, name, config, shapes, values, dtype, **top)
+
+
+def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str = "float32", **top) -> Path:
+    """Writes one component array by array, so that no more than one of them need be in memory.
+
+    Args:
+        folder, name, config, dtype, top: as for `export_component`.
+        shapes: parameter -> its `jax.ShapeDtypeStruct`; the order of the file.
+        arrays: (parameter, array) in the order of `shapes`.
+
+    Returns:
+        The path of the weight file; of the first one where they are several, each at most `SHARD_BYTES`.
+
+    Raises:
+        ValueError: on an unknown dtype, or a weight that is not finite in it.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} cannot be exported; use one of {', '.join(DTYPES)}")
-    module, config = public_part(module, config)
-    arrays = {}
-    for key, x in named_arrays(module).items():
-        value = np.asarray(_to_host(x))
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            value = value.astype(jnp.dtype(dtype))
-            if not np.isfinite(value.astype(np.float32)).all():
-                raise ValueError(
-                    f"{name}: {key} is not finite in {dtype}; export float32 or an earlier checkpoint"
-                )
-        arrays[key] = np.ascontiguousarray(value)
     folder = Path(folder)
-    path = folder / f"{name}.safetensors"
-    if jax.process_index():
-        return path
     folder.mkdir(parents=True, exist_ok=True)
-    data = safetensors_numpy.save(arrays, metadata={"format": str(FORMAT), "component": name})
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    file_dtypes = {
+        key: np.dtype(jnp.dtype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+        for key, x in shapes.items()
+    }
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key, x in shapes.items():
+        num_bytes = int(np.prod(x.shape)) * file_dtypes[key].itemsize
+        if shards[-1] and size + num_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += num_bytes
+    many = len(shards) > 1
+    names = [
+        f"{name}-{i:05d}-of-{len(shards):05d}.safetensors" if many else f"{name}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    arrays = iter(arrays)
+    parts = [folder / f"{file}.tmp{os.getpid()}" for file in names]
+    try:
+        sums = [
+            _write_safetensors(part, {k: (file_dtypes[k], shapes[k].shape) for k in keys}, arrays, name)
+            for part, keys in zip(parts, shards, strict=True)
+        ]
+        for part, file in zip(parts, names, strict=True):
+            os.replace(part, folder / file)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
     values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
     values = {"format": FORMAT, "name": folder.name, "components": {}} | values
     for key, value in top.items():
@@ -169,13 +206,60 @@ def export_component(folder, name: str, module, config, dtype: str = "float32", 
     values["components"][name] = {
         "module": type(config).__module__.rsplit(".", 1)[-1],
         "config": config_lib.to_dict(config),
-        "file": path.name,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "file": names if many else names[0],
+        "sha256": sums if many else sums[0],
         "dtype": dtype,
-        "num_params": int(sum(a.size for a in arrays.values())),
+        "num_params": sum(int(np.prod(x.shape)) for x in shapes.values()),
     }
     config_lib.write_json(folder / "config.json", values)
-    return path
+    return folder / names[0]
+
+
+def _write_safetensors(path: Path, entries: dict[str, tuple], arrays, component: str) -> str:
+    """Writes these entries (name -> dtype, shape) from the next ones of `arrays`; the sha256 of the file."""
+    head: dict = {"__metadata__": {"format": str(FORMAT), "component": component}}
+    kinds = {np.dtype(v): k for k, v in _FILE_DTYPES.items()}
+    start = 0
+    for key, (dtype, shape) in entries.items():
+        end = start + int(np.prod(shape)) * dtype.itemsize
+        head[key] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(data) -> None:
+            file.write(data)
+            digest.update(data)
+
+        put(len(text).to_bytes(8, "little"))
+        put(text)
+        for key, (dtype, shape) in entries.items():
+            found, value = next(arrays)
+            assert found == key and value.shape == tuple(shape), (found, key, value.shape, shape)
+            value = np.ascontiguousarray(value, dtype)
+            if jnp.issubdtype(dtype, jnp.floating) and not np.isfinite(value.astype(np.float32)).all():
+                raise ValueError(
+                    f"{component}: {key} is not finite in {dtype.name}; export float32 or an earlier checkpoint"
+                )
+            put(memoryview(value.reshape(-1).view(np.uint8)))
+    return digest.hexdigest()
+
+
+def files_of(entry: dict) -> list[tuple[str, str]]:
+    """(file name, sha256) of each weight file of a component's entry in config.json."""
+    if isinstance(entry["file"], str):
+        return [(entry["file"], entry["sha256"])]
+    return list(zip(entry["file"], entry["sha256"], strict=True))
+
+
+def component_arrays(folder, entry: dict) -> dict[str, np.ndarray]:
+    """The arrays of a component of a model folder, by its entry in config.json; errors as `read_arrays`."""
+    arrays: dict[str, np.ndarray] = {}
+    for file, sha256 in files_of(entry):
+        arrays |= read_arrays(Path(folder) / file, sha256)
+    return arrays
 
 
 def _to_host(x: jax.Array):
@@ -265,8 +349,8 @@ def load_component(folder, name: str, init=None):
     entry = read_config(folder)["components"][name]
     make = init or model_file(entry["module"]).init
     shapes = abstract(lambda key: public_part(make(cfg, key), cfg)[0], jax.random.key(0))
-    path = Path(folder) / entry["file"]
-    return fill(shapes, read_arrays(path, entry["sha256"]), str(path)), cfg
+    source = str(Path(folder) / files_of(entry)[0][0])
+    return fill(shapes, component_arrays(folder, entry), source), cfg
 
 
 # ---------------------------------------------------------------- training checkpoints

@@ -11,6 +11,7 @@ Letters: B rows, N tokens, T frames, M mel bins, W samples.
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import time
@@ -217,6 +218,8 @@ class Synthesizer:
             own_lm = self._parts["lm"]
             own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
         self._decode_weights = lm.unstack(self._parts["lm"].module, self._parts["lm"].config)
+        self._parts["lm"].module = None  # decoding has its own copy of the weights, unstacked
+        self._flow_hears_speaker = "speaker" in inspect.signature(self._parts["flow"].file.sample).parameters
         settings = config.get("sampling", {})
         self.sampling = lm.Sampling(**settings.get("lm", {}))
         self.ratios = settings.get("ratios", {})  # style -> {"min_ratio", "max_ratio"} where they differ
@@ -509,7 +512,7 @@ class Synthesizer:
         language = request.language or text_lib.detect_language(request.text)
         lines = []
         for chunk in text_lib.split_sentences(request.text, language):
-            lines.append(text_lib.normalize(chunk, language))
+            lines.append(self.tokenizer.spoken(chunk, language))
             lines.append(
                 "  " + " ".join(self.tokenizer.decode_symbols(self.tokenizer.encode(chunk, language)))
             )
@@ -570,6 +573,8 @@ class Synthesizer:
 
     def _job(self, place, request, language, clip, name, prompt, similarity, notes) -> _Job:
         encode = self.tokenizer.encode
+        if note := self.tokenizer.note(language):
+            notes.append(note)
         return _Job(
             place=place,
             request=request,
@@ -666,12 +671,16 @@ class Synthesizer:
                         "seeds": np.uint32(j.request.seed),
                         "chunks": np.uint32(c),
                     }
+                    | ({"speaker": j.clip.embedding} if self._flow_hears_speaker else {})
                     for j, c in group
                 )
                 batch = sharding.put(batch)
                 keys = _keys(batch.pop("seeds"), batch.pop("chunks"), 1 + number)
+                voice = {name: batch.pop(name) for name in ("speaker",) if name in batch}
                 mel = jax.device_get(
-                    flow.file.sample(flow.module, flow.config, *batch.values(), keys=keys, **self.solver)
+                    flow.file.sample(
+                        flow.module, flow.config, *batch.values(), keys=keys, **voice, **self.solver
+                    )
                 )
             for i, (j, c) in enumerate(group):
                 first = self._num_frames(len(j.clip.tokens))
@@ -726,7 +735,7 @@ class Synthesizer:
             models["speech_tokenizer"], tokenizer.config, audio.s3_log_mel(batch["wav16"], samples16), 4 * num
         )
         mel = audio.log_mel(batch["wav"], num * (self.sample_rate // audio.TOKEN_RATE), self.mel_config)
-        fbank = audio.fbank(batch["wav16"], samples16)
+        fbank = audio.fbank(batch["wav16"], samples16, **getattr(speaker.file, "FBANK", {}))
         embedding = speaker.file.embed(
             models["speaker"], speaker.config, fbank, audio.fbank_frames(samples16)
         )
@@ -784,7 +793,7 @@ def _text_tokenizer(folder: Path, settings: dict):
     if kind == "mini":
         return text_lib.MiniTokenizer()
     if kind == "qwen":
-        return text_lib.QwenTokenizer(folder / settings.get("folder", "."))
+        return text_lib.QwenTokenizer(folder / settings.get("folder", "."), settings.get("normalizer", "own"))
     raise ValueError(
         f"the model in {folder} wants the text tokenizer {kind!r}; this version has mini and qwen"
     )

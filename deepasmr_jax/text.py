@@ -15,7 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from deepasmr_jax.text_normalize import BYPASS, CJK, check, check_language, spoken_form
+from deepasmr_jax.text_normalize import (
+    BYPASS,
+    CJK,
+    NORMALIZERS,
+    check,
+    check_language,
+    spoken_form,
+    wetext_normalizer,
+)
 from deepasmr_jax.text_normalize import LANGUAGES as LANGUAGES  # these three are given on to callers
 from deepasmr_jax.text_normalize import MAX_CHARACTERS as MAX_CHARACTERS
 from deepasmr_jax.text_normalize import normalize as normalize
@@ -436,6 +444,14 @@ class MiniTokenizer:
                 symbols += (None if spelled else pronounce(m[0])) or list(m[0].lower().strip("'"))
         return np.array([self._ids[s] for s in symbols], np.int32)
 
+    def spoken(self, text: str, language: str) -> str:
+        """The text with numbers and symbols in words, as it is encoded."""
+        return spoken_form(text, language)
+
+    def note(self, language: str) -> str | None:
+        """What a user should know of how texts are read here: nothing."""
+        return None
+
     def _mandarin(self, run: str) -> list[str]:
         parts = [pinyin_parts(s) for s in pinyin(run)]
         return [s for i, f, t in parts for s in (f"zh_{i}", f"zh_{f}{t}") if s != "zh_"]
@@ -467,6 +483,7 @@ class QwenTokenizer:
     Args:
         folder: the tokenizer folder `CosyVoice-BlankEN` of CosyVoice2-0.5B (vocab.json, merges.txt,
             tokenizer_config.json). Read from disk only.
+        normalizer: what reads numbers and symbols, one of `text_normalize.NORMALIZERS`.
 
     Raises:
         ValueError: folder missing or unreadable, or one whose own special tokens take the ids of CosyVoice2's
@@ -475,8 +492,12 @@ class QwenTokenizer:
     Source: architectures of CosyVoice2: <|endofprompt|> is 151646 by a check in CosyVoice3.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, normalizer: str = "own") -> None:
         from transformers import AutoTokenizer
+
+        if normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer {normalizer!r} is unknown; use one of {', '.join(NORMALIZERS)}")
+        self.normalizer = normalizer
 
         if not Path(folder).is_dir():
             raise ValueError(f"{folder} is no folder; give CosyVoice2-0.5B's CosyVoice-BlankEN")
@@ -504,13 +525,24 @@ class QwenTokenizer:
     def encode(
         self, text: str, language: str | None = None, spell_probability: float = 0.0, rng=None
     ) -> np.ndarray:
-        """Ids of a text, [N] int32, no begin or end mark; give normalised text.
+        """Ids of a text as `spoken` gives it, [N] int32, no begin or end mark.
 
-        `language`, `spell_probability` and `rng` are ignored: bytes need neither. They are there so that both
-        tokenizers can be called alike.
+        `spell_probability` and `rng` are ignored: bytes need neither. They are there so that both tokenizers
+        can be called alike.
         """
         check(text, limit=None)
-        return np.array(self._bpe.encode(text, add_special_tokens=False), np.int32)
+        spoken = self.spoken(text, language or detect_language(text))
+        return np.array(self._bpe.encode(spoken, add_special_tokens=False), np.int32)
+
+    def spoken(self, text: str, language: str) -> str:
+        """The text with numbers and symbols in words, as it is encoded."""
+        return spoken_form(text, language, self.normalizer)
+
+    def note(self, language: str) -> str | None:
+        """What a user should know of how texts are read here, or None."""
+        if self.normalizer == "wetext" and wetext_normalizer(language) is None:
+            return "numbers are read by built-in rules, wetext is not installed: pip install wetext"
+        return None
 
     def decode_symbols(self, ids) -> list[str]:
         """The BPE pieces of ids."""

@@ -5,12 +5,17 @@ what may be spoken at all (`check`). Callers reach both as `text.normalize` and 
 sentences, phones and ids of what is returned here.
 """
 
+import functools
 import re
 import unicodedata
 
 LANGUAGES = ("en", "zh")
 MAX_CHARACTERS = 10_000  # of one request; a page of speech is about 2,000
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3007"  # u3007: the zero of years
+NORMALIZERS = (
+    "own",
+    "wetext",
+)  # what reads numbers: the rules of this file, or the package, then these rules
 BYPASS = re.compile(r"<\|[^|<>]+\|>")
 
 
@@ -426,11 +431,30 @@ def normalize(text: str, language: str) -> str:
     return spoken_form(text, language)
 
 
-def spoken_form(text: str, language: str) -> str:
-    """`normalize` by our own rules, without a limit on the length."""
+@functools.cache
+def wetext_normalizer(language: str):
+    """The normaliser of the package wetext (weighted transducers, as CosyVoice2's front-end uses), or None without it.
+
+    Source: https://pypi.org/project/wetext (extra `normalize`).
+    """
+    try:
+        from wetext import Normalizer
+    except ImportError:
+        return None
+    return Normalizer(lang=language, operator="tn")
+
+
+def spoken_form(text: str, language: str, normalizer: str = "own") -> str:
+    """`normalize` without a limit on the length.
+
+    With normalizer "wetext" that package reads numbers first, where it is installed; what it leaves is read by our
+    rules.
+    """
     check_language(language)
     if BYPASS.search(text):
         return text.strip()
+    if normalizer == "wetext" and (library := wetext_normalizer(language)) is not None:
+        text = library.normalize(text)
     spoken = _english(text) if language == "en" else _chinese(text)
     if not any(c.isalpha() or c == "〇" for c in spoken):
         raise ValueError(

@@ -359,8 +359,7 @@ def initialized(model, cfg: TrainConfig):
             raise ValueError(
                 f"{folder} has no component {cfg.component!r}; it has {', '.join(sorted(values))}"
             )
-        entry = values[cfg.component]
-        arrays = checkpoint.read_arrays(folder / entry["file"], entry["sha256"])
+        arrays = checkpoint.component_arrays(folder, values[cfg.component])
     else:
         arrays = checkpoint.load_weights(folder)
     own = checkpoint.named_arrays(model)
