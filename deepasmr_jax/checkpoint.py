@@ -191,7 +191,12 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
     parts = [folder / f"{file}.tmp{os.getpid()}" for file in names]
     try:
         sums = [
-            _write_safetensors(part, {k: (file_dtypes[k], shapes[k].shape) for k in keys}, arrays, name)
+            _write_safetensors(
+                part,
+                {k: (file_dtypes[k], shapes[k].shape) for k in keys},
+                _finite(arrays, file_dtypes, name),
+                {"format": str(FORMAT), "component": name},
+            )
             for part, keys in zip(parts, shards, strict=True)
         ]
         for part, file in zip(parts, names, strict=True):
@@ -215,9 +220,33 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
     return folder / names[0]
 
 
-def _write_safetensors(path: Path, entries: dict[str, tuple], arrays, component: str) -> str:
+def _finite(arrays, dtypes: dict, component: str):
+    """The same arrays in their dtypes; ValueError at one that is not finite."""
+    for key, x in arrays:
+        value = np.ascontiguousarray(x, dtypes[key])
+        if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(value.astype(np.float32)).all():
+            raise ValueError(
+                f"{component}: {key} is not finite in {value.dtype.name}; export float32 or an earlier checkpoint"
+            )
+        yield key, value
+
+
+def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    """Writes a safetensors file under a temporary name first; the sha256 of it."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    try:
+        entries = {k: (x.dtype, x.shape) for k, x in arrays.items()}
+        found = _write_safetensors(part, entries, iter(arrays.items()), metadata)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return found
+
+
+def _write_safetensors(path: Path, entries: dict[str, tuple], arrays, metadata: dict[str, str]) -> str:
     """Writes these entries (name -> dtype, shape) from the next ones of `arrays`; the sha256 of the file."""
-    head: dict = {"__metadata__": {"format": str(FORMAT), "component": component}}
+    head: dict = {"__metadata__": metadata}
     kinds = {np.dtype(v): k for k, v in _FILE_DTYPES.items()}
     start = 0
     for key, (dtype, shape) in entries.items():
@@ -238,12 +267,7 @@ def _write_safetensors(path: Path, entries: dict[str, tuple], arrays, component:
         for key, (dtype, shape) in entries.items():
             found, value = next(arrays)
             assert found == key and value.shape == tuple(shape), (found, key, value.shape, shape)
-            value = np.ascontiguousarray(value, dtype)
-            if jnp.issubdtype(dtype, jnp.floating) and not np.isfinite(value.astype(np.float32)).all():
-                raise ValueError(
-                    f"{component}: {key} is not finite in {dtype.name}; export float32 or an earlier checkpoint"
-                )
-            put(memoryview(value.reshape(-1).view(np.uint8)))
+            put(memoryview(np.ascontiguousarray(value, dtype).reshape(-1).view(np.uint8)))
     return digest.hexdigest()
 
 

@@ -34,20 +34,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs one command; returns the exit code: 0, 1 if `doctor` found damage, 2 for bad input, 130 after Ctrl-C."""
     os.environ.setdefault(
         "TF_CPP_MIN_LOG_LEVEL", "3"
     )  # XLA's remarks about the machine are not for this user
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError) as e:
         print(f"deepasmr: {_sentence(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("deepasmr: stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,14 +113,23 @@ def _parser() -> argparse.ArgumentParser:
     actions = group.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
     build = add(actions, "build", _pool_build, "make a pool from recordings with transcripts")
     build.add_argument(
-        "source", help="folder of x.wav + x.txt, or JSON lines with audio, text, style, language"
+        "source",
+        nargs="?",
+        help="folder of x.wav + x.txt, or JSON lines with audio, text, style, language",
+    )
+    build.add_argument(
+        "--normal", help="the same, for ordinary speech beside --asmr: 50 recordings in the paper"
     )
     build.add_argument("--out", required=True, help="the pool file to write")
     build.add_argument(
         "--asmr-sample",
+        "--asmr",
         action="append",
         default=[],
         help="ASMR recording with its .txt beside it: the ASMR half is synthesised from it; one per language",
+    )
+    build.add_argument(
+        "--asmr-text", action="append", default=[], help="what is said in it, in place of the .txt; one each"
     )
     build.add_argument("--seed", default="0")
     adding = add(actions, "add", _pool_add, "add recordings to a pool file")
@@ -135,8 +143,28 @@ def _parser() -> argparse.ArgumentParser:
     add_model(listing)
     listing.add_argument("--json", action="store_true", help="one JSON object per line")
 
-    info = add(commands, "info", _info, "what a model folder holds and what it was made from")
+    info = add(commands, "info", _info, "what a model folder holds, what it needs and what it was made from")
+    info.add_argument("folder", nargs="?", help="model folder; without it the built-in model")
     add_model(info, with_pool=False)
+
+    doctor = add(commands, "doctor", _doctor, "which weight files of a folder are whole, damaged or missing")
+    doctor.add_argument("folder", help="folder of public weights, or a model folder")
+
+    convert = add(commands, "convert", _convert, "public weights to a model folder")
+    convert.add_argument(
+        "kind", help="cosyvoice2: the folder CosyVoice2-0.5B; file: one weight file into MODEL"
+    )
+    convert.add_argument("source", help="the folder or the file")
+    convert.add_argument("--out", required=True, help="the model folder; for `file` it may exist")
+    convert.add_argument(
+        "--dtype", default="float32", help="of the weight files: float32, float16 or bfloat16"
+    )
+    for part in ("speaker", "vocoder"):
+        convert.add_argument(f"--{part}", help=f"another {part} file in place of the folder's")
+
+    export = add(commands, "export", _export, "a model's language model under Hugging Face's names of Qwen2")
+    add_model(export, with_pool=False)
+    export.add_argument("--out", required=True, help="folder for model.safetensors and config.json")
     return parser
 
 
@@ -249,17 +277,27 @@ def _pool_build(args) -> None:
     out = request.check_output(args.out, (".safetensors",))
     seed = request.check_seed(args.seed)
     _check_model(args)
+    if (args.source is None) == (args.normal is None):
+        raise ValueError("give the recordings once: SOURCE, or --normal FOLDER beside --asmr SAMPLE")
+    args.source = args.source or args.normal
+    if args.asmr_text and len(args.asmr_text) != len(args.asmr_sample):
+        raise ValueError(
+            f"{len(args.asmr_text)} --asmr-text for {len(args.asmr_sample)} --asmr; give one for each, in order"
+        )
     recordings = _recordings(args)
     from deepasmr_jax import pool, synthesis
 
-    for name in args.asmr_sample:
+    for i, name in enumerate(args.asmr_sample):
         sample = request.check_clip_file(name)
         transcript = sample.with_suffix(".txt")
-        if not transcript.is_file():
+        if args.asmr_text:
+            text = args.asmr_text[i]
+        elif transcript.is_file():
+            text = request.read_text(transcript).strip()
+        else:
             raise ValueError(
-                f"{sample} has no transcript; write what is said into {transcript.name} beside it"
+                f"{sample} has no transcript; give it with --asmr-text, or write it into {transcript.name} beside it"
             )
-        text = request.read_text(transcript).strip()
         language = text_lib.detect_language(text)
         recordings.append(pool.Recording(sample.stem, sample, text, "asmr", language))
     synthesizer = synthesis.load(args.model)
@@ -293,7 +331,41 @@ def _pool_list(args) -> None:
     print("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) if args.json else _table(rows))
 
 
+def _doctor(args) -> int:
+    from deepasmr_jax import convert
+
+    rows = convert.examine(args.folder)
+    print(_table(rows))
+    return 0 if all(row["state"] in ("whole", "unknown") for row in rows) else 1
+
+
+def _convert(args) -> None:
+    from deepasmr_jax import convert
+
+    request.check_choice(args.kind, ("cosyvoice2", "file"), "kind of conversion")
+    request.check_output_folder(args.out)
+    if args.kind == "file":
+        made = convert.convert_file(args.source, args.out, args.dtype)
+        print(f"{args.out}: {made}")
+        return
+    parts = {name: getattr(args, name) for name in ("speaker", "vocoder") if getattr(args, name)}
+    folder = convert.convert_cosyvoice2(args.source, args.out, args.dtype, parts, _progress)
+    print(f"{folder}: ready; try  deepasmr say TEXT --voice CLIP --model {folder} --out out.wav")
+
+
+def _export(args) -> None:
+    folder = _check_model(args)
+    out = request.check_output_folder(args.out)
+    from deepasmr_jax import convert
+
+    print(f"{convert.export_qwen2(folder, out)}: model.safetensors, speech.safetensors, config.json")
+
+
 def _info(args) -> None:
+    if args.folder:
+        if args.model:
+            raise ValueError(f"two models are given, {args.folder} and {args.model}; leave one of them out")
+        args.model = args.folder
     folder = _check_model(args)
     from deepasmr_jax import checkpoint
 
@@ -304,17 +376,26 @@ def _info(args) -> None:
             "module": c["module"],
             "parameters": f"{c['num_params']:,}",
             "dtype": c["dtype"],
-            "MiB": f"{(folder / c['file']).stat().st_size / 2**20:.1f}"
-            if (folder / c["file"]).exists()
-            else "missing",
+            "MiB": _mebibytes([folder / file for file, _ in checkpoint.files_of(c)]),
         }
         for name, c in config["components"].items()
     ]
     rate, profile = (config.get(key, "?") for key in ("sample_rate", "mel_profile"))
     print(f"{config.get('name', '?')} in {folder}: {rate} Hz, mel profile {profile}")
     print(_table(rows))
+    total = sum(c["num_params"] for c in config["components"].values())
+    print(f"memory: {4 * total / 2**30:.2f} GiB for the weights in float32, and a few hundred MiB to work")
+    print(f"languages: {', '.join(config.get('languages', text_lib.LANGUAGES))}")
+    if "licence" in config:
+        print(f"licence: {config['licence']} (the strictest of its parts)")
     for name, value in config.get("provenance", {}).items():
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+
+
+def _mebibytes(files: list[Path]) -> str:
+    if not all(file.is_file() for file in files):
+        return "missing"
+    return f"{sum(file.stat().st_size for file in files) / 2**20:.1f}"
 
 
 _VOICE_INTRO = "The model never heard this voice in training, nor these sentences."

@@ -419,7 +419,7 @@ def style_by_client(wav: np.ndarray, sample_rate: int, client: Callable[[str, np
 
 
 @functools.cache
-def _matrix_judge() -> judges.MatrixJudge | None:
+def _matrix_judge() -> "judges.MatrixJudge | None":
     try:
         return judges.MatrixJudge()
     except ValueError:

@@ -26,7 +26,7 @@ import numpy as np
 from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import Request, check_model, from_row
+from deepasmr_jax.request import STYLES, Request, check_model, from_row
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
@@ -229,6 +229,11 @@ class Synthesizer:
             "output_gain_db", {}
         )  # style -> what guidance makes too loud, negative
         self.clip_level_db = settings.get("clip_level_db", {})  # style -> level of the training data
+        vocoder_config = self._parts["vocoder"].config
+        self._vocoder_configs = {  # a vocoder with a voice source can be told to whisper
+            style: dataclasses.replace(vocoder_config, **settings.get("vocoder", {}).get(style, {}))
+            for style in STYLES
+        }
         self.tokenizer = _text_tokenizer(folder, config.get("text", {}))
         own = folder / "pool.safetensors"
         if pool_file is not None:
@@ -382,14 +387,20 @@ class Synthesizer:
         Returns:
             [W // hop * hop] float32.
         """
-        hop, vocoder = self.mel_config.hop_samples, self._parts["vocoder"]
+        hop = self.mel_config.hop_samples
         frames = len(wav) // hop
         row = np.zeros((1, _padded(frames, 2 * TOKEN_BASE) * hop), np.float32)
         row[0, : len(wav)] = wav[: row.shape[1]]
         put = sharding.replicate
         mel = audio.log_mel(put(row), put(np.array([frames * hop], np.int32)), self.mel_config)
-        out = self._vocode(vocoder.module, vocoder.config, mel, put(np.array([frames], np.int32)))
-        return np.asarray(jax.device_get(out))[0, : frames * hop]
+        return self.sound(np.asarray(jax.device_get(mel))[0, :frames])
+
+    def sound(self, mel: np.ndarray) -> np.ndarray:
+        """The waveform [T * hop] float32 of a log-mel [T, M] in the model's profile."""
+        vocoder, put = self._parts["vocoder"], sharding.replicate
+        row = put(_pad(np.asarray(mel, np.float32), _padded(len(mel), 2 * TOKEN_BASE))[None])
+        out = self._vocode(vocoder.module, vocoder.config, row, put(np.array([len(mel)], np.int32)))
+        return np.asarray(jax.device_get(out))[0, : len(mel) * self.mel_config.hop_samples]
 
     def speak_tokens(
         self, requests: Sequence[Request], speech_tokens: Sequence[np.ndarray]
@@ -506,6 +517,30 @@ class Synthesizer:
             }
             result = result.add(_entry(made, clip, provenance))
         return result
+
+    def adopt_pool(self, other: "Synthesizer") -> pool.Pool:
+        """The pool of another model for this one: its sounds, copied by its vocoder, are heard by this model.
+
+        A pool holds what its own tokenizer, mel profile and speaker encoder made of a recording; another model
+        cannot use that. The copy has the bandwidth of the other model.
+        """
+        result = pool.Pool((), self.mel_config.name, self.config.get("name", self.folder.name))
+        entries = []
+        for e in other.pool:
+            wav = audio.resample(other.sound(e.mel), other.sample_rate, self.sample_rate)
+            clip = self.read_clip(
+                wav,
+                self.sample_rate,
+                voice_text=e.transcript,
+                voice_language=e.language,
+                voice_style=e.style,
+                notes=[],
+            )
+            made = pool.Recording(e.name, Path(e.name), e.transcript, e.style, e.language, dict(e.attributes))
+            entries.append(
+                _entry(made, clip, e.provenance | {"heard_from_pool_of": other.pool.speaker_model})
+            )
+        return result.add(*entries)
 
     def reading(self, request: Request) -> list[str]:
         """The chunks of a request's text as normalised, each followed by its symbols for the model."""
@@ -651,7 +686,7 @@ class Synthesizer:
 
     def _sound(self, jobs: list[_Job], number: int) -> None:
         """Hop 5: mel and waveform of every chunk, in the voice of the job's clip."""
-        flow, vocoder = self._parts["flow"], self._parts["vocoder"]
+        flow = self._parts["flow"]
         rows = [(j, c) for j in jobs if not j.error for c in range(len(j.chunks))]
         for j in jobs:
             j.mels = [np.zeros((0, 0), np.float32)] * len(j.chunks)
@@ -690,14 +725,20 @@ class Synthesizer:
 
         rows = [(j, c) for j, c in rows if not j.error]
         wavs: dict[int, list[np.ndarray]] = {id(j): [np.zeros(0)] * len(j.chunks) for j in jobs}
-        hop = self.mel_config.hop_samples
-        for size, group in self._groups(rows, lambda row: _padded(len(row[0].mels[row[1]]), 2 * TOKEN_BASE)):
+        hop, vocoder, configs = self.mel_config.hop_samples, self._parts["vocoder"], self._vocoder_configs
+
+        def vocoder_sizes(row):
+            j, c = row
+            first = next(s for s, x in configs.items() if x == configs[j.request.style])
+            return _padded(len(j.mels[c]), 2 * TOKEN_BASE), first  # styles of one config share a batch
+
+        for (size, style), group in self._groups(rows, vocoder_sizes):
             with _clock_all([r[0].timings for r in group], "vocoder_s"):
                 batch = _stack(
                     {"mel": _pad(j.mels[c], size), "lengths": np.int32(len(j.mels[c]))} for j, c in group
                 )
                 batch = sharding.put(batch)
-                wav = jax.device_get(self._vocode(vocoder.module, vocoder.config, *batch.values()))
+                wav = jax.device_get(self._vocode(vocoder.module, configs[style], *batch.values()))
             for i, (j, c) in enumerate(group):
                 wavs[id(j)][c] = wav[i, : len(j.mels[c]) * hop]
         for j in jobs:

@@ -1,0 +1,635 @@
+"""Public weights to a model folder: what a file is, whether it is whole, whose licence it has, and its conversion.
+
+`KINDS` is the one list of what is known. A file is recognised by the names of its tensors, never by its own name. Sizes
+are read off the shapes, so that a file of another width converts as well; what shapes do not tell (heads of 64, rates of
+the vocoder) is as in the released models. Nothing is executed (`weight_files.py`), everything is checked before the first
+array is written (`public_names.py`), arrays go through memory one at a time, and a folder appears only when it is whole.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from deepasmr_jax import (
+    __version__,
+    checkpoint,
+    flow,
+    flow_cosyvoice2,
+    lm,
+    public_names,
+    speaker,
+    speaker_campplus,
+    speech_tokenizer,
+    vocoder,
+    vocoder_hift,
+    weight_files,
+)
+from deepasmr_jax import text as text_lib
+
+LICENCES = ("MIT", "Apache-2.0", "CC BY 4.0", "CC BY-SA 3.0", "GPL-3.0", "CC BY-NC 4.0")  # ever stricter
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json")
+TEXT_FOLDER = "text_tokenizer"
+HEAD_DIM = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A public weight file that we can read.
+
+    Attributes:
+        name: as a reader knows it.
+        component: its place in a model folder.
+        marks: tensors that only such a file has, after `prepare`'s renaming of prefixes.
+        config: shapes by name -> our Config.
+        table: Config -> `public_names.Table`.
+        licence: of the released weights, one of `LICENCES`.
+        init: `init(cfg, key)` of the module; the shape of what is written.
+        prepare: tensors of the file -> tensors in the names of the table.
+        ignored: names that the file may have and we do not use.
+        mel_profile: of flows and vocoders.
+        released: file name and size in bytes of the released file, and its sha256 where it is known.
+    """
+
+    name: str
+    component: str
+    marks: tuple[str, ...]
+    config: Callable
+    table: Callable
+    licence: str
+    init: Callable
+    prepare: Callable = dict
+    ignored: tuple[str, ...] = ()
+    mel_profile: str | None = None
+    released: tuple[tuple[str, int, str | None], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A recognised file: its kind, its tensors (memory-mapped) in the names of the table, our Config."""
+
+    path: Path
+    kind: Kind
+    tensors: Mapping[str, np.ndarray]
+    config: object
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Parameters of ours that the file becomes, without memory."""
+        module = checkpoint.abstract(lambda key: self.kind.init(self.config, key), jax.random.key(0))
+        return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in checkpoint.named_arrays(module).items()}
+
+    def problems(self) -> str:
+        """Missing, unexpected and reshaped tensors in one sentence; empty if the file is whole."""
+        shapes = {k: x.shape for k, x in self.shapes().items()}
+        return public_names.differences(self.kind.table(self.config), self.tensors, shapes, self.kind.ignored)
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(parameter, array) in the order of `shapes`; ValueError if the file does not fit."""
+        shapes = {k: x.shape for k, x in self.shapes().items()}
+        table = self.kind.table(self.config)
+        return public_names.to_ours(table, self.tensors, shapes, str(self.path), self.kind.ignored)
+
+
+# ---------------------------------------------------------------- sizes, read off the shapes
+
+
+def _count(tensors: Mapping, pattern: str) -> int:
+    """One more than the greatest number where the names have `{}` in `pattern`."""
+    prefix, _, rest = pattern.partition("{}")
+    found = [n[len(prefix) :].split(".")[0] for n in tensors if n.startswith(prefix) and rest in n]
+    return 1 + max((int(x) for x in found if x.isdigit()), default=-1)
+
+
+def _lm_config(t: Mapping, prefix: str = "llm.model.model.", **more) -> lm.Config:
+    layer = f"{prefix}layers.0."
+    return lm.cosyvoice2(
+        text_vocab=t[f"{prefix}embed_tokens.weight"].shape[0],
+        width=t[f"{prefix}embed_tokens.weight"].shape[1],
+        num_layers=_count(t, f"{prefix}layers.{{}}.mlp.up_proj.weight"),
+        num_heads=t[f"{layer}self_attn.q_proj.weight"].shape[0] // HEAD_DIM,
+        num_kv_heads=t[f"{layer}self_attn.k_proj.weight"].shape[0] // HEAD_DIM,
+        mlp_width=t[f"{layer}mlp.up_proj.weight"].shape[0],
+        **more,
+    )
+
+
+def _s3_config(t: Mapping) -> speech_tokenizer.Config:
+    width, num_mels, _ = t["encoder.conv1.weight"].shape
+    return speech_tokenizer.Config(
+        num_mels=num_mels,
+        width=width,
+        num_heads=width // HEAD_DIM,
+        num_blocks=_count(t, "encoder.blocks.{}.attn.out.weight"),
+        mlp_width=t["encoder.blocks.0.mlp.0.weight"].shape[0],
+        fsmn_kernel=t["encoder.blocks.0.attn.fsmn_block.weight"].shape[2],
+    )
+
+
+def _hift_config(t: Mapping) -> vocoder_hift.Config:
+    return dataclasses.replace(
+        vocoder_hift.cosyvoice2(),
+        initial_channels=t["conv_pre.weight"].shape[0],
+        f0_width=t["f0_predictor.classifier.weight"].shape[1],
+    )
+
+
+def _hifigan_config(t: Mapping) -> vocoder.Config:
+    channels = t["conv_pre.weight"].shape[0]
+    if "resblocks.0.convs.0.weight" in t:
+        return dataclasses.replace(vocoder.v3(), initial_channels=channels)
+    return dataclasses.replace(vocoder.v1(), initial_channels=channels)
+
+
+def _resnet_config(t: Mapping) -> speaker.Config:
+    repeats = tuple(_count(t, f"layer{i}.{{}}.conv1.weight") for i in range(1, 5))
+    return speaker.Config(
+        base_channels=t["conv1.weight"].shape[0],
+        repeats=repeats,
+        bottleneck="layer1.0.conv3.weight" in t,
+        embedding_size=t["seg_1.weight"].shape[0],
+    )
+
+
+def _campplus_config(t: Mapping) -> speaker_campplus.Config:
+    blocks = _count(t, "xvector.block{}.tdnnd1.linear1.weight".replace("{}.", "{}."))
+    return dataclasses.replace(
+        speaker_campplus.cosyvoice(),
+        head_channels=t["head.conv1.weight"].shape[0],
+        initial_channels=t["xvector.tdnn.linear.weight"].shape[0],
+        growth=t["xvector.block1.tdnnd1.cam_layer.linear_local.weight"].shape[0],
+        bottleneck=t["xvector.block1.tdnnd1.linear1.weight"].shape[0],
+        repeats=tuple(_count(t, f"xvector.block{b}.tdnnd{{}}.linear1.weight") - 1 for b in range(1, blocks)),
+        embedding_size=t["xvector.dense.linear.weight"].shape[0],
+    )
+
+
+# ---------------------------------------------------------------- the list
+
+
+def _plain(tensors: Mapping) -> dict:
+    return dict(tensors)
+
+
+def _without_prefix(prefix: str, then: Callable = _plain) -> Callable:
+    """Takes a prefix that all or some names may have away, then calls `then`."""
+    return lambda tensors: then({name.removeprefix(prefix): x for name, x in tensors.items()})
+
+
+COUNTERS = r".*num_batches_tracked"
+KINDS = (
+    Kind(
+        "CosyVoice2 language model",
+        "lm",
+        ("llm_embedding.weight", "llm_decoder.weight", "speech_embedding.weight"),
+        lambda t: _lm_config(t, num_codes=t["speech_embedding.weight"].shape[0] - 3),
+        public_names.lm_cosyvoice2,
+        "Apache-2.0",
+        lm.init,
+        public_names.lm_cosyvoice2_tensors,
+        released=(("llm.pt", 2_023_316_821, None),),
+    ),
+    Kind(
+        "CosyVoice2 flow",
+        "flow",
+        ("encoder.pre_lookahead_layer.conv1.weight", "decoder.estimator.final_proj.weight"),
+        _flow_b_config,
+        public_names.flow_cosyvoice2,
+        "Apache-2.0",
+        flow_cosyvoice2.init,
+        ignored=public_names.FLOW_COSYVOICE2_IGNORED,
+        mel_profile="cv2",
+        released=(("flow.pt", 450_575_567, None),),
+    ),
+    Kind(
+        "CosyVoice2 HiFT vocoder",
+        "vocoder",
+        ("m_source.l_linear.weight", "f0_predictor.classifier.weight"),
+        _hift_config,
+        public_names.hift,
+        "Apache-2.0",
+        vocoder_hift.init,
+        _without_prefix("generator.", public_names.fold_weight_norm),
+        mel_profile="cv2",
+        released=(("hift.pt", 83_390_254, None),),
+    ),
+    Kind(
+        "S3 speech tokenizer V2",
+        "speech_tokenizer",
+        ("encoder.conv1.weight", "quantizer._codebook.project_down.weight"),
+        _s3_config,
+        public_names.s3_v2,
+        "Apache-2.0",
+        speech_tokenizer.init,
+        released=(
+            (
+                "speech_tokenizer_v2.onnx",
+                496_082_973,
+                "d43342aa12163a80bf07bffb94c9de2e120a8df2f9917cd2f642e7f4219c6f71",
+            ),
+        ),
+    ),
+    Kind(
+        "CAM++ speaker encoder",
+        "speaker",
+        ("xvector.tdnn.linear.weight", "head.conv1.weight"),
+        _campplus_config,
+        public_names.campplus,
+        "Apache-2.0",
+        speaker_campplus.init,
+        ignored=(COUNTERS,),
+        released=(("campplus.onnx", 28_303_423, None), ("campplus_cn_common.bin", 28_036_335, None)),
+    ),
+    Kind(
+        "WeSpeaker ResNet speaker encoder",
+        "speaker",
+        ("seg_1.weight", "layer1.0.conv1.weight"),
+        _resnet_config,
+        public_names.wespeaker,
+        "CC BY 4.0",
+        speaker.init,
+        ignored=(COUNTERS, r"projection\..*"),
+    ),
+    Kind(
+        "HiFi-GAN generator",
+        "vocoder",
+        ("conv_pre.weight", "ups.0.weight", "resblocks.0.convs"),
+        _hifigan_config,
+        public_names.hifigan,
+        "MIT",
+        vocoder.init_generator,
+        public_names.fold_weight_norm,
+        mel_profile="hifigan",
+    ),
+)
+COSYVOICE2 = ("llm.pt", "flow.pt", "hift.pt", "speech_tokenizer_v2.onnx", "campplus.onnx")
+
+
+# ---------------------------------------------------------------- what a file is
+
+
+def recognise(path: str | os.PathLike) -> Found:
+    """What a weight file is, by its tensors.
+
+    Raises:
+        ValueError: if it cannot be read, or is none of `KINDS`; with the file and the reason.
+    """
+    path = Path(path)
+    if weight_files.kind(path) == "onnx":
+        graph = weight_files.read_onnx(path)
+        named = public_names.campplus_onnx if _is_campplus(graph) else public_names.s3_v2_onnx
+        tree: Mapping = named(graph)
+    else:
+        tree = weight_files.read_tree(path)
+        for key in ("generator", "model", "state_dict", "ema_model_state_dict"):
+            if isinstance(tree.get(key), Mapping):
+                tree = tree[key]
+                break
+    tensors = {name: x for name, x in tree.items() if isinstance(x, np.ndarray)}
+    for kind in KINDS:
+        prepared = _marked(kind, tensors)
+        if prepared is not None:
+            try:
+                return Found(path, kind, prepared, kind.config(prepared))
+            except (KeyError, ValueError, IndexError) as e:
+                raise ValueError(
+                    f"{path} looks like a {kind.name}, but its sizes cannot be read ({e}); fetch it again"
+                ) from None
+    some = ", ".join(sorted(tensors)[:3]) or "no tensors"
+    raise ValueError(
+        f"{path} is no model that is known here: it has {len(tensors)} tensors ({some}); "
+        f"known are {', '.join(dict.fromkeys(k.name for k in KINDS))}"
+    )
+
+
+def _is_campplus(graph) -> bool:
+    return any(
+        "xvector" in name or "tdnn" in name for name in (*graph.initializers, *(n.name for n in graph.nodes))
+    )
+
+
+def _marked(kind: Kind, tensors: Mapping) -> Mapping | None:
+    """The tensors as the kind prepares them, if it has all its marks (as beginnings of names)."""
+
+    def has(mark: str, names) -> bool:
+        return any(name.removeprefix("generator.").startswith(mark.removesuffix("weight")) for name in names)
+
+    if not all(has(mark, tensors) for mark in kind.marks):
+        return None
+    return kind.prepare(tensors)
+
+
+# ---------------------------------------------------------------- doctor
+
+
+def examine(folder: str | os.PathLike) -> list[dict]:
+    """What every weight file of a folder is, and whether it is whole; nothing is converted.
+
+    Args:
+        folder: of public weights, or a model folder of ours.
+
+    Returns:
+        One row a file: "file", "state" ("whole", "damaged", "unknown" or "missing"), "is" and "detail".
+
+    Raises:
+        ValueError: if there is no such folder or it is empty.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give the folder with the weight files")
+    if (folder / "config.json").is_file() and "components" in _json(folder / "config.json"):
+        return list(_examine_ours(folder))
+    rows = []
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    known = {name: (size, sha, k) for k in KINDS for name, size, sha in k.released}
+    for path in files:
+        if path.suffix.lower() in (".md", ".txt", ".yaml", ".yml", ".json", ".png", ".gif", ".wav"):
+            continue
+        rows.append(_examine_file(path, known.get(path.name)))
+    parts = [r["is"] for r in rows if r["state"] == "whole"]
+    if any("CosyVoice2" in x for x in parts) or any(p.name in COSYVOICE2 for p in files):
+        for name in COSYVOICE2:
+            if not (folder / name).is_file():
+                kind = known[name][2].name
+                rows.append(
+                    {"file": name, "state": "missing", "is": kind, "detail": "fetch the whole folder"}
+                )
+        rows.append(_examine_text(folder))
+    if not rows:
+        raise ValueError(f"{folder} holds no weight files; give the folder that was downloaded")
+    return rows
+
+
+def _examine_file(path: Path, released: tuple | None) -> dict:
+    row = {"file": path.name, "state": "damaged", "is": released[2].name if released else "", "detail": ""}
+    size = path.stat().st_size
+    try:
+        found = recognise(path)
+        problems = found.problems()
+    except ValueError as e:
+        unknown = "is no model that is known here" in str(e)
+        short = (
+            f"; {size:,} bytes, the released file has {released[0]:,}"
+            if released and size != released[0]
+            else ""
+        )
+        return row | {"state": "unknown" if unknown and not released else "damaged", "detail": f"{e}{short}"}
+    row["is"] = found.kind.name
+    if problems:
+        return row | {"detail": problems}
+    values = sum(int(np.prod(x.shape)) for x in found.tensors.values())
+    row |= {"state": "whole", "detail": f"{len(found.tensors)} tensors, {values:,} values"}
+    if released and released[1] and size == released[0] and weight_files.sha256(path) != released[1]:
+        return row | {"state": "damaged", "detail": "the size is right, the sha256 is not; fetch it again"}
+    if released and size != released[0]:
+        row["detail"] += f"; another size than the released file ({size:,} bytes, {released[0]:,})"
+    return row
+
+
+def _examine_text(folder: Path) -> dict:
+    row = {
+        "file": "CosyVoice-BlankEN/",
+        "is": "text tokenizer",
+        "state": "missing",
+        "detail": "fetch the whole folder",
+    }
+    if (folder / "CosyVoice-BlankEN").is_dir():
+        try:
+            text_lib.QwenTokenizer(folder / "CosyVoice-BlankEN")
+        except ValueError as e:
+            return row | {"state": "damaged", "detail": str(e)}
+        row |= {"state": "whole", "detail": f"{text_lib.QWEN_VOCABULARY:,} ids"}
+    return row
+
+
+def _examine_ours(folder: Path) -> Iterator[dict]:
+    for name, entry in checkpoint.read_config(folder)["components"].items():
+        for file, sha in checkpoint.files_of(entry):
+            row = {"file": file, "is": f"{name} ({entry['module']})", "state": "whole", "detail": ""}
+            path = folder / file
+            if not path.is_file():
+                row |= {"state": "missing", "detail": "copy the whole model folder"}
+            elif weight_files.sha256(path) != sha:
+                row |= {"state": "damaged", "detail": "its sha256 is not that of config.json; copy it again"}
+            yield row
+
+
+def _json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+# ---------------------------------------------------------------- conversion
+
+
+def convert_cosyvoice2(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    dtype: str = "float32",
+    parts: Mapping[str, str | os.PathLike] | None = None,
+    progress: Callable[[str], None] = lambda sentence: None,
+) -> Path:
+    """A CosyVoice2-0.5B folder as a model folder that speaks at once.
+
+    The pool of the built-in model (synthetic voices, both styles and languages) is heard and encoded again by the
+    converted tokenizer and speaker encoder, since the first request needs task prompts.
+
+    Args:
+        folder: with `COSYVOICE2` and `CosyVoice-BlankEN/`.
+        out: the model folder; must not exist.
+        dtype: of the weight files, one of `checkpoint.DTYPES`.
+        parts: component -> another file in place of the folder's, e.g. a WeSpeaker `avg_model.pt` as "speaker".
+        progress: called with a short sentence per step.
+
+    Returns:
+        `out`. It appears when it is whole; nothing is left behind on an error.
+
+    Raises:
+        ValueError: if a file is missing, damaged or another model's; with the file and the reason.
+    """
+    folder, out = Path(folder), Path(out)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give the folder CosyVoice2-0.5B")
+    if dtype not in checkpoint.DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown; use one of {', '.join(checkpoint.DTYPES)}")
+    if out.exists():
+        raise ValueError(f"{out} exists already; give a new folder, or remove it first")
+    sources = {}
+    for name in COSYVOICE2:
+        kind = next(k for k in KINDS if any(r[0] == name for r in k.released))
+        sources[kind.component] = Path((parts or {}).get(kind.component, folder / name))
+    missing = [str(p) for p in sources.values() if not p.is_file()]
+    if not (folder / "CosyVoice-BlankEN").is_dir():
+        missing.append(str(folder / "CosyVoice-BlankEN"))
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} missing: {folder} is not the whole CosyVoice2-0.5B; `deepasmr doctor {folder}` "
+            "lists what is there"
+        )
+    text_lib.QwenTokenizer(folder / "CosyVoice-BlankEN")  # refuses the stock Qwen folder
+    found = {}
+    for component, path in sources.items():  # all checks before the first byte is written
+        progress(f"checking {path.name}")
+        found[component] = recognise(path)
+        if found[component].kind.component != component:
+            raise ValueError(f"{path} is a {found[component].kind.name}, no {component}; give the right file")
+        if problems := found[component].problems():
+            raise ValueError(f"{path} is not whole: {problems}; fetch it again")
+    profiles = {f.kind.mel_profile for f in found.values() if f.kind.mel_profile}
+    if len(profiles) > 1:
+        raise ValueError(
+            f"flow and vocoder have different mel profiles ({', '.join(sorted(profiles))}); give a vocoder of the flow's"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
+        new = Path(place) / out.name
+        for f in found.values():
+            progress(f"converting {f.path.name}")
+            write(f, new, dtype)
+        (new / TEXT_FOLDER).mkdir()
+        for name in TOKENIZER_FILES:
+            if (folder / "CosyVoice-BlankEN" / name).is_file():
+                shutil.copyfile(folder / "CosyVoice-BlankEN" / name, new / TEXT_FOLDER / name)
+        _settle(new, profiles.pop(), found)
+        progress("hearing the built-in pool with the converted model")
+        _adopt_pool(new)
+        os.replace(new, out)
+    return out
+
+
+def convert_file(path: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32") -> str:
+    """Converts one weight file into a model folder, in place of that component if the folder has it.
+
+    Returns:
+        A sentence on what was written.
+
+    Raises:
+        ValueError: if the file is unknown or damaged, or its mel profile is not the folder's.
+    """
+    found, out = recognise(path), Path(out)
+    if problems := found.problems():
+        raise ValueError(f"{path} is not whole: {problems}; fetch it again")
+    if (out / "config.json").is_file():
+        own = checkpoint.read_config(out)
+        profile = own.get("mel_profile")
+        others = set(own["components"]) - {found.kind.component}
+        if found.kind.mel_profile not in (None, profile) and others & {"flow", "vocoder"}:
+            raise ValueError(
+                f"{path} is for the mel profile {found.kind.mel_profile!r}, the model in {out} has {profile!r}; "
+                "give a new folder"
+            )
+    write(found, out, dtype)
+    return f"{found.kind.name} as {found.kind.component}"
+
+
+def write(found: Found, folder: Path, dtype: str) -> None:
+    """Writes a recognised file as a component of a model folder, with its provenance.
+
+    Raises:
+        ValueError: if the file does not fit, or a weight is not finite in `dtype`.
+    """
+    kind = found.kind
+    provenance = {
+        "source": found.path.name,
+        "sha256": weight_files.sha256(found.path),
+        "is": kind.name,
+        "licence": kind.licence,
+        "converter": f"deepasmr_jax {__version__}",
+    }
+    top: dict = {"provenance": {kind.component: provenance}}
+    if kind.mel_profile:
+        top["mel_profile"] = kind.mel_profile
+    shapes = found.shapes()
+    checkpoint.write_component(folder, kind.component, found.config, shapes, found.arrays(), dtype, **top)
+
+
+def strictest(licences) -> str:
+    """The strictest of some licences, by the order of `LICENCES`; an unknown one is stricter than all."""
+    return max(licences, key=lambda x: LICENCES.index(x) if x in LICENCES else len(LICENCES))
+
+
+def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
+    """Text, sampling and licence of a converted CosyVoice2."""
+    from deepasmr_jax import audio, config
+
+    values = checkpoint.read_config(folder)
+    values |= {
+        "mel_profile": profile,
+        "sample_rate": audio.mel_profile(profile).sample_rate,
+        "text": {"tokenizer": "qwen", "folder": TEXT_FOLDER, "normalizer": "wetext"},
+        "licence": strictest(f.kind.licence for f in found.values()),
+        "languages": list(text_lib.LANGUAGES),
+        "sampling": {
+            "lm": {"max_ratio": 20.0},
+            "flow": {"num_steps": 10, "guidance": 0.7, "method": "euler", "schedule": "cosine"},
+        },
+    }
+    if (
+        found["vocoder"].kind.name == "CosyVoice2 HiFT vocoder"
+    ):  # its F0 predictor can hear a voice in a whisper
+        values["sampling"]["vocoder"] = {"asmr": {"source": "unvoiced"}}
+    config.write_json(folder / "config.json", values)
+
+
+def _adopt_pool(folder: Path) -> None:
+    from deepasmr_jax import synthesis
+
+    built_in, model = synthesis.load(), synthesis.load(folder)
+    model.adopt_pool(built_in).save(folder / "pool.safetensors")
+
+
+def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Writes a model's language model under the names of Hugging Face's Qwen2, with its config.json.
+
+    Args:
+        model: model folder.
+        out: folder, made if absent: `model.safetensors` (backbone, names of Qwen2), `config.json`, and
+            `speech.safetensors` with the speech tables and the head under the names of CosyVoice2's `llm.pt`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: if the folder has no language model or its file is damaged.
+    """
+    cfg = checkpoint.component_config(model, "lm")
+    arrays = checkpoint.component_arrays(model, checkpoint.read_config(model)["components"]["lm"])
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    backbone = public_names.to_theirs(public_names.qwen2(cfg), arrays)
+    table = public_names.lm_cosyvoice2(cfg)
+    speech = {k: s for k, s in table.items() if k not in public_names.qwen2(cfg)}
+    checkpoint.write_arrays(out / "model.safetensors", backbone, {"format": "pt"})
+    checkpoint.write_arrays(
+        out / "speech.safetensors", public_names.to_theirs(speech, arrays), {"format": "pt"}
+    )
+    from deepasmr_jax import config
+
+    config.write_json(
+        out / "config.json",
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "vocab_size": cfg.text_vocab,
+            "hidden_size": cfg.width,
+            "intermediate_size": cfg.mlp_width,
+            "num_hidden_layers": cfg.num_layers,
+            "num_attention_heads": cfg.num_heads,
+            "num_key_value_heads": cfg.num_kv_heads,
+            "hidden_act": "silu",
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": cfg.norm_eps,
+            "rope_theta": cfg.rope_base,
+            "tie_word_embeddings": True,
+            "torch_dtype": str(next(iter(backbone.values())).dtype),
+        },
+    )
+    return out
