@@ -1,10 +1,10 @@
 """Reads public weight files without their libraries and without running anything in them.
 
 safetensors, PyTorch's zip and older files (`.pt`, `.pth`, `.bin`, `g_00000000`) and ONNX graphs, told apart by content.
-Arrays are memory-mapped one at a time when they are asked for, so that a file of 2 GB needs the memory of its
-largest tensor. A pickle is data for our own small interpreter: `pickle.Unpickler` with a `find_class` would stop
-foreign code, but not seven bytes that take 4 GiB (a memo index) or nested tuples that end the process (their hash).
-Files are not trusted: whatever is wrong with one is a `ValueError` that names it, says what is wrong and what to do.
+Arrays are memory-mapped (read, where they lie unaligned) one at a time when they are asked for, so that a file of 2 GB
+needs the memory of its largest tensor. A pickle is data for a small interpreter of our own: `pickle.Unpickler` with a
+`find_class` stops foreign code, but not seven bytes that take 4 GiB (a memo index) or nested tuples that end the
+process (their hash). Files are not trusted: whatever is wrong with one is a `ValueError` of one sentence that names it.
 """
 
 import codecs
@@ -86,22 +86,26 @@ def _reading(path):
 
 
 class _Store:
-    """Bytes of a file that one or more tensors share, mapped while an array looks at them."""
+    """Bytes of a file that one or more tensors share, in memory while an array looks at them."""
 
     def __init__(self, path, start: int, size: int, dtype: np.dtype):
         self.path, self.start, self.size, self.dtype = path, start, size, dtype
-        self._map = None
+        self._found = None
 
-    def bytes(self) -> tuple[mmap.mmap, int]:
-        """The mapped file and the place of the first byte in it."""
-        skip = self.start % mmap.ALLOCATIONGRANULARITY
-        found = self._map and self._map()
+    def bytes(self) -> tuple[Any, int]:
+        """A buffer and the place of the first byte in it: the mapped file, or a copy if it lies unaligned there."""
+        is_aligned = self.start % self.dtype.alignment == 0
+        skip = self.start % mmap.ALLOCATIONGRANULARITY if is_aligned else 0
+        found = self._found and self._found()
         if found is None:
             with open(self.path, "rb") as file:
-                found = mmap.mmap(
-                    file.fileno(), skip + self.size, offset=self.start - skip, access=mmap.ACCESS_READ
-                )
-            self._map = weakref.ref(found)  # unmapped with its last array
+                if is_aligned:
+                    size, start = skip + self.size, self.start - skip
+                    found = mmap.mmap(file.fileno(), size, offset=start, access=mmap.ACCESS_READ)
+                else:
+                    found = np.fromfile(file, np.uint8, self.size, offset=self.start)
+                    found.flags.writeable = False
+            self._found = weakref.ref(found)  # let go with its last array
         return found, skip
 
 
@@ -133,7 +137,7 @@ class _Tensor:
             raise ValueError(f"a tensor of {count} elements repeats a storage of {num}")
 
     def read(self) -> np.ndarray:
-        """The array: a read-only view of the mapped file, or a copy if its place is not aligned."""
+        """The array: a read-only view of its store."""
         if not math.prod(self.shape):
             return np.broadcast_to(np.zeros((), self.dtype), self.shape)
         with _reading(self.store.path):
@@ -142,7 +146,7 @@ class _Tensor:
             # the stride of an axis of one element may be any number, also one that numpy cannot hold
             steps = [s * size if n > 1 else 0 for n, s in zip(self.shape, self.strides, strict=True)]
             x = np.ndarray(self.shape, self.dtype, data, start + self.offset * size, steps)
-            if not x.flags.aligned:
+            if not x.flags.aligned:  # an untyped storage
                 x = x.copy()
                 x.flags.writeable = False
             return x
@@ -163,8 +167,7 @@ class Tensors(Mapping):
     """Tensors and other entries of a file by name; an array is mapped when it is asked for, and not kept.
 
     Values are read-only arrays, `Tensors` for inner dictionaries, lists, or plain Python values. Names that share
-    a storage give arrays that share memory, unless the file holds it unaligned: then each is a copy while in use.
-    Iterating over `.items()` holds one array at a time.
+    a storage give arrays that share memory. Iterating over `.items()` holds one or two arrays at a time.
     """
 
     def __init__(self, entries: dict):
