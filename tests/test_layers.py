@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
-    {"config", "audio", "text_normalize"},
+    {"config", "audio", "text_normalize", "weight_files", "public_names"},
     {"sharding", "metrics", "text", "page", "clip"},
     {"request", "nn", "pitch"},
     {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "speaker", "recognizer"},
