@@ -26,7 +26,9 @@ MAX_SAMPLE = 0.99
 VOICED_HZ = 10.0  # above this a frame is voiced
 SINE_LEVEL = 0.1
 NOISE_LEVELS = (SINE_LEVEL / 3, 0.003)  # standard deviation where unvoiced, where voiced
-EXACT = jax.lax.Precision.HIGHEST  # of F0 and of the short spectra: accelerators round float32 products by default
+EXACT = (
+    jax.lax.Precision.HIGHEST
+)  # of F0 and of the short spectra: accelerators round float32 products by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +291,9 @@ def _turns(hz: jax.Array, frame_rate: int) -> jax.Array:
     count = whole.astype(jnp.uint32) % frame_rate
     unit, rest = divmod(2**32, frame_rate)
     part = ((hz - whole) * 2.0**24).astype(jnp.uint32)  # exact from 1 Hz on: float32 has 24 bits
-    return count * np.uint32(unit) + count * np.uint32(rest) // frame_rate + part * np.uint32(256) // frame_rate
+    return (
+        count * np.uint32(unit) + count * np.uint32(rest) // frame_rate + part * np.uint32(256) // frame_rate
+    )
 
 
 def sines(cfg: Config, hz: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
