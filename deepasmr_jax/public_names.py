@@ -192,3 +192,42 @@ def qwen2(cfg, prefix: str = "model.") -> Table:
     for name in ("gate", "up", "down"):
         layers(f"mlp.{name}.kernel", f"mlp.{name}_proj.weight", "linear")
     return table
+
+
+def hift(cfg, prefix: str = "") -> Table:
+    """HiFT generator, weight norm folded (`hift_tensors`); `cfg` is a vocoder_hift.Config. Source: CosyVoice2."""
+    table = {}
+
+    def pair(ours: str, theirs: str, layout: str = "conv1d") -> None:
+        table[f"{ours}.kernel"] = Source(f"{prefix}{theirs}.weight", layout)
+        table[f"{ours}.bias"] = Source(f"{prefix}{theirs}.bias")
+
+    def block(ours: str, theirs: str, num_dilations: int) -> None:
+        for half in (1, 2):
+            for d in range(num_dilations):
+                pair(f"{ours}.convs{half}.{d}", f"{theirs}.convs{half}.{d}")
+                alpha = Source(f"{prefix}{theirs}.activations{half}.{d}.alpha")
+                table[f"{ours}.snakes{half}.{d}.alpha"] = alpha
+
+    for i in range(cfg.num_f0_layers):  # between two convolutions lies an activation, which has a number too
+        pair(f"f0_predictor.convs.{i}", f"f0_predictor.condnet.{2 * i}")
+    pair("f0_predictor.head", "f0_predictor.classifier", "linear")
+    pair("source_mix", "m_source.l_linear", "linear")
+    pair("first", "conv_pre")
+    for i, dilations in enumerate(cfg.source_dilations):
+        pair(f"ups.{i}", f"ups.{i}", "conv_transpose1d")
+        pair(f"source_downs.{i}", f"source_downs.{i}")
+        block(f"source_blocks.{i}", f"source_resblocks.{i}", len(dilations))
+    num_kernels = len(cfg.residual_dilations)
+    for i in range(len(cfg.upsample_rates) * num_kernels):
+        block(f"blocks.{i}", f"resblocks.{i}", len(cfg.residual_dilations[i % num_kernels]))
+    pair("last", "conv_post")
+    return table
+
+
+def hift_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A HiFT file under the names of `hift`: weight norm folded, the `generator.` of training checkpoints left out.
+
+    What else a training checkpoint holds (`discriminator.`) stays under its name and has to be ignored by name.
+    """
+    return fold_weight_norm({name.removeprefix("generator."): x for name, x in tensors.items()})

@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "audio", "text_normalize", "weight_files", "public_names"},
     {"sharding", "metrics", "text", "page", "clip"},
     {"request", "nn", "pitch"},
-    {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "speaker", "recognizer"},
+    {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "vocoder_hift", "speaker", "recognizer"},
     {"input_pipeline", "checkpoint", "pool"},
     {"judges"},
     {"train", "synthesis", "evaluate"},
