@@ -13,6 +13,7 @@ LAYERS = [
     {"sharding", "metrics", "text", "page", "clip"},
     {"request", "nn", "pitch"},
     {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "speaker", "recognizer"},
+    {"flow_cosyvoice2"},
     {"input_pipeline", "checkpoint", "pool"},
     {"judges"},
     {"train", "synthesis", "evaluate"},
