@@ -231,3 +231,75 @@ def hift_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     What else a training checkpoint holds (`discriminator.`) stays under its name and has to be ignored by name.
     """
     return fold_weight_norm({name.removeprefix("generator."): x for name, x in tensors.items()})
+def flow_cosyvoice2(cfg) -> Table:
+    """`flow.pt` of CosyVoice2: 1121 tensors, none ignored; `cfg` is a flow_cosyvoice2.Config."""
+    table = {"encoder.token_table": Source("input_embedding.weight")}
+
+    def put(ours: str, theirs: str, layout: str = "linear", bias: bool = True, stack=None) -> None:
+        """A matrix or kernel and its bias; with `stack` one name for each entry in the place of {}."""
+        for part, name, how in (("kernel", "weight", layout), ("bias", "bias", "same"))[: 1 + bias]:
+            name = f"{theirs}.{name}"
+            table[f"{ours}.{part}"] = Source(tuple(name.format(i) for i in stack) if stack else name, how)
+
+    def norm(ours: str, theirs: str, stack=None) -> None:
+        for part, name in (("scale", "weight"), ("bias", "bias")):
+            name = f"{theirs}.{name}"
+            table[f"{ours}.{part}"] = Source(tuple(name.format(i) for i in stack) if stack else name)
+
+    put("speaker", "spk_embed_affine_layer")
+    for ours in ("embed", "up_embed"):
+        put(f"encoder.{ours}.linear", f"encoder.{ours}.out.0")
+        norm(f"encoder.{ours}.norm", f"encoder.{ours}.out.1")
+    put("encoder.ahead", "encoder.pre_lookahead_layer.conv1", "conv1d")
+    put("encoder.ahead_back", "encoder.pre_lookahead_layer.conv2", "conv1d")
+    put("encoder.upsample", "encoder.up_layer.conv", "conv1d")
+    norm("encoder.norm", "encoder.after_norm")
+    put("encoder.output", "encoder_proj")
+    for ours, theirs, count in (
+        ("encoder.layers", "encoder.encoders.{}", cfg.num_layers),
+        ("encoder.up_layers", "encoder.up_encoders.{}", cfg.num_up_layers),
+    ):
+        stack = range(count)
+        norm(f"{ours}.attention_norm", f"{theirs}.norm_mha", stack)
+        norm(f"{ours}.mlp_norm", f"{theirs}.norm_ff", stack)
+        for part in ("q", "k", "v", "out"):
+            put(f"{ours}.attention.{part}", f"{theirs}.self_attn.linear_{part}", stack=stack)
+        put(f"{ours}.attention.position", f"{theirs}.self_attn.linear_pos", bias=False, stack=stack)
+        for part, name in (("content_bias", "pos_bias_u"), ("position_bias", "pos_bias_v")):
+            table[f"{ours}.attention.{part}"] = Source(
+                tuple(f"{theirs}.self_attn.{name}".format(i) for i in stack)
+            )
+        put(f"{ours}.mlp_in", f"{theirs}.feed_forward.w_1", stack=stack)
+        put(f"{ours}.mlp_out", f"{theirs}.feed_forward.w_2", stack=stack)
+
+    def resnet(ours: str, theirs: str, stack=None) -> None:
+        put(f"{ours}.time", f"{theirs}.mlp.1", stack=stack)
+        for part, name in (("first", "block1"), ("second", "block2")):
+            put(f"{ours}.{part}", f"{theirs}.{name}.block.0", "conv1d", stack=stack)
+            norm(f"{ours}.{part}_norm", f"{theirs}.{name}.block.2", stack)
+        put(f"{ours}.skip", f"{theirs}.res_conv", "conv1x1", stack=stack)
+
+    def blocks(ours: str, theirs: str, stack) -> None:
+        norm(f"{ours}.attention_norm", f"{theirs}.norm1", stack)
+        for part in "qkv":
+            put(f"{ours}.{part}", f"{theirs}.attn1.to_{part}", bias=False, stack=stack)
+        put(f"{ours}.out", f"{theirs}.attn1.to_out.0", stack=stack)
+        norm(f"{ours}.mlp_norm", f"{theirs}.norm3", stack)
+        put(f"{ours}.mlp_in", f"{theirs}.ff.net.0.proj", stack=stack)
+        put(f"{ours}.mlp_out", f"{theirs}.ff.net.2", stack=stack)
+
+    ours, theirs = "estimator", "decoder.estimator"
+    put(f"{ours}.time_in", f"{theirs}.time_mlp.linear_1")
+    put(f"{ours}.time_out", f"{theirs}.time_mlp.linear_2")
+    each = range(cfg.blocks_per_level)
+    for part in ("down", "up"):
+        resnet(f"{ours}.{part}_resnet", f"{theirs}.{part}_blocks.0.0")
+        blocks(f"{ours}.{part}_blocks", f"{theirs}.{part}_blocks.0.1.{{}}", each)
+        put(f"{ours}.{part}_conv", f"{theirs}.{part}_blocks.0.2", "conv1d")
+    levels = range(cfg.num_mid_levels)
+    resnet(f"{ours}.mid_resnets", f"{theirs}.mid_blocks.{{}}.0", levels)
+    blocks(f"{ours}.mid_blocks", f"{theirs}.mid_blocks.{{}}", [f"{i}.1.{j}" for i in levels for j in each])
+    put(f"{ours}.last_conv", f"{theirs}.final_block.block.0", "conv1d")
+    norm(f"{ours}.last_norm", f"{theirs}.final_block.block.2")
+    put(f"{ours}.output", f"{theirs}.final_proj", "conv1x1")
+    return table

@@ -12,11 +12,13 @@ LAYERS = [
     {"config", "audio", "text_normalize", "weight_files", "public_names"},
     {"sharding", "metrics", "text", "page", "clip"},
     {"request", "nn", "pitch"},
-    {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "vocoder_hift", "speaker", "recognizer"},
+    {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "vocoder_hift"}
+    | {"speaker", "speaker_campplus", "speaker_wavlm", "recognizer"},
+    {"flow_cosyvoice2"},
     {"input_pipeline", "checkpoint", "pool"},
     {"judges"},
     {"train", "synthesis", "evaluate"},
-    {"batch", "demo"},
+    {"batch", "demo", "convert"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
