@@ -23,7 +23,9 @@ class Layout:
 LAYOUTS = {  # what PyTorch stores -> what ours is
     "same": Layout(lambda x: x, lambda x: x),
     "linear": Layout(lambda x: x.T, lambda x: x.T),  # (out, in) -> (in, out)
-    "conv1d": Layout(lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)),  # (o, i, k) -> (k, i, o)
+    "conv1d": Layout(
+        lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)
+    ),  # (o, i, k) -> (k, i, o)
     "conv2d": Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # -> (h, w, i, o)
     # (in, out, k) -> (k, in, out), reversed along k: ours is run as a convolution of the input with zeros between
     "conv_transpose1d": Layout(lambda x: x.transpose(2, 0, 1)[::-1], lambda x: x[::-1].transpose(1, 2, 0)),
@@ -190,3 +192,196 @@ def qwen2(cfg, prefix: str = "model.") -> Table:
     for name in ("gate", "up", "down"):
         layers(f"mlp.{name}.kernel", f"mlp.{name}_proj.weight", "linear")
     return table
+
+
+def campplus(cfg) -> Table:
+    """CAM++ in the names of its PyTorch release (`campplus_cn_common.bin`); `cfg` is a speaker_campplus.Config.
+
+    The file also has a `num_batches_tracked` for every norm: see NO_COUNTS.
+    """
+    table = {}
+
+    def conv(ours: str, theirs: str, layout: str) -> None:
+        table[f"{ours}.kernel"] = Source(f"{theirs}.weight", layout)
+
+    def norm(ours: str, theirs: str, is_affine: bool = True) -> None:
+        for name, statistic in (("mean", "running_mean"), ("var", "running_var")):
+            table[f"{ours}.{name}"] = Source(f"{theirs}.{statistic}")
+        if is_affine:
+            table[f"{ours}.scale"], table[f"{ours}.bias"] = (
+                Source(f"{theirs}.weight"),
+                Source(f"{theirs}.bias"),
+            )
+
+    blocks = [f"layer{i}.{j}" for i in (1, 2) for j in (0, 1)]
+    for place in ("", *(f"{block}." for block in blocks)):
+        for i in (1, 2):
+            conv(f"head.{place}conv{i}", f"head.{place}conv{i}", "conv2d")
+            norm(f"head.{place}bn{i}", f"head.{place}bn{i}")
+    for block in blocks[::2]:
+        conv(f"head.{block}.shortcut_conv", f"head.{block}.shortcut.0", "conv2d")
+        norm(f"head.{block}.shortcut_bn", f"head.{block}.shortcut.1")
+    conv("tdnn", "xvector.tdnn.linear", "conv1d")
+    norm("tdnn_norm", "xvector.tdnn.nonlinear.batchnorm")
+    for b, count in enumerate(cfg.repeats):
+        for i in range(count):
+            ours, theirs = f"blocks.{b}.{i}", f"xvector.block{b + 1}.tdnnd{i + 1}"
+            norm(f"{ours}.norm1", f"{theirs}.nonlinear1.batchnorm")
+            conv(f"{ours}.linear1", f"{theirs}.linear1", "conv1x1")
+            norm(f"{ours}.norm2", f"{theirs}.nonlinear2.batchnorm")
+            conv(f"{ours}.local", f"{theirs}.cam_layer.linear_local", "conv1d")
+            for j in (1, 2):
+                conv(f"{ours}.context{j}", f"{theirs}.cam_layer.linear{j}", "conv1x1")
+                table[f"{ours}.context{j}.bias"] = Source(f"{theirs}.cam_layer.linear{j}.bias")
+        norm(f"transit_norms.{b}", f"xvector.transit{b + 1}.nonlinear.batchnorm")
+        conv(f"transits.{b}", f"xvector.transit{b + 1}.linear", "conv1x1")
+    norm("out_norm", "xvector.out_nonlinear.batchnorm")
+    conv("dense", "xvector.dense.linear", "conv1x1")
+    norm("dense_norm", "xvector.dense.nonlinear.batchnorm", is_affine=False)
+    return table
+
+
+NO_COUNTS = (r".*\.num_batches_tracked",)  # to be ignored in files of models with batch norm
+
+
+def campplus_onnx(cfg, graph) -> dict[str, np.ndarray]:
+    """Tensors of CAM++ under the names of `campplus`, out of its ONNX export (`campplus.onnx`).
+
+    An exporter numbers initialisers anew and folds some norms into the convolution before them. So tensors are
+    found by what their node is: convolutions of one shape of weight lie behind one another on the way from input
+    to output, and nodes are in an order in which data can flow; so the n-th node of a shape is the n-th
+    layer of that shape. A folded norm comes back as one that only adds the convolution's bias.
+
+    Args:
+        cfg: speaker_campplus.Config.
+        graph: `initializers`, {name: array}, and `nodes`, a list of (operator, name, inputs, outputs).
+
+    Raises:
+        ValueError: if the graph is not that of a CAM++ of this config.
+    """
+    aliases = {outputs[0]: inputs[0] for op, _, inputs, outputs in graph.nodes if op == "Identity"}
+
+    def array(name: str) -> np.ndarray | None:
+        while name in aliases:
+            name = aliases[name]
+        return graph.initializers.get(name)
+
+    kinds = {"Conv": [], "BatchNormalization": []}
+    for op, name, inputs, outputs in graph.nodes:
+        if op in kinds:
+            kinds[op].append((name, inputs, outputs))
+    convs, out = {}, {}
+    for name, inputs, outputs in kinds["Conv"]:
+        weight = array(inputs[1])
+        if weight is None:
+            raise ValueError(f"convolution {name} of the graph has no stored weight {inputs[1]!r}")
+        bias = array(inputs[2]) if len(inputs) > 2 and inputs[2] else None
+        convs.setdefault(weight.shape, []).append((weight, bias, outputs[0]))
+    found = {}  # convolution -> (bias, output)
+    for name, shape in _campplus_convs(cfg):
+        if not convs.get(shape):
+            raise ValueError(f"the graph has no further convolution of shape {shape} for {name}")
+        out[f"{name}.weight"], *found[name] = convs[shape].pop(0)
+        if name.endswith(("cam_layer.linear1", "cam_layer.linear2")) and found[name][0] is not None:
+            out[f"{name}.bias"] = found[name][0]
+    left = [shape for shape, rest in convs.items() for _ in rest]
+    if left:
+        raise ValueError(
+            f"the graph has {len(left)} convolutions more than this config, the first of shape {left[0]}"
+        )
+
+    sources = {outputs[0]: (op, inputs[0]) for op, _, inputs, outputs in graph.nodes if inputs}
+    users = {}
+    for _, _, inputs, _ in graph.nodes:
+        for name in inputs:
+            users[name] = users.get(name, 0) + 1
+
+    def only_input(name: str) -> str:
+        """The tensor that comes to a norm, followed back over changes of shape that have no other user."""
+        while users[name] == 1 and sources.get(name, ("",))[0] in (
+            "Squeeze",
+            "Unsqueeze",
+            "Gather",
+            "Reshape",
+        ):
+            name = sources[name][1]
+        return name if users[name] == 1 else ""
+
+    owned, free = {}, []  # norms that are a convolution's only user; norms behind a concatenation or a ReLU
+    outputs_of_convs = {output for _, output in found.values()}
+    for _, inputs, _ in kinds["BatchNormalization"]:
+        before = only_input(inputs[0])
+        if before in outputs_of_convs:
+            owned[before] = inputs[1:]
+        else:
+            free.append(inputs[1:])
+    for conv, norm in _campplus_norms(cfg):
+        bias, output = found.get(conv, (None, ""))
+        is_affine = norm != "xvector.dense.nonlinear.batchnorm"
+        if conv and output in owned and bias is None:
+            values = [array(name) for name in owned.pop(output)]
+        elif conv and bias is not None:
+            one = np.ones_like(bias)
+            values = [one, bias, 0 * bias, one * np.float32(1 - 1e-5)]  # the norm's eps is added again
+            if not is_affine:
+                values = [None, None, -bias, values[3]]
+        elif conv:
+            raise ValueError(f"convolution {conv} of the graph has neither a bias nor a norm behind it")
+        elif free:
+            values = [array(name) for name in free.pop(0)]
+        else:
+            raise ValueError(f"the graph has no further norm for {norm}")
+        for name, value in zip(("weight", "bias", "running_mean", "running_var"), values, strict=True):
+            if name in ("weight", "bias") and not is_affine:
+                if value is not None and np.any(value != (name == "weight")):
+                    raise ValueError(f"{norm} of the graph has a {name}; that of CAM++ has none")
+            elif value is None:
+                raise ValueError(f"the graph has no stored {name} for {norm}")
+            else:
+                out[f"{norm}.{name}"] = value
+    if owned or free:
+        raise ValueError(f"the graph has {len(owned) + len(free)} norms more than this config")
+    return out
+
+
+def _campplus_convs(cfg) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Convolutions of CAM++ from input to output, with the shapes of their weights."""
+    c, width, inner = cfg.head_channels, cfg.initial_channels, cfg.bottleneck
+    yield "head.conv1", (c, 1, 3, 3)
+    for block in ("layer1.0", "layer1.1", "layer2.0", "layer2.1"):
+        yield f"head.{block}.conv1", (c, c, 3, 3)
+        yield f"head.{block}.conv2", (c, c, 3, 3)
+        if block.endswith(".0"):
+            yield f"head.{block}.shortcut.0", (c, c, 1, 1)
+    yield "head.conv2", (c, c, 3, 3)
+    yield "xvector.tdnn.linear", (width, 10 * c, 5)
+    for b, (count, full) in enumerate(zip(cfg.repeats, cfg.block_widths, strict=True), 1):
+        for i in range(count):
+            layer = f"xvector.block{b}.tdnnd{i + 1}"
+            yield f"{layer}.linear1", (inner, width + i * cfg.growth, 1)
+            yield f"{layer}.cam_layer.linear_local", (cfg.growth, inner, 3)
+            yield f"{layer}.cam_layer.linear1", (inner // 2, inner, 1)
+            yield f"{layer}.cam_layer.linear2", (cfg.growth, inner // 2, 1)
+        width = full // 2
+        yield f"xvector.transit{b}.linear", (width, full, 1)
+    yield "xvector.dense.linear", (cfg.embedding_size, 2 * width, 1)
+
+
+def _campplus_norms(cfg) -> Iterator[tuple[str, str]]:
+    """Norms of CAM++ from input to output, each with the convolution it alone follows, or ""."""
+    for i in (1, 2):
+        yield f"head.conv{i}", f"head.bn{i}"
+    for block in ("layer1.0", "layer1.1", "layer2.0", "layer2.1"):
+        for i in (1, 2):
+            yield f"head.{block}.conv{i}", f"head.{block}.bn{i}"
+        if block.endswith(".0"):
+            yield f"head.{block}.shortcut.0", f"head.{block}.shortcut.1"
+    yield "xvector.tdnn.linear", "xvector.tdnn.nonlinear.batchnorm"
+    for b, count in enumerate(cfg.repeats, 1):
+        for i in range(1, count + 1):
+            layer = f"xvector.block{b}.tdnnd{i}"
+            yield "", f"{layer}.nonlinear1.batchnorm"
+            yield f"{layer}.linear1", f"{layer}.nonlinear2.batchnorm"
+        yield "", f"xvector.transit{b}.nonlinear.batchnorm"
+    yield f"xvector.transit{len(cfg.repeats)}.linear", "xvector.out_nonlinear.batchnorm"
+    yield "xvector.dense.linear", "xvector.dense.nonlinear.batchnorm"
