@@ -385,3 +385,84 @@ def _campplus_norms(cfg) -> Iterator[tuple[str, str]]:
         yield "", f"xvector.transit{b}.nonlinear.batchnorm"
     yield f"xvector.transit{len(cfg.repeats)}.linear", "xvector.out_nonlinear.batchnorm"
     yield "xvector.dense.linear", "xvector.dense.nonlinear.batchnorm"
+
+
+def wavlm(cfg, prefix="model.") -> Table:
+    """WavLM with its ECAPA head in the names of `wavlm_large_finetune.pth`; `cfg` is a speaker_wavlm.Config.
+
+    The weight norm of the position convolution is to be folded first: fold_weight_norm(tensors, wavlm_kept_axis).
+    WAVLM_IGNORED names what else is in the file.
+    """
+    table, backbone = {}, f"{prefix}feature_extract.model."
+
+    def affine(ours: str, theirs: str, layout: str, weight: str = "kernel") -> None:
+        table[f"{ours}.{weight}"] = Source(f"{theirs}.weight", layout)
+        table[f"{ours}.bias"] = Source(f"{theirs}.bias")
+
+    def layers(ours: str, theirs: str, layout: str = "same") -> None:
+        names = tuple(f"{backbone}encoder.layers.{i}.{theirs}" for i in range(cfg.num_layers))
+        table[f"layers.{ours}"] = Source(names, layout)
+
+    for i in range(len(cfg.conv_kernels)):
+        conv = f"{backbone}feature_extractor.conv_layers.{i}"
+        table[f"features.{i}.conv.kernel"] = Source(f"{conv}.0.weight", "conv1d")
+        affine(f"features.{i}.norm", f"{conv}.2.1", "same", "scale")
+    affine("feature_norm", f"{backbone}layer_norm", "same", "scale")
+    affine("projection", f"{backbone}post_extract_proj", "linear")
+    affine("position", f"{backbone}encoder.pos_conv.0", "conv1d")
+    attention = "self_attn"
+    table["distance_table"] = Source(f"{backbone}encoder.layers.0.{attention}.relative_attention_bias.weight")
+    maps = {name: f"{attention}.{name}_proj" for name in "qkv"} | {"o": f"{attention}.out_proj"}
+    maps |= {"gate": f"{attention}.grep_linear", "up": "fc1", "down": "fc2"}
+    for ours, theirs in maps.items():
+        layers(f"{ours}.kernel", f"{theirs}.weight", "linear")
+        layers(f"{ours}.bias", f"{theirs}.bias")
+    layers("gate_scale", f"{attention}.grep_a")
+    for ours, theirs in (("attn_norm", "self_attn_layer_norm"), ("mlp_norm", "final_layer_norm")):
+        layers(f"{ours}.scale", f"{theirs}.weight")
+        layers(f"{ours}.bias", f"{theirs}.bias")
+    affine("norm", f"{backbone}encoder.layer_norm", "same", "scale")
+    table["state_weights"] = Source(f"{prefix}feature_weight")
+
+    norm_names = dict(scale="weight", bias="bias", mean="running_mean", var="running_var")
+
+    def norm(ours: str, theirs: str) -> None:
+        for name, public in norm_names.items():
+            table[f"head.{ours}.{name}"] = Source(f"{prefix}{theirs}.{public}")
+
+    affine("head.layer1.conv", f"{prefix}layer1.conv", "conv1d")
+    norm("layer1.bn", "layer1.bn")
+    for i in range(3):
+        ours, theirs = f"blocks.{i}", f"layer{i + 2}"
+        for unit, public in (("first", "Conv1dReluBn1"), ("last", "Conv1dReluBn2")):
+            affine(f"head.{ours}.{unit}.conv", f"{prefix}{theirs}.{public}.conv", "conv1d")
+            norm(f"{ours}.{unit}.bn", f"{theirs}.{public}.bn")
+
+        def parts(ours: str, theirs: str, layout: str = "same") -> None:
+            names = tuple(f"{prefix}{theirs % j}" for j in range(cfg.res2_scale - 1))
+            table[f"head.{ours}"] = Source(names, layout)
+
+        parts(f"{ours}.parts.conv.kernel", f"{theirs}.Res2Conv1dReluBn.convs.%d.weight", "conv1d")
+        parts(f"{ours}.parts.conv.bias", f"{theirs}.Res2Conv1dReluBn.convs.%d.bias")
+        for name, public in norm_names.items():
+            parts(f"{ours}.parts.bn.{name}", f"{theirs}.Res2Conv1dReluBn.bns.%d.{public}")
+        for j in (1, 2):
+            affine(f"head.{ours}.gate{j}", f"{prefix}{theirs}.SE_Connect.linear{j}", "linear")
+    affine("head.conv", f"{prefix}conv", "conv1x1")
+    affine("head.pool1", f"{prefix}pooling.linear1", "conv1x1")
+    affine("head.pool2", f"{prefix}pooling.linear2", "conv1x1")
+    norm("bn", "bn")
+    affine("head.linear", f"{prefix}linear", "linear")
+    return table
+
+
+WAVLM_IGNORED = (
+    *NO_COUNTS,
+    r"(model\.)?loss_calculator\..*",  # of the training as a classifier
+    r"model\.feature_extract\.model\.mask_emb",  # of the pre-training
+)
+
+
+def wavlm_kept_axis(name: str) -> int:
+    """Axis of the gain of a weight norm of WavLM: that of the taps in the position convolution, else the first."""
+    return 2 if name.endswith("pos_conv.0") else 0
