@@ -303,3 +303,275 @@ def flow_cosyvoice2(cfg) -> Table:
     norm(f"{ours}.last_norm", f"{theirs}.final_block.block.2")
     put(f"{ours}.output", f"{theirs}.final_proj", "conv1x1")
     return table
+def campplus(cfg) -> Table:
+    """CAM++ in the names of its PyTorch release (`campplus_cn_common.bin`); `cfg` is a speaker_campplus.Config.
+
+    The file also has a `num_batches_tracked` for every norm: see NO_COUNTS.
+    """
+    table = {}
+
+    def conv(ours: str, theirs: str, layout: str) -> None:
+        table[f"{ours}.kernel"] = Source(f"{theirs}.weight", layout)
+
+    def norm(ours: str, theirs: str, is_affine: bool = True) -> None:
+        for name, statistic in (("mean", "running_mean"), ("var", "running_var")):
+            table[f"{ours}.{name}"] = Source(f"{theirs}.{statistic}")
+        if is_affine:
+            table[f"{ours}.scale"], table[f"{ours}.bias"] = (
+                Source(f"{theirs}.weight"),
+                Source(f"{theirs}.bias"),
+            )
+
+    blocks = [f"layer{i}.{j}" for i in (1, 2) for j in (0, 1)]
+    for place in ("", *(f"{block}." for block in blocks)):
+        for i in (1, 2):
+            conv(f"head.{place}conv{i}", f"head.{place}conv{i}", "conv2d")
+            norm(f"head.{place}bn{i}", f"head.{place}bn{i}")
+    for block in blocks[::2]:
+        conv(f"head.{block}.shortcut_conv", f"head.{block}.shortcut.0", "conv2d")
+        norm(f"head.{block}.shortcut_bn", f"head.{block}.shortcut.1")
+    conv("tdnn", "xvector.tdnn.linear", "conv1d")
+    norm("tdnn_norm", "xvector.tdnn.nonlinear.batchnorm")
+    for b, count in enumerate(cfg.repeats):
+        for i in range(count):
+            ours, theirs = f"blocks.{b}.{i}", f"xvector.block{b + 1}.tdnnd{i + 1}"
+            norm(f"{ours}.norm1", f"{theirs}.nonlinear1.batchnorm")
+            conv(f"{ours}.linear1", f"{theirs}.linear1", "conv1x1")
+            norm(f"{ours}.norm2", f"{theirs}.nonlinear2.batchnorm")
+            conv(f"{ours}.local", f"{theirs}.cam_layer.linear_local", "conv1d")
+            for j in (1, 2):
+                conv(f"{ours}.context{j}", f"{theirs}.cam_layer.linear{j}", "conv1x1")
+                table[f"{ours}.context{j}.bias"] = Source(f"{theirs}.cam_layer.linear{j}.bias")
+        norm(f"transit_norms.{b}", f"xvector.transit{b + 1}.nonlinear.batchnorm")
+        conv(f"transits.{b}", f"xvector.transit{b + 1}.linear", "conv1x1")
+    norm("out_norm", "xvector.out_nonlinear.batchnorm")
+    conv("dense", "xvector.dense.linear", "conv1x1")
+    norm("dense_norm", "xvector.dense.nonlinear.batchnorm", is_affine=False)
+    return table
+
+
+NO_COUNTS = (r".*\.num_batches_tracked",)  # to be ignored in files of models with batch norm
+
+
+def campplus_onnx(cfg, graph) -> dict[str, np.ndarray]:
+    """Tensors of CAM++ under the names of `campplus`, out of its ONNX export (`campplus.onnx`).
+
+    An exporter numbers initialisers anew and folds some norms into the convolution before them. So tensors are
+    found by what their node is: convolutions of one shape of weight lie behind one another on the way from input
+    to output, and nodes are in an order in which data can flow; so the n-th node of a shape is the n-th
+    layer of that shape. A folded norm comes back as one that only adds the convolution's bias.
+
+    Args:
+        cfg: speaker_campplus.Config.
+        graph: `initializers`, {name: array}, and `nodes`, a list of (operator, name, inputs, outputs).
+
+    Raises:
+        ValueError: if the graph is not that of a CAM++ of this config.
+    """
+    aliases = {outputs[0]: inputs[0] for op, _, inputs, outputs in graph.nodes if op == "Identity"}
+
+    def array(name: str) -> np.ndarray | None:
+        while name in aliases:
+            name = aliases[name]
+        return graph.initializers.get(name)
+
+    kinds = {"Conv": [], "BatchNormalization": []}
+    for op, name, inputs, outputs in graph.nodes:
+        if op in kinds:
+            kinds[op].append((name, inputs, outputs))
+    convs, out = {}, {}
+    for name, inputs, outputs in kinds["Conv"]:
+        weight = array(inputs[1])
+        if weight is None:
+            raise ValueError(f"convolution {name} of the graph has no stored weight {inputs[1]!r}")
+        bias = array(inputs[2]) if len(inputs) > 2 and inputs[2] else None
+        convs.setdefault(weight.shape, []).append((weight, bias, outputs[0]))
+    found = {}  # convolution -> (bias, output)
+    for name, shape in _campplus_convs(cfg):
+        if not convs.get(shape):
+            raise ValueError(f"the graph has no further convolution of shape {shape} for {name}")
+        out[f"{name}.weight"], *found[name] = convs[shape].pop(0)
+        if name.endswith(("cam_layer.linear1", "cam_layer.linear2")) and found[name][0] is not None:
+            out[f"{name}.bias"] = found[name][0]
+    left = [shape for shape, rest in convs.items() for _ in rest]
+    if left:
+        raise ValueError(
+            f"the graph has {len(left)} convolutions more than this config, the first of shape {left[0]}"
+        )
+
+    sources = {outputs[0]: (op, inputs[0]) for op, _, inputs, outputs in graph.nodes if inputs}
+    users = {}
+    for _, _, inputs, _ in graph.nodes:
+        for name in inputs:
+            users[name] = users.get(name, 0) + 1
+
+    def only_input(name: str) -> str:
+        """The tensor that comes to a norm, followed back over changes of shape that have no other user."""
+        while users[name] == 1 and sources.get(name, ("",))[0] in (
+            "Squeeze",
+            "Unsqueeze",
+            "Gather",
+            "Reshape",
+        ):
+            name = sources[name][1]
+        return name if users[name] == 1 else ""
+
+    owned, free = {}, []  # norms that are a convolution's only user; norms behind a concatenation or a ReLU
+    outputs_of_convs = {output for _, output in found.values()}
+    for _, inputs, _ in kinds["BatchNormalization"]:
+        before = only_input(inputs[0])
+        if before in outputs_of_convs:
+            owned[before] = inputs[1:]
+        else:
+            free.append(inputs[1:])
+    for conv, norm in _campplus_norms(cfg):
+        bias, output = found.get(conv, (None, ""))
+        is_affine = norm != "xvector.dense.nonlinear.batchnorm"
+        if conv and output in owned and bias is None:
+            values = [array(name) for name in owned.pop(output)]
+        elif conv and bias is not None:
+            one = np.ones_like(bias)
+            values = [one, bias, 0 * bias, one * np.float32(1 - 1e-5)]  # the norm's eps is added again
+            if not is_affine:
+                values = [None, None, -bias, values[3]]
+        elif conv:
+            raise ValueError(f"convolution {conv} of the graph has neither a bias nor a norm behind it")
+        elif free:
+            values = [array(name) for name in free.pop(0)]
+        else:
+            raise ValueError(f"the graph has no further norm for {norm}")
+        for name, value in zip(("weight", "bias", "running_mean", "running_var"), values, strict=True):
+            if name in ("weight", "bias") and not is_affine:
+                if value is not None and np.any(value != (name == "weight")):
+                    raise ValueError(f"{norm} of the graph has a {name}; that of CAM++ has none")
+            elif value is None:
+                raise ValueError(f"the graph has no stored {name} for {norm}")
+            else:
+                out[f"{norm}.{name}"] = value
+    if owned or free:
+        raise ValueError(f"the graph has {len(owned) + len(free)} norms more than this config")
+    return out
+
+
+def _campplus_convs(cfg) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Convolutions of CAM++ from input to output, with the shapes of their weights."""
+    c, width, inner = cfg.head_channels, cfg.initial_channels, cfg.bottleneck
+    yield "head.conv1", (c, 1, 3, 3)
+    for block in ("layer1.0", "layer1.1", "layer2.0", "layer2.1"):
+        yield f"head.{block}.conv1", (c, c, 3, 3)
+        yield f"head.{block}.conv2", (c, c, 3, 3)
+        if block.endswith(".0"):
+            yield f"head.{block}.shortcut.0", (c, c, 1, 1)
+    yield "head.conv2", (c, c, 3, 3)
+    yield "xvector.tdnn.linear", (width, 10 * c, 5)
+    for b, (count, full) in enumerate(zip(cfg.repeats, cfg.block_widths, strict=True), 1):
+        for i in range(count):
+            layer = f"xvector.block{b}.tdnnd{i + 1}"
+            yield f"{layer}.linear1", (inner, width + i * cfg.growth, 1)
+            yield f"{layer}.cam_layer.linear_local", (cfg.growth, inner, 3)
+            yield f"{layer}.cam_layer.linear1", (inner // 2, inner, 1)
+            yield f"{layer}.cam_layer.linear2", (cfg.growth, inner // 2, 1)
+        width = full // 2
+        yield f"xvector.transit{b}.linear", (width, full, 1)
+    yield "xvector.dense.linear", (cfg.embedding_size, 2 * width, 1)
+
+
+def _campplus_norms(cfg) -> Iterator[tuple[str, str]]:
+    """Norms of CAM++ from input to output, each with the convolution it alone follows, or ""."""
+    for i in (1, 2):
+        yield f"head.conv{i}", f"head.bn{i}"
+    for block in ("layer1.0", "layer1.1", "layer2.0", "layer2.1"):
+        for i in (1, 2):
+            yield f"head.{block}.conv{i}", f"head.{block}.bn{i}"
+        if block.endswith(".0"):
+            yield f"head.{block}.shortcut.0", f"head.{block}.shortcut.1"
+    yield "xvector.tdnn.linear", "xvector.tdnn.nonlinear.batchnorm"
+    for b, count in enumerate(cfg.repeats, 1):
+        for i in range(1, count + 1):
+            layer = f"xvector.block{b}.tdnnd{i}"
+            yield "", f"{layer}.nonlinear1.batchnorm"
+            yield f"{layer}.linear1", f"{layer}.nonlinear2.batchnorm"
+        yield "", f"xvector.transit{b}.nonlinear.batchnorm"
+    yield f"xvector.transit{len(cfg.repeats)}.linear", "xvector.out_nonlinear.batchnorm"
+    yield "xvector.dense.linear", "xvector.dense.nonlinear.batchnorm"
+
+
+def wavlm(cfg, prefix="model.") -> Table:
+    """WavLM with its ECAPA head in the names of `wavlm_large_finetune.pth`; `cfg` is a speaker_wavlm.Config.
+
+    The weight norm of the position convolution is to be folded first: fold_weight_norm(tensors, wavlm_kept_axis).
+    WAVLM_IGNORED names what else is in the file.
+    """
+    table, backbone = {}, f"{prefix}feature_extract.model."
+
+    def affine(ours: str, theirs: str, layout: str, weight: str = "kernel") -> None:
+        table[f"{ours}.{weight}"] = Source(f"{theirs}.weight", layout)
+        table[f"{ours}.bias"] = Source(f"{theirs}.bias")
+
+    def layers(ours: str, theirs: str, layout: str = "same") -> None:
+        names = tuple(f"{backbone}encoder.layers.{i}.{theirs}" for i in range(cfg.num_layers))
+        table[f"layers.{ours}"] = Source(names, layout)
+
+    for i in range(len(cfg.conv_kernels)):
+        conv = f"{backbone}feature_extractor.conv_layers.{i}"
+        table[f"features.{i}.conv.kernel"] = Source(f"{conv}.0.weight", "conv1d")
+        affine(f"features.{i}.norm", f"{conv}.2.1", "same", "scale")
+    affine("feature_norm", f"{backbone}layer_norm", "same", "scale")
+    affine("projection", f"{backbone}post_extract_proj", "linear")
+    affine("position", f"{backbone}encoder.pos_conv.0", "conv1d")
+    attention = "self_attn"
+    table["distance_table"] = Source(f"{backbone}encoder.layers.0.{attention}.relative_attention_bias.weight")
+    maps = {name: f"{attention}.{name}_proj" for name in "qkv"} | {"o": f"{attention}.out_proj"}
+    maps |= {"gate": f"{attention}.grep_linear", "up": "fc1", "down": "fc2"}
+    for ours, theirs in maps.items():
+        layers(f"{ours}.kernel", f"{theirs}.weight", "linear")
+        layers(f"{ours}.bias", f"{theirs}.bias")
+    layers("gate_scale", f"{attention}.grep_a")
+    for ours, theirs in (("attn_norm", "self_attn_layer_norm"), ("mlp_norm", "final_layer_norm")):
+        layers(f"{ours}.scale", f"{theirs}.weight")
+        layers(f"{ours}.bias", f"{theirs}.bias")
+    affine("norm", f"{backbone}encoder.layer_norm", "same", "scale")
+    table["state_weights"] = Source(f"{prefix}feature_weight")
+
+    norm_names = dict(scale="weight", bias="bias", mean="running_mean", var="running_var")
+
+    def norm(ours: str, theirs: str) -> None:
+        for name, public in norm_names.items():
+            table[f"head.{ours}.{name}"] = Source(f"{prefix}{theirs}.{public}")
+
+    affine("head.layer1.conv", f"{prefix}layer1.conv", "conv1d")
+    norm("layer1.bn", "layer1.bn")
+    for i in range(3):
+        ours, theirs = f"blocks.{i}", f"layer{i + 2}"
+        for unit, public in (("first", "Conv1dReluBn1"), ("last", "Conv1dReluBn2")):
+            affine(f"head.{ours}.{unit}.conv", f"{prefix}{theirs}.{public}.conv", "conv1d")
+            norm(f"{ours}.{unit}.bn", f"{theirs}.{public}.bn")
+
+        def parts(ours: str, theirs: str, layout: str = "same") -> None:
+            names = tuple(f"{prefix}{theirs % j}" for j in range(cfg.res2_scale - 1))
+            table[f"head.{ours}"] = Source(names, layout)
+
+        parts(f"{ours}.parts.conv.kernel", f"{theirs}.Res2Conv1dReluBn.convs.%d.weight", "conv1d")
+        parts(f"{ours}.parts.conv.bias", f"{theirs}.Res2Conv1dReluBn.convs.%d.bias")
+        for name, public in norm_names.items():
+            parts(f"{ours}.parts.bn.{name}", f"{theirs}.Res2Conv1dReluBn.bns.%d.{public}")
+        for j in (1, 2):
+            affine(f"head.{ours}.gate{j}", f"{prefix}{theirs}.SE_Connect.linear{j}", "linear")
+    affine("head.conv", f"{prefix}conv", "conv1x1")
+    affine("head.pool1", f"{prefix}pooling.linear1", "conv1x1")
+    affine("head.pool2", f"{prefix}pooling.linear2", "conv1x1")
+    norm("bn", "bn")
+    affine("head.linear", f"{prefix}linear", "linear")
+    return table
+
+
+WAVLM_IGNORED = (
+    *NO_COUNTS,
+    r"(model\.)?loss_calculator\..*",  # of the training as a classifier
+    r"model\.feature_extract\.model\.mask_emb",  # of the pre-training
+)
+
+
+def wavlm_kept_axis(name: str) -> int:
+    """Axis of the gain of a weight norm of WavLM: that of the taps in the position convolution, else the first."""
+    return 2 if name.endswith("pos_conv.0") else 0
