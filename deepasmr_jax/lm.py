@@ -7,7 +7,7 @@ Sources: Qwen2.5 (Yang et al., 2024); CosyVoice 2 (Du et al., 2024), sections 2.
 and repetition-aware sampling match the public CosyVoice2 release.
 
 Letters: B rows, N positions, S cache length, H query heads, K key/value heads, E head size, D width,
-F MLP width, V speech rows (codes and three special ids), L layers.
+F MLP width, V speech rows (codes and special ids), L layers.
 """
 
 import dataclasses
@@ -35,7 +35,8 @@ PAD, SOS, TEXT, TASK, SPEECH = range(5)
 class Config:
     """Sizes and training choices of the speech language model.
 
-    Ids of the speech table: 0..num_codes-1 codes, then `end_id`, and two that are no target here.
+    Ids of the speech table: 0..num_codes-1 codes, then `num_special` others, of which `end_id` alone is a target
+    here. CosyVoice2 has three; CosyVoice3 has 200 and ends at the second.
 
     Raises:
         ValueError: on sizes that do not fit together.
@@ -49,6 +50,8 @@ class Config:
     head_dim: int
     mlp_width: int
     num_codes: int = audio.NUM_CODES
+    num_special: int = 3  # rows of the speech table and of the head after the codes; each stops a row
+    end_offset: int = 0  # which of them is `end_id`
     rope_base: float = 1e6
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -66,6 +69,8 @@ class Config:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
+        if not 0 <= self.end_offset < self.num_special:
+            raise ValueError(f"end_offset {self.end_offset} is outside 0..{self.num_special - 1}")
         nn.check_dtype(self.dtype)
         if self.remat not in nn.REMAT:
             raise ValueError(f"remat {self.remat!r} is unknown; use one of {', '.join(nn.REMAT)}")
@@ -83,13 +88,13 @@ class Config:
 
     @property
     def num_speech_rows(self) -> int:
-        """Rows of the speech table and of the head: codes, end, and the public models' reserved and filler ids."""
-        return self.num_codes + 3
+        """Rows of the speech table and of the head: codes, then end, reserved and filler ids of the public models."""
+        return self.num_codes + self.num_special
 
     @property
     def end_id(self) -> int:
         """Id that ends the speech (6561 for 6561 codes)."""
-        return self.num_codes
+        return self.num_codes + self.end_offset
 
 
 def qwen2_0p5b(**changes) -> Config:
@@ -101,6 +106,15 @@ def qwen2_0p5b(**changes) -> Config:
 def cosyvoice2(**changes) -> Config:
     """The language model of CosyVoice2-0.5B: the same backbone, 6561 codes; 505,803,812 parameters."""
     return qwen2_0p5b(**(dict(num_codes=audio.NUM_CODES) | changes))
+
+
+def cosyvoice3(**changes) -> Config:
+    """The language model of CosyVoice3: 200 special ids, end 6562; 506,157,033 parameters.
+
+    The file has 8553 fewer: its head has no bias, and its two markers are rows of the speech table
+    (`public_names.lm_cosyvoice3_tensors`).
+    """
+    return qwen2_0p5b(**(dict(num_codes=audio.NUM_CODES, num_special=200, end_offset=1) | changes))
 
 
 def mini(text_vocab: int, **changes) -> Config:
@@ -794,7 +808,7 @@ def generate(
         text_lengths: [B] int32.
         prompt_tokens: [B, N'] int32 speech tokens of the prompt, padded with anything; N' may be 0.
         prompt_lengths: [B] int32.
-        min_lengths: [B] int32; the end, reserved and fill ids are forbidden before this many tokens.
+        min_lengths: [B] int32; all special ids are forbidden before this many tokens.
         max_lengths: [B] int32; a row stops after this many tokens, and after `max_new` at the latest.
         keys: [B] random keys, one per row.
         max_new: columns of the result, static.
@@ -805,7 +819,7 @@ def generate(
     Raises:
         ValueError: if the arguments do not have the same number of rows, or max_new is below 1.
 
-    The public code forbids only the end id before the minimum; here all three ids that stop a row are, so
+    The public code forbids only the end id before the minimum; here all ids that stop a row are, so
     that the minimum holds.
     """
     sharding.ensure_mesh()

@@ -3,6 +3,8 @@
 A table is {parameter of ours: Source}. It is read in both directions: `to_ours` converts a file for us, `to_theirs`
 writes ours under the public names. Every tensor of a file must be used or named as ignored, every parameter of ours
 must be given. Tables know nothing of files (`weight_files.py`) or of modules: they take a Config and give names.
+must be given. Some files are first brought into a plain form: norms of weights folded, tied copies left out.
+Tables know nothing of files (`weight_files.py`) or of modules: they take a model's Config and give names.
 """
 
 import dataclasses
@@ -31,6 +33,8 @@ LAYOUTS = {  # what PyTorch stores -> what ours is
     "conv_transpose1d": Layout(lambda x: x.transpose(2, 0, 1)[::-1], lambda x: x[::-1].transpose(1, 2, 0)),
     "depthwise": Layout(lambda x: x[:, 0].T, lambda x: x.T[:, None]),  # (channels, 1, k) -> (k, channels)
     "conv1x1": Layout(lambda x: x[..., 0].T, lambda x: x.T[..., None]),  # (out, in, 1) -> (in, out)
+    # (out, in, k, 1) -> (k, in, out): a two-dimensional convolution along one axis
+    "column": Layout(lambda x: x[..., 0].transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)[..., None]),
 }
 
 
@@ -56,6 +60,7 @@ def to_ours(
     shapes: Mapping[str, tuple[int, ...]],
     source: str,
     ignored: Iterable[str] = (),
+    absent: Iterable[str] = (),
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Converts the tensors of a file, one parameter at a time, after all names and shapes were checked.
 
@@ -65,13 +70,18 @@ def to_ours(
         shapes: shape of every parameter of ours, see `checkpoint.named_arrays`.
         source: where the tensors come from, for the message.
         ignored: regular expressions of whole names that the file may have and that we do not use.
+        absent: parameters of ours that this kind of file never has; the caller keeps their initial values.
 
     Returns:
-        An iterator of (parameter, array), in the order of `shapes`.
+        An iterator of (parameter, array), in the order of `shapes`, without those that are absent.
 
     Raises:
         ValueError: one error that lists all missing, unexpected and reshaped tensors.
     """
+    absent = set(absent)
+    if absent - set(shapes) or absent & set(table):
+        raise KeyError(f"{sorted(absent - set(shapes) | absent & set(table))} cannot be absent")
+    shapes = {name: shape for name, shape in shapes.items() if name not in absent}
     problems = differences(table, tensors, shapes, ignored)
     if problems:
         raise ValueError(f"{source} does not fit: {problems}; the file belongs to another model or version")
@@ -153,6 +163,39 @@ def fold_weight_norm(
         else:
             out[name] = x
     return out
+
+
+def fold_spectral_norm(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights of a spectral norm as evaluation uses them; other tensors stay as they are.
+
+    `NAME.weight_orig` becomes `NAME.weight = W / (u . (W v))`, W flattened to (out, rest), with the stored
+    vectors `weight_u` and `weight_v` and no further power iteration.
+    """
+    out = {}
+    for name, x in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if f"{stem}.weight_orig" not in tensors or last not in ("weight_orig", "weight_u", "weight_v"):
+            out[name] = x
+        elif last == "weight_orig":
+            u, v = (np.asarray(tensors[f"{stem}.weight_{k}"], np.float64).reshape(-1) for k in "uv")
+            w = np.asarray(x, np.float64)
+            out[f"{stem}.weight"] = (w / (u @ (w.reshape(len(u), -1) @ v))).astype(np.float32)
+    return out
+
+
+def without_copy(tensors: Mapping[str, np.ndarray], copy: str, original: str) -> dict[str, np.ndarray]:
+    """The tensors without `copy`, which must be absent or equal to `original` (a tied output matrix).
+
+    Raises:
+        ValueError: if the two differ: then the copy holds weights of its own, which we would lose.
+    """
+    if copy in tensors and original in tensors:
+        x, y = tensors[copy], tensors[original]
+        if x is not y and not (x.shape == y.shape and np.array_equal(x, y)):
+            raise ValueError(
+                f"{copy} differs from {original}; it should be a tied copy, so the file belongs to another model"
+            )
+    return {name: x for name, x in tensors.items() if name != copy}
 
 
 def _all(source: Source) -> tuple[str, ...]:
@@ -575,3 +618,359 @@ WAVLM_IGNORED = (
 def wavlm_kept_axis(name: str) -> int:
     """Axis of the gain of a weight norm of WavLM: that of the taps in the position convolution, else the first."""
     return 2 if name.endswith("pos_conv.0") else 0
+# a plain Qwen2.5 file starts the speech model with its backbone; these keep their random start
+QWEN2_ABSENT = ("marker_table", "speech_table", "head.kernel", "head.bias")
+
+
+def lm_cosyvoice2(cfg) -> Table:
+    """`llm.pt` of CosyVoice2; `cfg` is an lm.Config. 294 of its 295 tensors, see `lm_cosyvoice2_tensors`."""
+    return qwen2(cfg, "llm.model.model.") | {
+        "marker_table": Source("llm_embedding.weight"),
+        "speech_table": Source("speech_embedding.weight"),
+        "head.kernel": Source("llm_decoder.weight", "linear"),
+        "head.bias": Source("llm_decoder.bias"),
+    }
+
+
+def lm_cosyvoice2_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The file without its text head, which CosyVoice2 stores and never uses.
+
+    Raises:
+        ValueError: if that head is no tied copy of the text table.
+    """
+    return without_copy(tensors, "llm.model.lm_head.weight", "llm.model.model.embed_tokens.weight")
+
+
+_COSYVOICE3_SPECIAL = 200  # rows of the speech table after the codes
+_COSYVOICE3_MARKERS = (0, 2)  # of them: start of the sequence, task
+
+
+def lm_cosyvoice3(cfg) -> Table:
+    """`llm.pt` of CosyVoice3 after `lm_cosyvoice3_tensors`: the names of CosyVoice2; for `lm.cosyvoice3()`."""
+    return lm_cosyvoice2(cfg)
+
+
+def lm_cosyvoice3_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A CosyVoice3 file in the form of CosyVoice2.
+
+    The start and task vectors are rows 6561 and 6563 of the speech table there; they are copied to the table
+    of markers. The head has no bias there; it gets zeros. Both are exact: those rows are never looked up as
+    speech. So one network serves both models; only training sees a difference, a bias more to learn.
+
+    Raises:
+        ValueError: if the text head is no tied copy of the text table.
+    """
+    out = lm_cosyvoice2_tensors(tensors)
+    table = out.get("speech_embedding.weight")
+    if table is not None and table.ndim == 2 and len(table) > _COSYVOICE3_SPECIAL:
+        first = len(table) - _COSYVOICE3_SPECIAL
+        out["llm_embedding.weight"] = np.stack([np.asarray(table[first + i]) for i in _COSYVOICE3_MARKERS])
+        out["llm_decoder.bias"] = np.zeros(len(table), np.float32)
+    return out
+
+
+def lm_cosyvoice3_theirs(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of `lm_cosyvoice3_tensors`, after `to_theirs`: markers back in the speech table, no bias.
+
+    Raises:
+        ValueError: if the bias of the head is not zero: CosyVoice3 has no place for it.
+    """
+    out = dict(tensors)
+    if np.any(out.pop("llm_decoder.bias")):
+        raise ValueError("head.bias is not zero; a head of CosyVoice3 has no bias, train without it")
+    table, markers = np.array(out["speech_embedding.weight"]), out.pop("llm_embedding.weight")
+    for i, x in zip(_COSYVOICE3_MARKERS, markers, strict=True):
+        table[len(table) - _COSYVOICE3_SPECIAL + i] = x
+    return out | {"speech_embedding.weight": table}
+
+
+def s3_v2(cfg) -> Table:
+    """State dict of the S3 tokenizer V2, as `s3_v2_onnx` gives it; `cfg` is a speech_tokenizer.Config."""
+    table = {}
+
+    def layers(ours: str, theirs: str, layout: str = "same") -> None:
+        names = tuple(f"encoder.blocks.{i}.{theirs}" for i in range(cfg.num_blocks))
+        table[f"encoder.blocks.{ours}"] = Source(names, layout)
+
+    for name in ("conv1", "conv2"):
+        table[f"encoder.{name}.kernel"] = Source(f"encoder.{name}.weight", "conv1d")
+        table[f"encoder.{name}.bias"] = Source(f"encoder.{name}.bias")
+    # a dotted path drops the word "value" (checkpoint.path_name): attn.kernel is that of the values
+    for ours, theirs in (("query.", "query"), ("key.", "key"), ("", "value"), ("out.", "out")):
+        layers(f"attn.{ours}kernel", f"attn.{theirs}.weight", "linear")
+        if theirs != "key":
+            layers(f"attn.{ours}bias", f"attn.{theirs}.bias")
+    layers("attn.fsmn", "attn.fsmn_block.weight", "depthwise")
+    for ours, theirs in (("mlp_in", "mlp.0"), ("mlp_out", "mlp.2")):
+        layers(f"{ours}.kernel", f"{theirs}.weight", "linear")
+        layers(f"{ours}.bias", f"{theirs}.bias")
+    for name in ("attn_ln", "mlp_ln"):
+        layers(f"{name}.scale", f"{name}.weight")
+        layers(f"{name}.bias", f"{name}.bias")
+    down = "quantizer._codebook.project_down"
+    table["quantizer.project_down.kernel"] = Source(f"{down}.weight", "linear")
+    table["quantizer.project_down.bias"] = Source(f"{down}.bias")
+    return table
+
+
+# initialisers of the released graph whose node does not tell what they are
+_S3_FIXED = {
+    "onnx::Conv_2216": "encoder.conv1.weight",
+    "onnx::Conv_2217": "encoder.conv1.bias",
+    "onnx::Conv_2218": "encoder.conv2.weight",
+    "onnx::Conv_2219": "encoder.conv2.bias",
+    "onnx::MatMul_2536": "quantizer._codebook.project_down.weight",
+    "quantizer.project_in.bias": "quantizer._codebook.project_down.bias",
+}
+
+
+def s3_v2_onnx(graph) -> dict[str, np.ndarray]:
+    """The parameters of `speech_tokenizer_v2.onnx` under the names and in the layouts of the state dict.
+
+    The exporter gave most tensors numbers for names; what they are is read off the nodes that use them, such
+    as `/blocks.0/attn/query/MatMul` and `/blocks.0/mlp/mlp.0/Add`.
+
+    Args:
+        graph: with `initializers`, name -> array, and `nodes`, each with `op_type`, `name` and `inputs`.
+
+    Returns:
+        name -> array for `s3_v2`; views. The matrices of the graph are stored (in, out) and turned here.
+
+    Raises:
+        ValueError: if two tensors have one meaning, or a tensor has none (scalars and integers may).
+    """
+    found: dict[str, str] = {}  # name of ours in the state dict -> initialiser
+    for node in graph.nodes:
+        for place, initializer in enumerate(node.inputs):
+            if initializer in graph.initializers:
+                name = _S3_FIXED.get(initializer) or _s3_name(node, place)
+                if name is not None and found.setdefault(name, initializer) != initializer:
+                    raise ValueError(f"the graph has two tensors for {name}: {found[name]} and {initializer}")
+    used = set(found.values())
+    unread = sorted(
+        name
+        for name, x in graph.initializers.items()
+        if name not in used and x.ndim and np.issubdtype(x.dtype, np.floating)
+    )
+    if unread:
+        raise ValueError(
+            f"{len(unread)} tensors of the graph have no known place ({', '.join(unread[:6])}); "
+            "the file is no S3 tokenizer V2"
+        )
+    arrays = {name: graph.initializers[initializer] for name, initializer in found.items()}
+    return {name: x.T if x.ndim == 2 else x for name, x in arrays.items()}
+
+
+def _s3_name(node, place: int) -> str | None:
+    """What the input at `place` of a node is, by the path of the node; None for what is no parameter."""
+    kinds = {
+        "MatMul": {0: "weight", 1: "weight"},
+        "Add": {0: "bias", 1: "bias"},
+        "Conv": {1: "weight", 2: "bias"},
+        "LayerNormalization": {1: "weight", 2: "bias"},
+    }
+    kind = kinds.get(node.op_type, {}).get(place)
+    path, _, last = node.name.lstrip("/").rpartition("/")
+    if kind is None or not path or not last.startswith(node.op_type):
+        return None
+    stem = path.replace("/", ".").replace("mlp.mlp.", "mlp.").removeprefix("encoder.")
+    return f"encoder.{stem}.{kind}"
+
+
+# what an F5-TTS file has besides the network: the mel's buffers, counters, and positions that follow from the sizes
+FLOW_E2_IGNORED = (r"(ema_model\.)?mel_spec\..*", "initted", "step", "update", r".*rotary_embed\.inv_freq")
+
+
+def flow_e2(cfg, prefix: str = "ema_model.transformer.") -> Table:
+    """E2TTS_Base of F5-TTS; `cfg` is a flow.Config, see `flow.e2tts_base`. Give `FLOW_E2_IGNORED` to `to_ours`."""
+    table = {"token_table": Source(f"{prefix}text_embed.text_embed.weight")}
+
+    def linear(ours: str, theirs: str | tuple[str, ...], has_bias: bool = True) -> None:
+        def each(end: str):
+            return theirs + end if isinstance(theirs, str) else tuple(name + end for name in theirs)
+
+        table[f"{ours}kernel"] = Source(each(".weight"), "linear")
+        if has_bias:
+            table[f"{ours}bias"] = Source(each(".bias"))
+
+    linear("time_in.", f"{prefix}time_embed.time_mlp.0")
+    linear("time_out.", f"{prefix}time_embed.time_mlp.2")
+    linear("input.", f"{prefix}input_embed.proj")
+    linear("output.", f"{prefix}proj_out")
+    table["norm.scale"] = Source(f"{prefix}norm_out.g")
+    for ours, i in (("conv_first", 0), ("conv_second", 2)):
+        theirs = f"{prefix}input_embed.conv_pos_embed.conv1d.{i}"
+        table[f"{ours}.kernel"] = Source(f"{theirs}.weight", "conv1d")
+        table[f"{ours}.bias"] = Source(f"{theirs}.bias")
+    half = cfg.num_layers // 2
+    # our upper half is stacked from the last layer to the middle: up[i] merges the input of down[i]
+    for stack, numbers in (("down", range(half)), ("up", range(cfg.num_layers - 1, half - 1, -1))):
+        layers = [f"{prefix}layers.{i}" for i in numbers]
+        if stack == "up":
+            linear("up.skip.", tuple(f"{name}.0" for name in layers), has_bias=False)
+        # attention.kernel is that of the values, see `s3_v2`
+        for ours, theirs in (
+            ("attention.query.", "2.to_q"),
+            ("attention.key.", "2.to_k"),
+            ("attention.", "2.to_v"),
+            ("attention.out.", "2.to_out.0"),
+            ("mlp_in.", "4.ff.0.0"),
+            ("mlp_out.", "4.ff.2"),
+        ):
+            linear(f"{stack}.{ours}", tuple(f"{name}.{theirs}" for name in layers))
+        table[f"{stack}.attention_norm.scale"] = Source(tuple(f"{name}.1.g" for name in layers))
+        table[f"{stack}.mlp_norm.scale"] = Source(tuple(f"{name}.3.g" for name in layers))
+    return table
+
+
+_TOKEN_COLUMNS_GAIN = (
+    0.1  # the new columns start small, so that the first velocity is that of E2 without text
+)
+
+
+def warm_start_flow(
+    cfg,
+    tensors: Mapping[str, np.ndarray],
+    initial: Mapping[str, np.ndarray],
+    mel_profile: str,
+    source: str,
+    prefix: str = "ema_model.transformer.",
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """A speech-token decoder that starts from E2TTS_Base.
+
+    Always copied: layers, skip projections, time MLP, convolutional position term and last norm. On the mel of
+    E2 ("f5", mel not normalised) also the output, and of the input projection the rows of noisy mel and
+    condition; its rows of tokens are a tenth of their initial values. The token table stays.
+
+    Args:
+        cfg: flow.Config of ours: width, layers and heads of E2TTS_Base and `rotary_heads=1`.
+        tensors: the file of E2TTS_Base by name.
+        initial: every parameter of ours by name at its initial value, see `checkpoint.named_arrays`.
+        mel_profile: name of the mel that the decoder makes, see `audio.mel_profile`.
+        source: where the tensors come from, for the message.
+        prefix: of the network's tensors in the file.
+
+    Returns:
+        (every parameter of ours by name, the names of those that were copied; a part as `input.kernel[:200]`).
+
+    Raises:
+        ValueError: if the shapes of the file do not fit, the rotary positions are on other heads, or the mel
+            is "f5" but normalised, patched or not of E2's bands.
+    """
+    if cfg.rotary_heads != 1:
+        raise ValueError(
+            f"rotary_heads is {cfg.rotary_heads}; E2TTS_Base turns its first head only, set rotary_heads=1"
+        )
+    table = flow_e2(cfg, prefix)
+    mel = ("input.kernel", "input.bias", "output.kernel", "output.bias")
+    has_mel = mel_profile == "f5"
+    if has_mel and (cfg.mel_mean, cfg.mel_std, cfg.patch_frames) != (0.0, 1.0, 1):
+        raise ValueError(
+            f"mel_mean {cfg.mel_mean}, mel_std {cfg.mel_std}, patch_frames {cfg.patch_frames}: E2TTS_Base "
+            "works on the plain mel frame by frame, set 0, 1 and 1"
+        )
+    left = {"token_table", *(() if has_mel else mel)}
+    trunk = {name: s for name, s in table.items() if name not in left}
+    shapes = {name: np.shape(initial[name]) for name in trunk}
+    rows = 2 * cfg.mel_bins
+    if has_mel:  # the file has its own number of token columns: only the rows of the two mels must be there
+        weight = tensors.get(f"{prefix}input_embed.proj.weight")
+        columns = rows if weight is None else max(rows, np.shape(weight)[-1])
+        shapes["input.kernel"] = (columns, *shapes["input.kernel"][1:])
+    used = {name for s in trunk.values() for name in _all(s)}
+    arrays = dict(initial)
+    copied = []
+    found = {name: x for name, x in tensors.items() if name in used}
+    for name, x in to_ours(trunk, found, shapes, source):
+        if name == "input.kernel":
+            x = np.concatenate([x[:rows], _TOKEN_COLUMNS_GAIN * np.asarray(initial[name])[rows:]])
+            name_copied = f"{name}[:{rows}]"
+        else:
+            name_copied = name
+        arrays[name] = x
+        copied.append(name_copied)
+    return arrays, copied
+
+
+def hifigan(cfg, prefix: str = "") -> Table:
+    """Generator of HiFi-GAN after `fold_weight_norm`; `cfg` is a vocoder.Config."""
+    table = {}
+
+    def conv(ours: str, theirs: str, layout: str = "conv1d") -> None:
+        table[f"{ours}.kernel"] = Source(f"{prefix}{theirs}.weight", layout)
+        table[f"{ours}.bias"] = Source(f"{prefix}{theirs}.bias")
+
+    conv("first", "conv_pre")
+    conv("last", "conv_post")
+    dilations = cfg.residual_dilations * len(cfg.upsample_rates)  # of every block, stage by stage
+    for i in range(len(cfg.upsample_rates)):
+        conv(f"ups.{i}", f"ups.{i}", "conv_transpose1d")
+    for i, block in enumerate(dilations):
+        for j in range(len(block)):
+            if cfg.is_paired:
+                conv(f"blocks.{i}.convs1.{j}", f"resblocks.{i}.convs1.{j}")
+                conv(f"blocks.{i}.convs2.{j}", f"resblocks.{i}.convs2.{j}")
+            else:
+                conv(f"blocks.{i}.convs1.{j}", f"resblocks.{i}.convs.{j}")
+    return table
+
+
+def hifigan_discriminators(cfg) -> Table:
+    """`mpd` and `msd` of a HiFi-GAN `do_` file as "mpd.NAME" and "msd.NAME", after `hifigan_folded`."""
+    table = {}
+    groups = (
+        ("by_period", "mpd", len(cfg.periods), len(cfg.period_channels), "column"),
+        ("by_scale", "msd", cfg.num_scales, len(cfg.scale_channels), "conv1d"),
+    )
+    for ours, theirs, count, depth, layout in groups:
+        for i in range(count):
+            pairs = [(f"convs.{j}", f"convs.{j}") for j in range(depth)] + [("last", "conv_post")]
+            for our, their in pairs:
+                stem = f"{theirs}.discriminators.{i}.{their}"
+                table[f"{ours}.{i}.{our}.kernel"] = Source(f"{stem}.weight", layout)
+                table[f"{ours}.{i}.{our}.bias"] = Source(f"{stem}.bias")
+    return table
+
+
+def hifigan_folded(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Plain weights of a HiFi-GAN file: weight norm everywhere, spectral norm in the first scale discriminator."""
+    return fold_spectral_norm(fold_weight_norm(tensors))
+
+
+# the head of its training, and counters that batch norm keeps and never reads
+WESPEAKER_IGNORED = (r"projection\..*", r".*\.num_batches_tracked")
+
+
+def wespeaker(cfg) -> Table:
+    """ResNets of WeSpeaker (`avg_model.pt`); `cfg` is a speaker.Config. Give `WESPEAKER_IGNORED` to `to_ours`."""
+    table = {
+        "conv1.kernel": Source("conv1.weight", "conv2d"),
+        "seg_1.kernel": Source("seg_1.weight", "linear"),
+        "seg_1.bias": Source("seg_1.bias"),
+    }
+    leaves = (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("var", "running_var"))
+    for ours, theirs in leaves:
+        table[f"bn1.{ours}"] = Source(f"bn1.{theirs}")
+
+    def block(ours: str, theirs: str | tuple[str, ...], has_shortcut: bool) -> None:
+        def each(end: str):
+            return theirs + end if isinstance(theirs, str) else tuple(name + end for name in theirs)
+
+        pairs = [(f"{kind}{i}",) * 2 for i in range(1, 4 if cfg.bottleneck else 3) for kind in ("conv", "bn")]
+        if has_shortcut:
+            pairs += [("shortcut_conv", "shortcut.0"), ("shortcut_bn", "shortcut.1")]
+        for our, their in pairs:
+            if "conv" in our:
+                table[f"{ours}.{our}.kernel"] = Source(each(f".{their}.weight"), "conv2d")
+            else:
+                for leaf, stored in leaves:
+                    table[f"{ours}.{our}.{leaf}"] = Source(each(f".{their}.{stored}"))
+
+    for stage, repeats in enumerate(cfg.repeats, 1):
+        block(f"layer{stage}.first", f"layer{stage}.0", stage > 1 or cfg.expansion > 1)
+        if repeats > 1:
+            block(f"layer{stage}.rest", tuple(f"layer{stage}.{i}" for i in range(1, repeats)), False)
+    return table
+
+
+# ---- networks added later

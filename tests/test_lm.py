@@ -491,6 +491,16 @@ def test_no_row_ends_before_its_minimum_or_after_its_maximum(model):
     assert lengths(pushed_to_end(model, -100.0), [0] * 4, [0, 1, 7, 99]) == [0, 1, 7, 16]
 
 
+def test_each_special_id_of_a_longer_list_stops_a_row_and_none_before_its_minimum():
+    cfg = dataclasses.replace(TINY, num_special=6, end_offset=1)
+    assert (cfg.end_id, cfg.num_speech_rows) == (TINY.num_codes + 1, TINY.num_codes + 6)
+    weights = lm.unstack(model_of(cfg), cfg)
+    for special in range(cfg.num_codes, cfg.num_speech_rows):
+        pushed = dataclasses.replace(weights, head_bias=weights.head_bias.at[special].add(100.0))
+        lengths = call(pushed, lm.Sampling(), *requests(2), [0, 3], [8] * 2, [1, 2], 8, cfg)[1]
+        assert lengths.tolist() == [0, 3]
+
+
 def test_an_empty_prompt_and_no_prompt_columns_are_the_same(model):
     text, text_lengths, _, _ = requests(2)
     results = [
@@ -583,7 +593,8 @@ def test_sampling_refuses_values_out_of_range(wrong):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(num_kv_heads=3), dict(head_dim=7), dict(dtype="float16"), dict(remat="some")]
+    "wrong",
+    [dict(num_kv_heads=3), dict(head_dim=7), dict(dtype="float16"), dict(remat="some"), dict(end_offset=3)],
 )
 def test_config_refuses_sizes_that_do_not_fit(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):

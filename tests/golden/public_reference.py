@@ -1,0 +1,321 @@
+"""The other side of the comparisons by public names: PyTorch networks whose state dicts have those names.
+
+Qwen2, the S3 tokenizer and E2 TTS are the installed packages. HiFi-GAN and the WeSpeaker ResNets are written here
+from their publications; their names come from attribute names and PyTorch's own norms of weights.
+Needs torch; the packages are imported where they are used.
+"""
+
+import importlib
+import importlib.util
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a state dict, in its order."""
+    return {name: tuple(x.shape) for name, x in module.state_dict().items()}
+
+
+def load(module: nn.Module, state: dict[str, np.ndarray]) -> nn.Module:
+    """The module with these numbers, in evaluation; the arrays are shared, not copied."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in state.items()}
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- packages
+
+
+def qwen2(cfg) -> nn.Module:
+    """`Qwen2Model` of transformers in the sizes of an lm.Config."""
+    from transformers import Qwen2Config, Qwen2Model
+
+    return Qwen2Model(
+        Qwen2Config(
+            vocab_size=cfg.text_vocab,
+            hidden_size=cfg.width,
+            intermediate_size=cfg.mlp_width,
+            num_hidden_layers=cfg.num_layers,
+            num_attention_heads=cfg.num_heads,
+            num_key_value_heads=cfg.num_kv_heads,
+            rms_norm_eps=cfg.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base},
+            attn_implementation="eager",
+        )
+    ).float()
+
+
+def speech_lm_shapes(cfg, form: int) -> dict[str, tuple[int, ...]]:
+    """Names of a CosyVoice `llm.pt` (form 2 or 3) around the package's Qwen2; the tied text head is not in it."""
+    with torch.device("meta"):
+        out = {f"llm.model.model.{name}": shape for name, shape in shapes(qwen2(cfg)).items()}
+    rows = cfg.num_codes + (3 if form == 2 else 200)
+    if form == 2:
+        out |= {"llm_embedding.weight": (2, cfg.width), "llm_decoder.bias": (rows,)}
+    return out | {"llm_decoder.weight": (rows, cfg.width), "speech_embedding.weight": (rows, cfg.width)}
+
+
+class SpeechLM:
+    """Embeddings, the package's Qwen2 and the speech head on an `llm.pt`; `form` is 2 or 3 (CosyVoice2, CosyVoice3)."""
+
+    def __init__(self, cfg, state: dict[str, np.ndarray], form: int):
+        prefix = "llm.model.model."
+        inner = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        with torch.device("meta"):
+            self.model = qwen2(cfg)
+        self.model = load(self.model, inner)
+        # its table of rotary frequencies is no part of the state and stayed on the meta device
+        self.model.rotary_emb = type(self.model.rotary_emb)(self.model.config)
+        self.weights = {
+            k: torch.from_numpy(np.ascontiguousarray(x)) for k, x in state.items() if "llm.m" not in k
+        }
+        self.form, self.num_codes = form, cfg.num_codes
+
+    @torch.inference_mode()
+    def __call__(self, text: np.ndarray, speech: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text ids [N] and speech ids [N'] of one row to the hidden states [2 + N + N', D] and speech logits."""
+        table = self.weights["speech_embedding.weight"]
+        if self.form == 2:
+            start, task = self.weights["llm_embedding.weight"]
+            bias = self.weights["llm_decoder.bias"]
+        else:
+            start, task, bias = table[self.num_codes], table[self.num_codes + 2], None
+        words = self.model.embed_tokens(torch.as_tensor(np.asarray(text, np.int64)))
+        codes = table[torch.as_tensor(np.asarray(speech, np.int64))]
+        x = torch.cat([start[None], words, task[None], codes])[None]
+        x = self.model(inputs_embeds=x, use_cache=False).last_hidden_state[0]
+        return x, F.linear(x, self.weights["llm_decoder.weight"], bias)
+
+
+def s3_v2(cfg) -> nn.Module:
+    """`S3TokenizerV2` of s3tokenizer in the sizes of a speech_tokenizer.Config.
+
+    Version 0.3.0 has eps 1e-5 in both norms of a block; its earlier releases and the released graph have 1e-6 in
+    the first one, which is set here.
+    """
+    for name in ("onnx", "torchaudio"):  # imported by the package, used only to read files
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            sys.modules[name] = types.ModuleType(name)
+    from s3tokenizer.model_v2 import ModelConfig, S3TokenizerV2
+
+    sizes = ModelConfig(cfg.num_mels, 1500, cfg.width, cfg.num_heads, cfg.num_blocks)
+    model = S3TokenizerV2("speech_tokenizer_v2_25hz", sizes)
+    for block in model.encoder.blocks:
+        block.attn_ln.eps = 1e-6
+    return model
+
+
+def e2(cfg) -> nn.Module:
+    """`UNetT` of f5-tts in the sizes of a flow.Config, imported without the package around it."""
+    root = Path(importlib.util.find_spec("f5_tts").submodule_search_locations[0])
+    for name in ("model", "model/backbones"):
+        module = types.ModuleType("f5_tts." + name.replace("/", "."))
+        module.__path__ = [str(root / name)]
+        sys.modules[module.__name__] = module
+    utils = types.ModuleType("f5_tts.model.utils")
+    utils.is_package_available = lambda name: False
+    sys.modules[utils.__name__] = utils
+    sys.modules.setdefault("torchaudio", types.ModuleType("torchaudio"))
+    from f5_tts.model.backbones.unett import UNetT
+
+    return UNetT(
+        dim=cfg.width,
+        depth=cfg.num_layers,
+        heads=cfg.num_heads,
+        dim_head=cfg.head_dim,
+        mel_dim=cfg.mel_bins,
+        text_num_embeds=cfg.num_codes,
+        text_dim=cfg.token_width,
+        text_mask_padding=False,
+        pe_attn_head=cfg.rotary_heads,
+    )
+
+
+# ---------------------------------------------------------------- HiFi-GAN (Kong et al., 2020)
+
+
+def weight_norm(module: nn.Module) -> nn.Module:
+    """PyTorch's weight norm in its older form, which stores `weight_g` and `weight_v`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(module)
+
+
+class Residual(nn.Module):
+    """One residual block: pairs of convolutions (type 1) or single ones (type 2)."""
+
+    def __init__(self, channels: int, size: int, dilations: tuple[int, ...], is_paired: bool):
+        super().__init__()
+
+        def conv(dilation: int) -> nn.Module:
+            pad = dilation * (size - 1) // 2
+            return weight_norm(nn.Conv1d(channels, channels, size, padding=pad, dilation=dilation))
+
+        first = nn.ModuleList(conv(d) for d in dilations)
+        if is_paired:
+            self.convs1, self.convs2 = first, nn.ModuleList(conv(1) for _ in dilations)
+        else:
+            self.convs = first
+        self.is_paired = is_paired
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, conv in enumerate(self.convs1 if self.is_paired else self.convs):
+            y = conv(F.leaky_relu(x, 0.1))
+            x = x + (self.convs2[i](F.leaky_relu(y, 0.1)) if self.is_paired else y)
+        return x
+
+
+class Generator(nn.Module):
+    """HiFi-GAN's generator in the sizes of a vocoder.Config."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width = cfg.initial_channels
+        self.conv_pre = weight_norm(nn.Conv1d(80, width, 7, padding=3))
+        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
+        for rate, size in zip(cfg.upsample_rates, cfg.upsample_kernels, strict=True):
+            up = nn.ConvTranspose1d(width, width // 2, size, rate, padding=(size - rate) // 2)
+            self.ups.append(weight_norm(up))
+            width //= 2
+            for kernel, dilations in zip(cfg.residual_kernels, cfg.residual_dilations, strict=True):
+                self.resblocks.append(Residual(width, kernel, dilations, cfg.is_paired))
+        self.conv_post = weight_norm(nn.Conv1d(width, 1, 7, padding=3))
+        self.count = len(cfg.residual_kernels)
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        """[B, 80, T] to [B, W]."""
+        x = self.conv_pre(mel)
+        for i, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, 0.1))
+            x = sum(self.resblocks[i * self.count + j](x) for j in range(self.count)) / self.count
+        return torch.tanh(self.conv_post(F.leaky_relu(x, 0.01)))[:, 0]
+
+
+class Period(nn.Module):
+    """Discriminator of samples one period apart."""
+
+    def __init__(self, cfg, period: int):
+        super().__init__()
+        sizes = (1, *cfg.period_channels)
+        last = len(cfg.period_channels) - 1
+        self.convs = nn.ModuleList(
+            weight_norm(nn.Conv2d(sizes[i], sizes[i + 1], (5, 1), (3 if i < last else 1, 1), padding=(2, 0)))
+            for i in range(last + 1)
+        )
+        self.conv_post = weight_norm(nn.Conv2d(sizes[-1], 1, (3, 1), padding=(1, 0)))
+        self.period = period
+
+    def forward(self, wav: torch.Tensor) -> torch.Tensor:
+        """[B, W] to scores [B, 1, W / P / stride, P]."""
+        x = F.pad(wav[:, None], (0, -wav.shape[1] % self.period), "reflect")
+        x = x.reshape(len(wav), 1, -1, self.period)
+        for conv in self.convs:
+            x = F.leaky_relu(conv(x), 0.1)
+        return self.conv_post(x)
+
+
+class Scale(nn.Module):
+    """Discriminator of samples; the first of three has spectral norm."""
+
+    def __init__(self, cfg, norm):
+        super().__init__()
+        kernels, strides = (15, 41, 41, 41, 41, 41, 5), (1, 2, 2, 4, 4, 1, 1)
+        sizes = (1, *cfg.scale_channels)
+        self.convs = nn.ModuleList(
+            norm(nn.Conv1d(sizes[i], sizes[i + 1], k, s, padding=k // 2, groups=cfg.scale_groups[i]))
+            for i, (k, s) in enumerate(zip(kernels, strides, strict=True))
+        )
+        self.conv_post = norm(nn.Conv1d(sizes[-1], 1, 3, padding=1))
+
+    def forward(self, wav: torch.Tensor) -> torch.Tensor:
+        """[B, 1, W] to scores [B, 1, W / stride]."""
+        for conv in self.convs:
+            wav = F.leaky_relu(conv(wav), 0.1)
+        return self.conv_post(wav)
+
+
+class Discriminators(nn.Module):
+    """`mpd` and `msd` as two parts of one state dict."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        norms = [nn.utils.spectral_norm] + [weight_norm] * (cfg.num_scales - 1)
+        self.mpd, self.msd = nn.Module(), nn.Module()
+        self.mpd.discriminators = nn.ModuleList(Period(cfg, p) for p in cfg.periods)
+        self.msd.discriminators = nn.ModuleList(Scale(cfg, norm) for norm in norms)
+
+    def forward(self, wav: torch.Tensor) -> list[torch.Tensor]:
+        """[B, W] to one tensor of scores per discriminator, periods first."""
+        scores = [d(wav) for d in self.mpd.discriminators]
+        wav = wav[:, None]
+        for d in self.msd.discriminators:
+            scores.append(d(wav))
+            wav = F.avg_pool1d(wav, 4, 2, padding=2)
+        return scores
+
+
+# ---------------------------------------------------------------- WeSpeaker ResNet
+
+
+class ResidualImage(nn.Module):
+    """Basic (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1) block; the first 3x3 has the stride."""
+
+    def __init__(self, num_in: int, num_inner: int, stride: int, is_bottleneck: bool):
+        super().__init__()
+        num_out = num_inner * (4 if is_bottleneck else 1)
+        plan = (
+            [(num_in, num_inner, 1, 1), (num_inner, num_inner, 3, stride), (num_inner, num_out, 1, 1)]
+            if is_bottleneck
+            else [(num_in, num_inner, 3, stride), (num_inner, num_out, 3, 1)]
+        )
+        self.count = len(plan)
+        for i, (a, b, size, step) in enumerate(plan, 1):
+            setattr(self, f"conv{i}", nn.Conv2d(a, b, size, step, padding=size // 2, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(b))
+        self.shortcut = nn.Sequential()
+        if stride != 1 or num_in != num_out:
+            self.shortcut.append(nn.Conv2d(num_in, num_out, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(num_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for i in range(1, self.count + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            if i < self.count:
+                y = F.relu(y)
+        return F.relu(y + self.shortcut(x))
+
+
+class SpeakerResNet(nn.Module):
+    """The ResNet of a speaker.Config, with the head of its training as the files have it."""
+
+    def __init__(self, cfg, num_speakers: int = 10):
+        super().__init__()
+        width = cfg.base_channels
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        for i, repeats in enumerate(cfg.repeats):
+            inner, blocks = cfg.base_channels * 2**i, []
+            for j in range(repeats):
+                blocks.append(ResidualImage(width, inner, 2 if i and not j else 1, cfg.bottleneck))
+                width = inner * (4 if cfg.bottleneck else 1)
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+        self.seg_1 = nn.Linear(2 * width * 10, cfg.embedding_size)
+        self.projection = nn.Linear(cfg.embedding_size, num_speakers)
+
+    def forward(self, fbank: torch.Tensor) -> torch.Tensor:
+        """[B, T, 80] to [B, E]."""
+        x = F.relu(self.bn1(self.conv1(fbank.transpose(1, 2)[:, None])))
+        for i in range(1, 5):
+            x = getattr(self, f"layer{i}")(x)
+        deviation = torch.sqrt(x.var(dim=-1, unbiased=True) + 1e-7)
+        return self.seg_1(torch.cat([x.mean(dim=-1).flatten(1), deviation.flatten(1)], dim=1))
