@@ -37,16 +37,18 @@ SETTINGS = {
     "sample_rate": audio.SAMPLE_RATE,
     "text": {"tokenizer": "mini"},
     "sampling": {
-        # a text token is a phone, a pause mark or a word boundary: 1.2 to 2.5 speech tokens each
+        # a text token is a phone, a pause mark or a word boundary: 1.2 to 2.5 speech tokens each in English; a
+        # Mandarin one is an initial or a final, up to 4 in a whisper, and a limit there cut half of the sentences
         # no repetition-aware draws: in 40 ms tokens of few codes a sustained sound repeats, and redrawing it made
         # speech 15 % too short and word errors 1.5 to 1.8 times as many (48 sentences)
         "lm": {"min_ratio": 0.8, "max_ratio": 4.0, "repetition_aware": False, "top_p": 0.6},
+        "ratios": {"asmr": {"max_ratio": 8.0}},
         "flow": {"num_steps": 10, "guidance": 1.0, "method": "euler", "schedule": "cosine"},
         # mean level of N2N and A2A above the recordings with that guidance, on sentences of `valid`
         "output_gain_db": {"normal": -3.5, "asmr": -4.0},
     },
     "provenance": {
-        "data": "synthetic speech only (data/synthetic.py): flite, festival and espeak-ng read, WORLD whispers",
+        "data": "synthetic speech only (data/synthetic.py): flite and espeak-ng read, WORLD whispers",
         "licence": "Apache-2.0; the Mandarin and 6.7 % of the English training speech come from espeak-ng (GPL-3)",
     },
 }

@@ -1,9 +1,10 @@
 """Public weights to a model folder: what a file is, whether it is whole, whose licence it has, and its conversion.
 
-`KINDS` is the one list of what is known. A file is recognised by the names of its tensors, never by its own name. Sizes
-are read off the shapes, so that a file of another width converts as well; what shapes do not tell (heads of 64, rates of
-the vocoder) is as in the released models. Nothing is executed (`weight_files.py`), everything is checked before the first
-array is written (`public_names.py`), arrays go through memory one at a time, and a folder appears only when it is whole.
+`KINDS` is the one list of what is known. A file is recognised by the names of its tensors, never by its own name.
+Sizes are read off the shapes, so that a file of another width converts as well; what shapes do not tell (heads of
+64, rates of the vocoder) is as in the released models. Nothing is executed (`weight_files.py`), everything is checked
+before the first array is written (`public_names.py`), arrays go through memory one at a time, and a folder appears
+only when it is whole.
 """
 
 import dataclasses
@@ -20,7 +21,6 @@ import numpy as np
 from deepasmr_jax import (
     __version__,
     checkpoint,
-    flow,
     flow_cosyvoice2,
     lm,
     public_names,
@@ -131,6 +131,28 @@ def _s3_config(t: Mapping) -> speech_tokenizer.Config:
     )
 
 
+def _flow_b_config(t: Mapping) -> flow_cosyvoice2.Config:
+    level = "decoder.estimator.mid_blocks.0."
+    num_heads, head_dim = t["encoder.encoders.0.self_attn.pos_bias_u"].shape
+    return flow_cosyvoice2.cosyvoice2(
+        mel_bins=t["encoder_proj.weight"].shape[0],
+        num_codes=t["input_embedding.weight"].shape[0],
+        speaker_size=t["spk_embed_affine_layer.weight"].shape[1],
+        width=num_heads * head_dim,
+        num_heads=num_heads,
+        mlp_width=t["encoder.encoders.0.feed_forward.w_1.weight"].shape[0],
+        num_layers=_count(t, "encoder.encoders.{}.norm_ff.weight"),
+        num_up_layers=_count(t, "encoder.up_encoders.{}.norm_ff.weight"),
+        channels=t[f"{level}0.res_conv.weight"].shape[0],
+        time_width=t["decoder.estimator.time_mlp.linear_1.weight"].shape[0],
+        num_mid_levels=_count(t, "decoder.estimator.mid_blocks.{}.0.res_conv.weight"),
+        blocks_per_level=_count(t, f"{level}1.{{}}.norm1.weight"),
+        block_heads=t[f"{level}1.0.attn1.to_q.weight"].shape[0] // HEAD_DIM,
+        block_head_dim=HEAD_DIM,
+        block_mlp_width=t[f"{level}1.0.ff.net.0.proj.weight"].shape[0],
+    )
+
+
 def _hift_config(t: Mapping) -> vocoder_hift.Config:
     return dataclasses.replace(
         vocoder_hift.cosyvoice2(),
@@ -157,7 +179,7 @@ def _resnet_config(t: Mapping) -> speaker.Config:
 
 
 def _campplus_config(t: Mapping) -> speaker_campplus.Config:
-    blocks = _count(t, "xvector.block{}.tdnnd1.linear1.weight".replace("{}.", "{}."))
+    blocks = _count(t, "xvector.block{}.tdnnd1.linear1.weight")
     return dataclasses.replace(
         speaker_campplus.cosyvoice(),
         head_channels=t["head.conv1.weight"].shape[0],
@@ -172,16 +194,6 @@ def _campplus_config(t: Mapping) -> speaker_campplus.Config:
 # ---------------------------------------------------------------- the list
 
 
-def _plain(tensors: Mapping) -> dict:
-    return dict(tensors)
-
-
-def _without_prefix(prefix: str, then: Callable = _plain) -> Callable:
-    """Takes a prefix that all or some names may have away, then calls `then`."""
-    return lambda tensors: then({name.removeprefix(prefix): x for name, x in tensors.items()})
-
-
-COUNTERS = r".*num_batches_tracked"
 KINDS = (
     Kind(
         "CosyVoice2 language model",
@@ -202,7 +214,6 @@ KINDS = (
         public_names.flow_cosyvoice2,
         "Apache-2.0",
         flow_cosyvoice2.init,
-        ignored=public_names.FLOW_COSYVOICE2_IGNORED,
         mel_profile="cv2",
         released=(("flow.pt", 450_575_567, None),),
     ),
@@ -214,7 +225,7 @@ KINDS = (
         public_names.hift,
         "Apache-2.0",
         vocoder_hift.init,
-        _without_prefix("generator.", public_names.fold_weight_norm),
+        public_names.hift_tensors,
         mel_profile="cv2",
         released=(("hift.pt", 83_390_254, None),),
     ),
@@ -242,7 +253,7 @@ KINDS = (
         public_names.campplus,
         "Apache-2.0",
         speaker_campplus.init,
-        ignored=(COUNTERS,),
+        ignored=public_names.NO_COUNTS,
         released=(("campplus.onnx", 28_303_423, None), ("campplus_cn_common.bin", 28_036_335, None)),
     ),
     Kind(
@@ -253,7 +264,7 @@ KINDS = (
         public_names.wespeaker,
         "CC BY 4.0",
         speaker.init,
-        ignored=(COUNTERS, r"projection\..*"),
+        ignored=public_names.WESPEAKER_IGNORED,
     ),
     Kind(
         "HiFi-GAN generator",
@@ -263,7 +274,7 @@ KINDS = (
         public_names.hifigan,
         "MIT",
         vocoder.init_generator,
-        public_names.fold_weight_norm,
+        public_names.hifigan_folded,
         mel_profile="hifigan",
     ),
 )
@@ -282,8 +293,10 @@ def recognise(path: str | os.PathLike) -> Found:
     path = Path(path)
     if weight_files.kind(path) == "onnx":
         graph = weight_files.read_onnx(path)
-        named = public_names.campplus_onnx if _is_campplus(graph) else public_names.s3_v2_onnx
-        tree: Mapping = named(graph)
+        campplus = _campplus_graph_config(graph)
+        tree: Mapping = (
+            public_names.campplus_onnx(campplus, graph) if campplus else public_names.s3_v2_onnx(graph)
+        )
     else:
         tree = weight_files.read_tree(path)
         for key in ("generator", "model", "state_dict", "ema_model_state_dict"):
@@ -307,9 +320,26 @@ def recognise(path: str | os.PathLike) -> Found:
     )
 
 
-def _is_campplus(graph) -> bool:
-    return any(
-        "xvector" in name or "tdnn" in name for name in (*graph.initializers, *(n.name for n in graph.nodes))
+def _campplus_graph_config(graph) -> speaker_campplus.Config | None:
+    """Sizes of a CAM++ from the convolutions of its graph, in their order; None if it is none."""
+    weights = [n.inputs[1] for n in graph.nodes if n.op_type == "Conv" and len(n.inputs) > 1]
+    shapes = [graph.initializers[w].shape for w in weights if w in graph.initializers]
+    flat = [s for s in shapes if len(s) == 3]
+    if not shapes or shapes[0][1:] != (1, 3, 3) or len(flat) < 4:
+        return None
+    inner, growth = flat[1][0], flat[2][0]
+    widths = [
+        s[1] for s in flat if s[0] == inner and s[2] == 1
+    ]  # inputs of the layers: they grow within a block
+    starts = [i for i in range(len(widths)) if not i or widths[i] < widths[i - 1]]
+    return dataclasses.replace(
+        speaker_campplus.cosyvoice(),
+        head_channels=shapes[0][0],
+        initial_channels=flat[0][0],
+        growth=growth,
+        bottleneck=inner,
+        repeats=tuple(b - a for a, b in zip(starts, [*starts[1:], len(widths)], strict=True)),
+        embedding_size=flat[-1][0],
     )
 
 
@@ -486,7 +516,8 @@ def convert_cosyvoice2(
     profiles = {f.kind.mel_profile for f in found.values() if f.kind.mel_profile}
     if len(profiles) > 1:
         raise ValueError(
-            f"flow and vocoder have different mel profiles ({', '.join(sorted(profiles))}); give a vocoder of the flow's"
+            f"flow and vocoder have different mel profiles ({', '.join(sorted(profiles))}); "
+            "give a vocoder of the flow's profile"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:

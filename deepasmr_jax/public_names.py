@@ -274,6 +274,8 @@ def hift_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     What else a training checkpoint holds (`discriminator.`) stays under its name and has to be ignored by name.
     """
     return fold_weight_norm({name.removeprefix("generator."): x for name, x in tensors.items()})
+
+
 def flow_cosyvoice2(cfg) -> Table:
     """`flow.pt` of CosyVoice2: 1121 tensors, none ignored; `cfg` is a flow_cosyvoice2.Config."""
     table = {"encoder.token_table": Source("input_embedding.weight")}
@@ -346,6 +348,8 @@ def flow_cosyvoice2(cfg) -> Table:
     norm(f"{ours}.last_norm", f"{theirs}.final_block.block.2")
     put(f"{ours}.output", f"{theirs}.final_proj", "conv1x1")
     return table
+
+
 def campplus(cfg) -> Table:
     """CAM++ in the names of its PyTorch release (`campplus_cn_common.bin`); `cfg` is a speaker_campplus.Config.
 
@@ -618,6 +622,8 @@ WAVLM_IGNORED = (
 def wavlm_kept_axis(name: str) -> int:
     """Axis of the gain of a weight norm of WavLM: that of the taps in the position convolution, else the first."""
     return 2 if name.endswith("pos_conv.0") else 0
+
+
 # a plain Qwen2.5 file starts the speech model with its backbone; these keep their random start
 QWEN2_ABSENT = ("marker_table", "speech_table", "head.kernel", "head.bias")
 

@@ -1,0 +1,204 @@
+"""Public weights end to end: a synthetic CosyVoice2 folder through doctor, convert, info and say; damage and mix-ups."""
+
+import json
+import shutil
+from pathlib import Path
+
+import cosyvoice2_folder
+import numpy as np
+import pytest
+import soundfile
+import weight_writers
+
+from deepasmr_jax import checkpoint, cli, convert, pool, public_names, request, synthesis
+
+CLIP = request.BUILT_IN / "demo" / "en_normal.wav"
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory) -> Path:
+    return cosyvoice2_folder.write(tmp_path_factory.mktemp("public") / "CosyVoice2-0.5B")
+
+
+@pytest.fixture(scope="module")
+def small_pool(tmp_path_factory):
+    """Four entries of the built-in pool, one of each style and language: hearing all hundred takes a minute."""
+    whole = pool.load(request.BUILT_IN / "pool.safetensors")
+    some = [whole.select(style, language)[0] for style in request.STYLES for language in ("en", "zh")]
+    return pool.Pool(tuple(some), whole.mel_profile, whole.speaker_model)
+
+
+@pytest.fixture(scope="module")
+def model(public, small_pool, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "cv2"
+    with pytest.MonkeyPatch.context() as patch:
+        real = synthesis.load
+
+        def load(folder=None, pool_file=None):
+            made = real(folder, pool_file)
+            if folder is None:
+                made.pool = small_pool
+            return made
+
+        patch.setattr(synthesis, "load", load)
+        return convert.convert_cosyvoice2(public, out)
+
+
+def run(*words) -> int:
+    try:
+        return cli.main([str(w) for w in words])
+    except SystemExit as e:
+        return e.code
+
+
+def test_doctor_finds_every_part_whole(public, capsys):
+    assert run("doctor", public) == 0
+    out = capsys.readouterr().out
+    assert out.count("whole") == 6
+    for name in ("language model", "flow", "HiFT", "tokenizer V2", "CAM++", "text tokenizer"):
+        assert name in out
+
+
+def test_the_converted_folder_has_every_part_with_its_source_and_licence(public, model, capsys):
+    config = checkpoint.read_config(model)
+    assert set(config["components"]) == {"lm", "flow", "vocoder", "speech_tokenizer", "speaker"}
+    assert config["licence"] == "Apache-2.0" and config["sample_rate"] == 24000
+    lm = config["provenance"]["lm"]
+    assert lm["source"] == "llm.pt" and len(lm["sha256"]) == 64 and lm["licence"] == "Apache-2.0"
+    assert run("info", model) == 0
+    out = capsys.readouterr().out
+    assert "licence: Apache-2.0" in out and "languages: en, zh" in out and "memory:" in out
+    assert run("doctor", model) == 0
+
+
+def test_weights_are_those_of_the_files(public, model):
+    state = cosyvoice2_folder.state("llm.pt", cosyvoice2_folder.SMALL["llm.pt"])
+    entry = checkpoint.read_config(model)["components"]["lm"]
+    found = checkpoint.component_arrays(model, entry)
+    np.testing.assert_array_equal(found["speech_table"], state["speech_embedding.weight"])
+    np.testing.assert_array_equal(
+        found["layers.attn.q.kernel"][1], state["llm.model.model.layers.1.self_attn.q_proj.weight"].T
+    )
+    hift = cosyvoice2_folder.state("hift.pt", cosyvoice2_folder.SMALL["hift.pt"])
+    found = checkpoint.component_arrays(model, checkpoint.read_config(model)["components"]["vocoder"])
+    np.testing.assert_allclose(found["first.kernel"], hift["conv_pre.weight"].transpose(2, 1, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("style", request.STYLES)
+def test_the_converted_model_says_a_sentence(model, style, tmp_path):
+    out = tmp_path / "out.wav"
+    code = run("say", "Close your eyes.", "--voice", CLIP, "--style", style, "--model", model, "--out", out)
+    assert code == 0
+    wav, rate = soundfile.read(out)
+    assert rate == 24000 and len(wav) > 2400 and np.isfinite(wav).all()
+
+
+def test_a_whisper_leaves_the_sines_of_the_vocoder_out(model):
+    made = synthesis.load(model)
+    assert made._vocoder_configs["asmr"].source == "unvoiced"
+    assert made._vocoder_configs["normal"].source == "predicted"
+
+
+def test_the_pool_is_that_of_the_built_in_model_heard_by_this_one(model, small_pool):
+    own = pool.load(model / "pool.safetensors")
+    assert [e.name for e in own] == [e.name for e in small_pool] and own.mel_profile == "cv2"
+    assert all(e.provenance["heard_from_pool_of"] == small_pool.speaker_model for e in own)
+    for mine, theirs in zip(own, small_pool, strict=True):  # 50 frames a second in both profiles
+        assert abs(len(mine.mel) - len(theirs.mel)) <= 4 and len(mine.speaker_embedding) == 16
+
+
+def test_export_writes_the_language_model_under_the_names_of_qwen2(public, model, tmp_path):
+    assert run("export", "--model", model, "--out", tmp_path / "hf") == 0
+    arrays = checkpoint.read_arrays(tmp_path / "hf" / "model.safetensors")
+    state = cosyvoice2_folder.state("llm.pt", cosyvoice2_folder.SMALL["llm.pt"])
+    prefix = "llm.model."
+    assert set(arrays) == {k.removeprefix(prefix) for k in state if k.startswith(prefix)}
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(x, state[prefix + name])
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["model_type"] == "qwen2" and config["num_hidden_layers"] == 2
+
+
+def test_half_precision_files_convert(public, tmp_path):
+    tensors = cosyvoice2_folder.state("flow.pt", cosyvoice2_folder.SMALL["flow.pt"])
+    weight_writers.write_torch_zip(
+        tmp_path / "any_name", {k: x.astype(np.float16) for k, x in tensors.items()}
+    )
+    assert run("convert", "file", tmp_path / "any_name", "--out", tmp_path / "m", "--dtype", "bfloat16") == 0
+    entry = checkpoint.read_config(tmp_path / "m")["components"]["flow"]
+    assert entry["dtype"] == "bfloat16" and entry["module"] == "flow_cosyvoice2"
+
+
+def damaged(public: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(public, copy)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda f: (f / "hift.pt").write_bytes((f / "hift.pt").read_bytes()[:-500]), ["hift.pt"]),
+        (lambda f: (f / "flow.pt").write_bytes(b"PK"), ["flow.pt"]),
+        (lambda f: (f / "llm.pt").unlink(), ["llm.pt", "missing", "doctor"]),
+        (lambda f: shutil.copy(f / "hift.pt", f / "flow.pt"), ["flow.pt", "HiFT"]),
+        (lambda f: shutil.rmtree(f / "CosyVoice-BlankEN"), ["CosyVoice-BlankEN", "missing"]),
+        (lambda f: _drop(f / "flow.pt", "flow.pt", "encoder_proj.bias"), ["1 missing", "encoder_proj.bias"]),
+        (lambda f: _run_code(f / "llm.pt"), ["llm.pt", "system"]),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_sentence_and_leaves_nothing(
+    harm, words, public, tmp_path, capsys
+):
+    copy = damaged(public, tmp_path)
+    harm(copy)
+    assert run("convert", "cosyvoice2", copy, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.splitlines()[-1].startswith("deepasmr: ") and "Traceback" not in error
+    for word in words:
+        assert word in error, error
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    assert run("doctor", copy) == 1
+    assert "damaged" in (said := capsys.readouterr().out) or "missing" in said
+
+
+def _drop(path: Path, name: str, tensor: str) -> None:
+    tensors = cosyvoice2_folder.state(name, cosyvoice2_folder.SMALL[name])
+    del tensors[tensor]
+    weight_writers.write_torch_zip(path, tensors)
+
+
+def _run_code(path: Path) -> None:
+    weight_writers.write_torch_zip(path, b"cposix\nsystem\n(Vecho\ntR.")
+
+
+def test_a_folder_that_is_none_or_holds_something_else(tmp_path, capsys):
+    assert run("convert", "cosyvoice2", tmp_path / "nowhere", "--out", tmp_path / "out") == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert run("doctor", tmp_path) == 2
+    assert "no weight files" in capsys.readouterr().err
+    assert run("convert", "other", tmp_path, "--out", tmp_path / "out") == 2
+    assert "cosyvoice2" in capsys.readouterr().err
+    weight_writers.write_torch_zip(tmp_path / "x.pt", {"a": np.zeros(3, np.float32)})
+    assert run("doctor", tmp_path) == 0
+    assert "unknown" in capsys.readouterr().out
+
+
+def test_a_vocoder_of_another_profile_is_refused(model, tmp_path, capsys):
+    cfg = convert.vocoder.v3()
+    like = checkpoint.abstract(
+        lambda key: convert.vocoder.init_generator(cfg, key), convert.jax.random.key(0)
+    )
+    zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
+    tensors = public_names.to_theirs(public_names.hifigan(cfg), zeros)
+    weight_writers.write_torch_zip(tmp_path / "g_00000000", {"generator": tensors})
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    assert run("convert", "file", tmp_path / "g_00000000", "--out", copy) == 2
+    assert "hifigan" in (error := capsys.readouterr().err) and "cv2" in error
+
+
+def test_the_strictest_licence_is_on_top():
+    assert convert.strictest(["MIT", "Apache-2.0"]) == "Apache-2.0"
+    assert convert.strictest(["Apache-2.0", "CC BY-NC 4.0", "MIT"]) == "CC BY-NC 4.0"
+    assert convert.strictest(["MIT", "something new"]) == "something new"
