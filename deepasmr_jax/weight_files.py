@@ -17,6 +17,7 @@ import mmap
 import os
 import pickletools
 import re
+import struct
 import weakref
 import zipfile
 import zlib
@@ -32,6 +33,7 @@ _MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # first pickle of the 
 _PROTOCOL = 1001
 _MAX_NAMES = 2**24  # bytes of names and shapes, about 150 a tensor
 _MAX_STEPS = 2**22  # instructions of a pickle, about 30 a tensor
+_MAX_OPTIONS = 2**16  # entries of all namespaces
 _MAX_DEPTH, _MAX_NODES = 64, 2**20  # of nested dictionaries and lists; nodes of a graph
 _MAX_ELEMENTS = 2**40
 _MAX_REPEATED = 2**26  # bytes of a tensor that shows its storage more than once (expanded)
@@ -73,7 +75,7 @@ def _reading(path):
     try:
         yield
     except _Refused as error:
-        raise ValueError(f"{path} {error}") from None
+        raise ValueError(f"{path} {' '.join(str(error).split())}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be opened: {error.strerror or error}; check the path") from error
     # struct, zipfile, json and a bent pickle raise many kinds; the cause stays in the traceback
@@ -200,12 +202,13 @@ def _visible(x):
 
 
 def _listed(names) -> str:
-    names = [str(n) for n in names]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    names = list(names)
+    return ", ".join(map(_short, names[:8])) + (", ..." if len(names) > 8 else "")
 
 
 def _short(x) -> str:
-    return str(x) if len(str(x)) <= 80 else str(x)[:80] + "..."
+    text = str(x)
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 # ---------------------------------------------------------------- what a file is
@@ -445,10 +448,7 @@ def _members(file) -> tuple[str, dict[str, _Member]]:
             raise _Refused(f"has {info.filename} compressed or encrypted; zip it again without compression")
         file.seek(info.header_offset)
         head = file.read(30)
-        name_length, extra_length = (
-            int.from_bytes(head[26:28], "little"),
-            int.from_bytes(head[28:30], "little"),
-        )
+        name_length, extra_length = struct.unpack("<HH", head[26:30])
         start = info.header_offset + 30 + name_length + extra_length
         name = file.read(name_length)
         if head[:4] != b"PK\x03\x04" or name != info.orig_filename.encode() or info.header_offset < position:
@@ -469,7 +469,10 @@ def _read_zip(path, check: bool):
             if member.size > limit:
                 raise _Refused(f"has a {name} of {member.size} bytes; this reader takes {limit}")
             file.seek(member.start)
-            return _checked(file.read(member.size), member, name)
+            data = file.read(member.size)
+            if len(data) != member.size or member.crc not in (0, zlib.crc32(data)):
+                raise ValueError(f"checksum of {name}")
+            return data
 
         if "byteorder" in members and content("byteorder", 16) != b"little":
             raise _Refused("was written with big-endian numbers; save it again on a usual machine")
@@ -477,8 +480,6 @@ def _read_zip(path, check: bool):
 
         def storage(dtype: np.dtype, key: str, num: int) -> _Store:
             member = members[f"data/{key}"]
-            if num * dtype.itemsize != member.size:
-                raise ValueError(f"storage {_short(key)} of {num} {dtype} has {member.size} bytes")
             return stores.setdefault(key, _Store(path, member.start, member.size, dtype))
 
         tree = _unpickle(io.BytesIO(content("data.pkl", _MAX_NAMES)), storage)
@@ -490,12 +491,6 @@ def _read_zip(path, check: bool):
             if member.crc not in (0, crc):
                 raise ValueError(f"checksum of {name}")
     return tree
-
-
-def _checked(data: bytes, member: _Member, name: str) -> bytes:
-    if len(data) != member.size or member.crc not in (0, zlib.crc32(data)):
-        raise ValueError(f"checksum of {name}")
-    return data
 
 
 def _read_legacy(path):
@@ -576,7 +571,7 @@ def _empty(made):
 
 
 def _numpy_dtype(code, *_) -> np.dtype:
-    if not isinstance(code, str) or not re.fullmatch(r"[biufc](1|2|4|8|16)", code):
+    if not re.fullmatch(r"[biufc](1|2|4|8|16)", code):
         raise _Refused(f"asks for the numpy dtype {_short(ascii(code))}; save it again with plain numbers")
     return np.dtype(code)
 
@@ -589,7 +584,7 @@ def _numpy_scalar(dtype, data):
 
 def _encode(text, code) -> bytes:
     """How pickles of protocol 2 write bytes."""
-    if code not in ("latin1", "latin-1") or len(text) > 2**12:  # repeated calls cannot fill the memory
+    if code not in ("latin1", "latin-1") or len(text) > 256:  # many calls cannot fill the memory
         raise _Refused("holds long byte strings; save its state dict alone")
     return text.encode("latin-1")
 
@@ -643,6 +638,7 @@ def _unpickle(stream, storage=None):
         dict, list, tuple, _Tensor and plain values; not nested deeper than `_MAX_DEPTH`, without cycles.
     """
     stack, marks, memo = [], [], {}
+    num_copied = 0
 
     def since_mark() -> list:
         mark = marks.pop()
@@ -663,14 +659,18 @@ def _unpickle(stream, storage=None):
             target[name] = value
 
     def build(target, state) -> None:
+        nonlocal num_copied
         if isinstance(target, _Namespace):
+            num_copied += len(state)
+            if num_copied > _MAX_OPTIONS:
+                raise _Refused(f"has more than {_MAX_OPTIONS} options; save its state dict alone")
             fill([x for pair in state.items() for x in pair])
         elif isinstance(target, np.dtype):
             if state[1] == ">":
                 raise _Refused("was written with big-endian numbers; save it again on a usual machine")
         elif not isinstance(
             target, dict
-        ):  # the attributes of an OrderedDict are version notes of a state dict
+        ):  # an OrderedDict's attributes are the version notes of a state dict
             raise TypeError(f"a state for {type(target).__name__}")
 
     def persistent(identity) -> _Store:
@@ -680,10 +680,12 @@ def _unpickle(stream, storage=None):
         if storage is None or not isinstance(dtype, np.dtype) or type(key) is not str or type(num) is not int:
             raise TypeError("a storage")
         if view not in ([], [None]):
-            raise _Refused("has views of storages, as PyTorch wrote before 0.4; save it again")
+            raise _Refused("has views of storages, as early versions of PyTorch wrote; save it again")
         store = storage(dtype, key, num)
         if (store.dtype, store.size) != (dtype, num * dtype.itemsize):
-            raise ValueError(f"storage {_short(key)} has two types")
+            raise ValueError(
+                f"storage {_short(key)} of {num} {dtype} has {store.size} bytes of {store.dtype}"
+            )
         return store
 
     for step, (op, argument, _) in enumerate(pickletools.genops(stream)):
@@ -744,7 +746,7 @@ def _unpickle(stream, storage=None):
             stack.append(_allowed(argument.replace(" ", ".", 1)))
         elif name == "STACK_GLOBAL":
             attribute = stack.pop()
-            stack.append(_allowed(f"{stack.pop()}.{attribute}"))
+            stack.append(_allowed(".".join((stack.pop(), attribute))))  # only of texts: others may be endless
         elif name in ("REDUCE", "NEWOBJ"):
             arguments = stack.pop()
             function = stack.pop()

@@ -217,6 +217,8 @@ def test_the_base_of_the_bent_tensors_is_right(tmp_path):
     assert weight_files.read(tmp_path / "y.pt")["a"].strides == (0, 4)
 
 
+# a list of two numbers, and 39 lists after it that hold the one before twice: 2**40 numbers at memo index 0x28
+LAUGHS = b"](K\x01K\x02eq\x01" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(1, 40))
 GREEDY = {  # each is below 1 MB
     "memo index of 2**32": b"\x80\x02}r\xff\xff\xff\xff0.",
     "text of 2**31": b"\x80\x02X\xff\xff\xff\x7f.",
@@ -224,10 +226,14 @@ GREEDY = {  # each is below 1 MB
     "tuples in tuples as a name": b"\x80\x02})" + b"\x85" * 100_000 + b"Ns.",
     "lists in lists": b"\x80\x02" + b"]" * 50_000 + b"a" * 49_999 + b".",
     "a list in itself": b"\x80\x02}K\x00]q\x00h\x00as.",
-    "laughs": b"\x80\x02}K\x00](K\x01K\x02e" + b"q\x01](" + b"h\x01h\x01e" * 1
-    + b"".join(b"q" + bytes([i]) + b"](" + b"h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(2, 40)) + b"s.",
+    "laughs": b"\x80\x02" + LAUGHS + b"h\x28.",
+    "a laughing global": b"\x80\x04" + LAUGHS + b"h\x28h\x28\x93.",
+    "a laughing type": b"\x80\x02" + LAUGHS + b"cnumpy\ndtype\nh\x28\x85R.",
+    "a laughing name": b"\x80\x02" + LAUGHS.replace(b"]", b"").replace(b"eq", b"tq") + b"}h\x28Ns.",
     "dictionaries of a list": b"\x80\x02](" + b"](K\x01K\x02e" * 10**4 + b"eq\x00ccollections\nOrderedDict\nq\x01"
     + b"(" + b"h\x01h\x00\x85R" * 10**4 + b"t.",
+    "options of one dictionary": b"\x80\x02}q\x00(" + b"".join(b"M%cKN" % i for i in range(256)) + b"u"
+    + b"0cargparse\nNamespace\nq\x01](" + b"h\x01)\x81h\x00b" * 9999 + b"e.",
     "marks": b"\x80\x02" + b"(" * 100_000 + b".",
 }  # fmt: skip
 
@@ -269,13 +275,17 @@ def test_archives_that_are_no_plain_weight_file(tmp_path):
 
 
 def test_members_cannot_overlap(tmp_path):
-    writers.write_torch_zip(tmp_path / "x.pt", {"a": np.ones(3, np.float32), "b": np.ones(3, np.float32)})
+    x, name = np.ones(3, np.float32), b"archive/data/1"
+    inner = b"PK\x03\x04" + bytes(22) + len(name).to_bytes(4, "little") + name + x.tobytes()
+    writers.write_torch_zip(tmp_path / "x.pt", {"a": np.frombuffer(inner, np.uint8).copy(), "b": x})
+    assert_same(
+        weight_files.read(tmp_path / "x.pt", check=False), {"a": np.frombuffer(inner, np.uint8), "b": x}
+    )
     data = bytearray((tmp_path / "x.pt").read_bytes())
-    second = data.rindex(b"archive/data/1")
-    first = data.index(b"archive/data/0") - 30
-    data[second - 4 : second] = first.to_bytes(4, "little")
+    second = data.rindex(name)
+    data[second - 4 : second] = data.index(inner).to_bytes(4, "little")
     (tmp_path / "x.pt").write_bytes(data)
-    assert "damaged" in failure(weight_files.read, tmp_path / "x.pt")
+    assert "the place of archive/data/1" in failure(weight_files.read, tmp_path / "x.pt")
 
 
 def test_a_wrong_checksum_is_found_unless_it_was_not_written(tmp_path):
