@@ -1,7 +1,8 @@
 """Makes vocoder_hift.npz: the HiFT vocoder of toy size, written independently with PyTorch, in float64.
 
-The weights go through the public names, so that a wrong name gives a wrong sound. The source is made as the public
-code makes it: F0 repeated to samples, turns of each sample, linear down-sampling, sum, linear up-sampling.
+The weights are made under their public names, so that a wrong name in the package's table gives a wrong sound.
+The source is made as the public code makes it: F0 repeated to samples, turns of each sample, linear down-sampling,
+sum, linear up-sampling.
 Run from the repository root: python tests/golden/make_vocoder_hift.py
 With `--full` nothing is written: the network at true size on 2 s, the package and PyTorch in float32 against float64.
 """
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from test_vocoder_hift import TINY, drawn, filled  # noqa: E402
+from test_vocoder_hift import TINY, drawn, named, public_weights  # noqa: E402
 
-from deepasmr_jax import checkpoint, public_names, sharding, vocoder_hift  # noqa: E402
+from deepasmr_jax import sharding, vocoder_hift  # noqa: E402
 
 
 class Reference:
@@ -98,18 +99,11 @@ class Reference:
         return {name: np.asarray(x) for name, x in out.items()}
 
 
-def reference(cfg, model, dtype=torch.float64) -> Reference:
-    arrays = checkpoint.named_arrays(jax.device_get(model))
-    return Reference(public_names.to_theirs(public_names.hift(cfg), arrays), dtype)
-
-
 def compare_at_true_size() -> None:
     cfg = vocoder_hift.cosyvoice2()
-    model, (mel, noise) = filled(cfg, 5), drawn(100)
+    model, weights, (mel, noise) = named(cfg, 5), public_weights(cfg, 5), drawn(100)
     ours = jax.device_get(jax.jit(vocoder_hift.layers, static_argnums=1)(model, cfg, mel, None, noise))
-    exact, rounded = (
-        reference(cfg, model, dtype).run(mel, noise) for dtype in (torch.float64, torch.float32)
-    )
+    exact, rounded = (Reference(weights, dtype).run(mel, noise) for dtype in (torch.float64, torch.float32))
     print("greatest value, greatest error of the package and of PyTorch in float32, both against float64")
     for name, x in exact.items():
         print(name, *(f"{np.max(np.abs(y)):.2g}" for y in (x, ours[name] - x, rounded[name] - x)))
@@ -121,7 +115,7 @@ def main() -> None:
     with torch.no_grad():
         if "--full" in sys.argv:
             return compare_at_true_size()
-        out = reference(TINY, filled(TINY, 1)).run(*drawn(3))
+        out = Reference(public_weights(TINY, 1)).run(*drawn(3))
     out = {name: x.astype(np.float32) for name, x in out.items()}
     np.savez_compressed(Path(__file__).with_name("vocoder_hift.npz"), **out)
 
