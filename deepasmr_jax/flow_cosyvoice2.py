@@ -1,15 +1,15 @@
 """Flow-matching decoder of CosyVoice2: speech tokens, a prompt's mel and a speaker vector to the mel of the utterance.
 
-A Transformer encoder with relative positions turns the tokens into a mean mel of two frames a token; a convolutional
-U-Net with Transformer blocks (the estimator) gives the velocity from noise (t = 0) to mel (t = 1). The mel is the log-mel
-of profile "cv2" as it is, without normalisation. Source: CosyVoice2 (Du et al., 2024) and its public weights; the estimator
-is that of Matcha-TTS (Mehta et al., 2024). Differences on purpose: padding is masked everywhere, so a row of a batch
-is the row alone, and noise belongs to a frame of a request unless the public noise is asked for.
+A Transformer encoder with relative positions turns the tokens into a mean mel of two frames a token; a
+convolutional U-Net with Transformer blocks (the estimator) gives the velocity from noise (t = 0) to mel (t = 1).
+The mel is the log-mel of profile "cv2" as it is. Source: CosyVoice2 (Du et al., 2024) and its public weights; the
+estimator is that of Matcha-TTS (Mehta et al., 2024). Differences on purpose: padding is masked everywhere, so a row
+of a batch is the row alone, and noise belongs to a frame of a request unless the public noise is asked for.
 
 Batch keys of `loss`: speech_tokens [B, N] int32; num_tokens [B] int32; mel [B, T, M] float32 log-mel, T = 2 N;
 prompt_frames [B] int32 (0: the loss draws a prefix); speaker [B, S] float32, of any length.
-Letters: B rows, N tokens (of attention: positions), T mel frames, M mel bins, S speaker vector, D encoder width, C channels,
-H heads, E head size, L layers.
+Letters: B rows, N tokens (of attention: positions), T mel frames, M mel bins, S speaker vector, D encoder width,
+C channels, H heads, E head size.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ class Config:
         num_mid_levels: levels between the first and the last one.
         blocks_per_level: Transformer blocks after the convolutions of each level.
         block_heads, block_head_dim, block_mlp_width: of these blocks.
-        chunk_tokens: 0 lets every position attend to all others; otherwise, as in streaming, to chunks of this many tokens
-            up to its own (the public model: 25). Frames are in chunks of twice as many.
+        chunk_tokens: 0 lets every position attend to all others; otherwise, as in streaming, to chunks of this
+            many tokens up to its own (the public model: 25). Frames are in chunks of twice as many.
         chunk_rate: probability that a training batch uses the chunks, where there are any.
         dropout: in the encoder, in training only.
         sigma_min: noise left at t = 1.
