@@ -410,6 +410,10 @@ def _examine_file(path: Path, released: tuple | None) -> dict:
         )
         return row | {"state": "unknown" if unknown and not released else "damaged", "detail": f"{e}{short}"}
     row["is"] = found.kind.name
+    if released and found.kind is not released[2]:
+        return row | {
+            "detail": f"the name is that of a {released[2].name}, the content is not; fetch it again"
+        }
     if problems:
         return row | {"detail": problems}
     values = sum(int(np.prod(x.shape)) for x in found.tensors.values())

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -784,8 +784,7 @@ def _check_tree(tree) -> None:
 # ---------------------------------------------------------------- ONNX
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One operation of a graph, e.g. Node("MatMul", "/blocks.0/attn/query/MatMul", ("x", "onnx::MatMul_2"), ("y",))."""
 
     op_type: str

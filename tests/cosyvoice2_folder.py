@@ -48,7 +48,7 @@ SMALL = {
     "hift.pt": vocoder_hift.Config(initial_channels=32, f0_width=16),
     "speech_tokenizer_v2.onnx": speech_tokenizer.Config(width=64, num_heads=1, num_blocks=2, mlp_width=96),
     "campplus.onnx": speaker_campplus.Config(
-        head_channels=4, initial_channels=8, growth=4, bottleneck=8, repeats=(2, 3, 1), embedding_size=16
+        head_channels=4, initial_channels=8, growth=4, bottleneck=6, repeats=(2, 4, 2), embedding_size=16
     ),
 }  # fmt: skip
 TABLES = {
@@ -119,7 +119,7 @@ def _weight_normed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def campplus_graph(tensors: dict[str, np.ndarray], cfg) -> tuple[dict, list]:
-    """An ONNX graph of CAM++ as far as parameters go: every norm after a convolution folded into it, as exporters do."""
+    """An ONNX graph of CAM++ as far as parameters go; a norm after a convolution is folded into it, as exporters do."""
     initializers, nodes, norms = {}, [], dict(public_names._campplus_norms(cfg))
     free = [norm for conv, norm in public_names._campplus_norms(cfg) if not conv]
 

@@ -1,4 +1,4 @@
-"""Public weights end to end: a synthetic CosyVoice2 folder through doctor, convert, info and say; damage and mix-ups."""
+"""Public weights end to end: a synthetic CosyVoice2 folder through doctor, convert, info and say; damage; mix-ups."""
 
 import json
 import shutil
