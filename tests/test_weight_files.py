@@ -1,5 +1,7 @@
 """Weight files: every format against hand-made files and, where installed, against its own library; hostile files."""
 
+import argparse
+import collections
 import json
 import os
 import pickle
@@ -604,6 +606,12 @@ def test_files_that_pytorch_writes(is_zip, protocol, tmp_path):
     model(torch.ones(3)).sum().backward()
     optimizer.step()
     tree = {"model": tensors, "optim": optimizer.state_dict(), "net": model.state_dict(), "epoch": 3}
+    tree |= {"rate": np.float64(0.5), "names": {"a"}, "bytes": b"ab", "none": b"", "seed": 2**70}
+    tree |= {
+        "options": argparse.Namespace(rate=22050),
+        "states": collections.defaultdict(dict),
+        "size": table.shape,
+    }
     options = {"_use_new_zipfile_serialization": is_zip, "pickle_protocol": protocol}
     torch.save(tree, tmp_path / "x", **options)
     assert weight_files.kind(tmp_path / "x") == ("torch zip" if is_zip else "torch legacy")
@@ -615,7 +623,10 @@ def test_files_that_pytorch_writes(is_zip, protocol, tmp_path):
         assert found[name].shape == wanted.shape, name
         np.testing.assert_array_equal(found[name].astype(np.float32), wanted, err_msg=name)
     assert np.shares_memory(found["table"], found["head"])
-    assert weight_files.read_tree(tmp_path / "x")["optim"]["param_groups"][0]["lr"] == 1e-3
+    rest = weight_files.read_tree(tmp_path / "x")
+    assert rest["optim"]["param_groups"][0]["lr"] == 1e-3 and dict(rest["options"]) == {"rate": 22050}
+    wanted = {"rate": 0.5, "names": ["a"], "bytes": b"ab", "none": b"", "seed": 2**70, "size": [12, 5]}
+    assert {name: rest[name] for name in wanted} == wanted and dict(rest["states"]) == {}
     torch.save(state, tmp_path / "flat", **options)
     assert list(weight_files.read(tmp_path / "flat")) == list(state)
     torch.save(model, tmp_path / "module", **options)
