@@ -199,7 +199,12 @@ BENT = {
     "big-endian dtype": Call("numpy dtype", ("f8", False, True), (3, ">", None)),
     "extension": Raw(b"\x82\x01"),
     "module": writers.Persistent(("module", FLOATS, "a.py", "import os")),
-    "view of a storage": writers.Persistent(("storage", FLOATS, "0", "cpu", 4, ("1", 0, 2))),
+    "view of a storage": Call(
+        "torch._utils _rebuild_tensor",
+        (writers.Persistent(("storage", FLOATS, "0", "cpu", 4, ("1", 0, 2))), 0, (2,), (1,)),
+    ),
+    "long bytes": Call("_codecs encode", ("x" * 300, "latin1")),
+    "name of 70 bits": {2**70: 1},
     "number of 4000 bits": Raw(b"\x8b\xf4\x01\0\0" + b"\1" * 500),
 }
 
@@ -447,6 +452,9 @@ def test_bent_onnx_tensors_are_refused(tmp_path):
         "length behind the end": b"\x2a\xff\x7f",
         "number without end": b"\x08" + b"\xff" * 11,
         "sparse": field(15, b""),
+        "packed number of 12 bytes": field(
+            5, field(8, "a") + field(2, 7) + field(7, b"\xff" * 11 + b"\1") + field(1, 1)
+        ),
         "packed number without end": field(
             5, field(8, "a") + field(2, 7) + field(7, b"\xff\xff") + field(1, 1)
         ),
