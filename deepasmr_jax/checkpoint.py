@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from safetensors import SafetensorError, deserialize
 
 from deepasmr_jax import config as config_lib
-from deepasmr_jax import sharding
+from deepasmr_jax import sharding, weight_files
 
 FORMAT = 1
 SHARD_BYTES = 2**30  # a weight file is split where it would grow beyond this
@@ -313,7 +312,7 @@ def read_config(folder) -> dict:
 
 
 def read_arrays(path, sha256: str | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, bfloat16 included.
+    """The arrays of a safetensors file, bfloat16 included, memory-mapped and read-only.
 
     Raises:
         ValueError: if the file is absent, its sha256 differs, or it cannot be parsed.
@@ -321,21 +320,12 @@ def read_arrays(path, sha256: str | None = None) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} is missing; copy the whole model folder, or export the component again")
-    data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256:
+    if sha256 is not None and (found := weight_files.sha256(path)) != sha256:
         raise ValueError(
-            f"{path} is damaged: {len(data)} bytes with sha256 {found[:12]}..., "
+            f"{path} is damaged: {path.stat().st_size} bytes with sha256 {found[:12]}..., "
             f"config.json says {sha256[:12]}...; copy it again"
         )
-    try:
-        entries = deserialize(data)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file: {error}") from None
-    return {
-        name: np.frombuffer(entry["data"], _FILE_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in entries
-    }
+    return dict(weight_files.read(path))
 
 
 def component_config(folder, name: str):
