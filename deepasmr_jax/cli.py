@@ -159,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--dtype", default="float32", help="of the weight files: float32, float16 or bfloat16"
     )
+    convert.add_argument(
+        "--mel-profile", help="of a flow that starts from E2 TTS: f5 (its own), cv2 or hifigan"
+    )
     for part in ("speaker", "vocoder"):
         convert.add_argument(f"--{part}", help=f"another {part} file in place of the folder's")
 
@@ -345,7 +348,7 @@ def _convert(args) -> None:
     request.check_choice(args.kind, ("cosyvoice2", "file"), "kind of conversion")
     request.check_output_folder(args.out)
     if args.kind == "file":
-        made = convert.convert_file(args.source, args.out, args.dtype)
+        made = convert.convert_file(args.source, args.out, args.dtype, args.mel_profile)
         print(f"{args.out}: {made}")
         return
     parts = {name: getattr(args, name) for name in ("speaker", "vocoder") if getattr(args, name)}

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,7 +21,9 @@ import numpy as np
 
 from deepasmr_jax import (
     __version__,
+    audio,
     checkpoint,
+    flow,
     flow_cosyvoice2,
     lm,
     public_names,
@@ -36,6 +39,8 @@ from deepasmr_jax import text as text_lib
 LICENCES = ("MIT", "Apache-2.0", "CC BY 4.0", "CC BY-SA 3.0", "GPL-3.0", "CC BY-NC 4.0")  # ever stricter
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json")
 TEXT_FOLDER = "text_tokenizer"
+E2_TTS = "E2 TTS, start of a flow decoder"
+FRAMES_PER_TOKEN = {"cv2": (2, 1), "hifigan": (441, 128), "f5": (15, 4)}
 HEAD_DIM = 64
 
 
@@ -66,6 +71,7 @@ class Kind:
     init: Callable
     prepare: Callable = dict
     ignored: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()  # parameters that such a file never has; they start at random
     mel_profile: str | None = None
     released: tuple[tuple[str, int, str | None], ...] = ()
 
@@ -86,14 +92,26 @@ class Found:
 
     def problems(self) -> str:
         """Missing, unexpected and reshaped tensors in one sentence; empty if the file is whole."""
-        shapes = {k: x.shape for k, x in self.shapes().items()}
+        if self.kind.name == E2_TTS:  # only a start: the shapes are checked as it is copied
+            return ""
+        shapes = {k: x.shape for k, x in self.shapes().items() if k not in self.kind.absent}
         return public_names.differences(self.kind.table(self.config), self.tensors, shapes, self.kind.ignored)
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """(parameter, array) in the order of `shapes`; ValueError if the file does not fit."""
-        shapes = {k: x.shape for k, x in self.shapes().items()}
-        table = self.kind.table(self.config)
-        return public_names.to_ours(table, self.tensors, shapes, str(self.path), self.kind.ignored)
+        kind, shapes = self.kind, {k: x.shape for k, x in self.shapes().items()}
+        read = public_names.to_ours(
+            kind.table(self.config), self.tensors, shapes, str(self.path), kind.ignored, kind.absent
+        )
+        return ((k, _start(k, x)) if k in kind.absent else next(read) for k, x in shapes.items())
+
+
+def _start(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Initial value of a parameter of the speech model that a file does not have: normal of 0.02, zero biases."""
+    if name.endswith("bias"):
+        return np.zeros(shape, np.float32)
+    rng = np.random.Generator(np.random.Philox([0, zlib.crc32(name.encode())]))
+    return np.float32(0.02) * rng.standard_normal(shape, dtype=np.float32)
 
 
 # ---------------------------------------------------------------- sizes, read off the shapes
@@ -116,6 +134,26 @@ def _lm_config(t: Mapping, prefix: str = "llm.model.model.", **more) -> lm.Confi
         num_kv_heads=t[f"{layer}self_attn.k_proj.weight"].shape[0] // HEAD_DIM,
         mlp_width=t[f"{layer}mlp.up_proj.weight"].shape[0],
         **more,
+    )
+
+
+def _e2_config(t: Mapping) -> flow.Config:
+    """Our decoder around the trunk of the file, on its own mel; `_on_profile` puts it on another."""
+    prefix = "ema_model.transformer."
+    width, num_layers = t[f"{prefix}norm_out.g"].shape[0], _count(t, f"{prefix}layers.{{}}.1.g")
+    cfg = flow.deepasmr(width=width, num_layers=num_layers, num_heads=width // HEAD_DIM, rotary_heads=1)
+    return _on_profile(cfg, "f5")
+
+
+def _on_profile(cfg: flow.Config, profile: str) -> flow.Config:
+    """A flow decoder for another mel: the one of E2 TTS is not normalised, the others are as in `flow.deepasmr`."""
+    plain, usual = profile == "f5", flow.deepasmr()
+    return dataclasses.replace(
+        cfg,
+        mel_bins=audio.mel_profile(profile).num_mels,
+        frames_per_token=FRAMES_PER_TOKEN[profile],
+        mel_mean=0.0 if plain else usual.mel_mean,
+        mel_std=1.0 if plain else usual.mel_std,
     )
 
 
@@ -205,6 +243,40 @@ KINDS = (
         lm.init,
         public_names.lm_cosyvoice2_tensors,
         released=(("llm.pt", 2_023_316_821, None),),
+    ),
+    Kind(
+        "CosyVoice3 language model",
+        "lm",
+        ("llm_decoder.weight", "speech_embedding.weight", "llm.model.model.norm.weight"),
+        lambda t: _lm_config(
+            t, num_codes=t["speech_embedding.weight"].shape[0] - 200, num_special=200, end_offset=1
+        ),
+        public_names.lm_cosyvoice3,
+        "Apache-2.0",
+        lm.init,
+        public_names.lm_cosyvoice3_tensors,
+    ),
+    Kind(
+        "Qwen2 language model, start of a speech model",
+        "lm",
+        ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"),
+        lambda t: _lm_config(t, "model."),
+        public_names.qwen2,
+        "Apache-2.0",
+        lm.init,
+        ignored=(r"lm_head\.weight",),
+        absent=public_names.QWEN2_ABSENT,
+    ),
+    Kind(
+        E2_TTS,
+        "flow",
+        ("ema_model.transformer.input_embed.proj.weight", "ema_model.transformer.norm_out.g"),
+        _e2_config,
+        public_names.flow_e2,
+        "CC BY-NC 4.0",
+        flow.init,
+        ignored=public_names.FLOW_E2_IGNORED,
+        mel_profile="f5",
     ),
     Kind(
         "CosyVoice2 flow",
@@ -540,8 +612,15 @@ def convert_cosyvoice2(
     return out
 
 
-def convert_file(path: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32") -> str:
+def convert_file(
+    path: str | os.PathLike, out: str | os.PathLike, dtype: str = "float32", mel_profile: str | None = None
+) -> str:
     """Converts one weight file into a model folder, in place of that component if the folder has it.
+
+    Args:
+        path, out, dtype: the file, the folder, and the type of the weights in it.
+        mel_profile: of a flow that starts from E2TTS_Base: "f5" (all but the tokens is copied), "cv2" or "hifigan"
+            (the Transformer is).
 
     Returns:
         A sentence on what was written.
@@ -552,6 +631,15 @@ def convert_file(path: str | os.PathLike, out: str | os.PathLike, dtype: str = "
     found, out = recognise(path), Path(out)
     if problems := found.problems():
         raise ValueError(f"{path} is not whole: {problems}; fetch it again")
+    if mel_profile is not None:
+        if found.kind.name != E2_TTS:
+            raise ValueError(f"{path} is a {found.kind.name}: its mel is given; leave the mel profile out")
+        if mel_profile not in FRAMES_PER_TOKEN:
+            raise ValueError(
+                f"mel profile {mel_profile!r} is unknown; use one of {', '.join(FRAMES_PER_TOKEN)}"
+            )
+        kind = dataclasses.replace(found.kind, mel_profile=mel_profile)
+        found = dataclasses.replace(found, kind=kind, config=_on_profile(found.config, mel_profile))
     if (out / "config.json").is_file():
         own = checkpoint.read_config(out)
         profile = own.get("mel_profile")
@@ -562,7 +650,8 @@ def convert_file(path: str | os.PathLike, out: str | os.PathLike, dtype: str = "
                 "give a new folder"
             )
     write(found, out, dtype)
-    return f"{found.kind.name} as {found.kind.component}"
+    again = found.kind.component in ("speech_tokenizer", "speaker") and (out / "pool.safetensors").exists()
+    return f"{found.kind.name} as {found.kind.component}" + ("; build the pool again" if again else "")
 
 
 def write(found: Found, folder: Path, dtype: str) -> None:
@@ -582,8 +671,17 @@ def write(found: Found, folder: Path, dtype: str) -> None:
     top: dict = {"provenance": {kind.component: provenance}}
     if kind.mel_profile:
         top["mel_profile"] = kind.mel_profile
-    shapes = found.shapes()
-    checkpoint.write_component(folder, kind.component, found.config, shapes, found.arrays(), dtype, **top)
+    shapes, arrays = found.shapes(), None
+    if kind.name == E2_TTS:
+        module = kind.init(found.config, jax.random.key(0))
+        initial = {k: np.asarray(x) for k, x in checkpoint.named_arrays(jax.device_get(module)).items()}
+        started, copied = public_names.warm_start_flow(
+            found.config, found.tensors, initial, kind.mel_profile, str(found.path)
+        )
+        provenance["copied"] = copied
+        arrays = ((k, started[k]) for k in shapes)
+    arrays = found.arrays() if arrays is None else arrays
+    checkpoint.write_component(folder, kind.component, found.config, shapes, arrays, dtype, **top)
 
 
 def strictest(licences) -> str:
@@ -593,7 +691,7 @@ def strictest(licences) -> str:
 
 def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
     """Text, sampling and licence of a converted CosyVoice2."""
-    from deepasmr_jax import audio, config
+    from deepasmr_jax import config
 
     values = checkpoint.read_config(folder)
     values |= {

@@ -1,16 +1,18 @@
 """Public weights end to end: a synthetic CosyVoice2 folder through doctor, convert, info and say; damage; mix-ups."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import cosyvoice2_folder
+import jax
 import numpy as np
 import pytest
 import soundfile
 import weight_writers
 
-from deepasmr_jax import checkpoint, cli, convert, pool, public_names, request, synthesis
+from deepasmr_jax import checkpoint, cli, convert, flow, pool, public_names, request, synthesis
 
 CLIP = request.BUILT_IN / "demo" / "en_normal.wav"
 
@@ -127,6 +129,39 @@ def test_half_precision_files_convert(public, tmp_path):
     assert run("convert", "file", tmp_path / "any_name", "--out", tmp_path / "m", "--dtype", "bfloat16") == 0
     entry = checkpoint.read_config(tmp_path / "m")["components"]["flow"]
     assert entry["dtype"] == "bfloat16" and entry["module"] == "flow_cosyvoice2"
+
+
+def test_plain_qwen2_starts_a_speech_model(model, tmp_path):
+    assert run("export", "--model", model, "--out", tmp_path / "hf") == 0
+    assert run("convert", "file", tmp_path / "hf" / "model.safetensors", "--out", tmp_path / "m") == 0
+    entry = checkpoint.read_config(tmp_path / "m")["components"]["lm"]
+    found = checkpoint.component_arrays(tmp_path / "m", entry)
+    own = checkpoint.component_arrays(model, checkpoint.read_config(model)["components"]["lm"])
+    for name, x in own.items():
+        if name in public_names.QWEN2_ABSENT:
+            assert (np.std(found[name]) > 0.01) == (not name.endswith("bias"))
+        else:
+            np.testing.assert_array_equal(found[name], x, name)
+    checkpoint.load_component(tmp_path / "m", "lm")
+
+
+@pytest.mark.parametrize("profile", ["f5", "cv2", "hifigan"])
+def test_e2_tts_starts_a_flow_on_each_mel(profile, tmp_path, capsys):
+    cfg = dataclasses.replace(flow.e2tts_base(), width=128, num_layers=4, num_heads=2, num_codes=30)
+    like = checkpoint.abstract(lambda key: flow.init(cfg, key), jax.random.key(0))
+    hollow = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
+    shapes = {k: x.shape for k, x in public_names.to_theirs(public_names.flow_e2(cfg), hollow).items()}
+    tensors = cosyvoice2_folder.public_weights.state(shapes, 3)
+    weight_writers.write_torch_zip(tmp_path / "e2.pt", {"ema_model_state_dict": tensors, "step": 7})
+    words = ("convert", "file", tmp_path / "e2.pt", "--out", tmp_path / "m", "--mel-profile", profile)
+    assert run(*words) == 0, capsys.readouterr().err
+    config = checkpoint.read_config(tmp_path / "m")
+    assert config["mel_profile"] == profile and config["provenance"]["flow"]["licence"] == "CC BY-NC 4.0"
+    assert ("output.kernel" in config["provenance"]["flow"]["copied"]) == (profile == "f5")
+    module, made = checkpoint.load_component(tmp_path / "m", "flow")
+    weight = tensors["ema_model.transformer.layers.1.4.ff.2.weight"].T
+    np.testing.assert_array_equal(module.down.mlp_out.kernel[...][1], weight)
+    assert flow.num_frames(made, 128) == {"f5": 480, "cv2": 256, "hifigan": 441}[profile]
 
 
 def damaged(public: Path, tmp_path: Path) -> Path:
