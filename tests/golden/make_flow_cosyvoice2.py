@@ -258,7 +258,16 @@ def full(lengths=(60, 45)) -> None:
                 theirs = reference(w, cfg, data, row)
                 for name, x in (("encoder.mu", mu), ("mel", ours)):
                     want, got = theirs[name].numpy(), np.asarray(x)[row, : 2 * n]
-                    print(chunk, row, name, "std", want.std(), "largest difference", np.abs(got - want).max())
+                    print(
+                        chunk,
+                        row,
+                        name,
+                        "std",
+                        want.std(),
+                        "largest difference",
+                        np.abs(got - want).max(),
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":
