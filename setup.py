@@ -45,8 +45,8 @@ setup(
         # judges that need no network: pocketsphinx for English; eval adds resemblyzer (torch) for speakers
         "judge": ["pocketsphinx>=5.1,<6"],
         "eval": ["pocketsphinx>=5.1,<6", "torch>=2.6", "resemblyzer>=0.1.4"],
-        # the built-in model's corpus; also needs the programs flite and festival. pocketsphinx ranks its words,
-        # setuptools carries pkg_resources, which pyworld imports
+        # the built-in model's corpus; also needs the programs flite and festival and the voice
+        # festvox-us-slt-hts. pocketsphinx ranks its words, setuptools carries pkg_resources, which pyworld imports
         "corpus": [
             "pyworld>=0.3.5",
             "setuptools<81",

@@ -7,8 +7,9 @@
 `pool` writes one ordinary sentence of each of 50 training voices (32 English, 18 Mandarin) and one whispered sentence
 per language (asmr_en, asmr_zh), as wavs with a manifest for `deepasmr pool build`; that synthesises the ASMR half with
 our own model. `settings` writes name, sampling and licence into the model's config.json.
-`demo` writes clips of two voices that training never heard, the festival engine (English) and a held-out espeak voice
-(Mandarin), both styles, with demo.json. All of it is synthetic speech.
+`demo` writes clips of two held-out voices, both styles, with demo.json: festival HTS slt (English; training had no
+festival, but flite's slt) and espeak-ng's f1 with a formant factor that training never had (Mandarin). All of it is
+synthetic speech.
 """
 
 import argparse
@@ -133,8 +134,8 @@ def demo_clips(data: str, out: str | Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     voices = []
     for language, split, title in (
-        ("en", "hts", "festival HTS slt, an engine that training never heard (synthetic)"),
-        ("zh", "test", "an espeak-ng voice that training never heard (synthetic)"),
+        ("en", "hts", "festival HTS slt (synthetic); training had flite's slt, not this engine"),
+        ("zh", "test", "espeak-ng f1, held-out variant (synthetic); training had other variants"),
     ):
         pairs: dict[str, dict[str, dict]] = {}
         for record in read_records(data, split):

@@ -1,10 +1,10 @@
 """Speech of the synthetic corpus: engines with phone times, virtual speakers, WORLD resynthesis, labels.
 
 Three engines read a sentence and say when each phone ends: flite (CMU voices), espeak-ng through the package
-espeakng-loader (its phoneme events are sample-exact) and festival's HTS voice slt. One WORLD analysis of that
-reading gives a true pair: "normal", resynthesised with the virtual speaker's timbre and pitch, and "asmr",
-the same envelope excited by noise alone. All of it is synthetic; the whisper is purer than a real one, so its
-unvoiced ratio is no evidence of realism. Times are in seconds, audio is 16 kHz, labels are at 50 Hz.
+espeakng-loader (its phoneme events are sample-exact) and, for the split `hts` only, festival's HTS voice slt.
+One WORLD analysis of that reading gives a true pair: "normal", resynthesised with the virtual speaker's timbre
+and pitch, and "asmr", the same envelope excited by noise alone. All of it is synthetic; the whisper is purer than a
+real one, so its unvoiced ratio is no evidence of realism. Times are in seconds, audio is 16 kHz, labels are at 50 Hz.
 
 Source: Morise et al., WORLD (2016), through pyworld; whisper by signal processing, as the baseline of Cotescu
 et al., Voice Conversion for Whispered Speech Synthesis (2019), with our own settings (constants below).

@@ -68,7 +68,7 @@ def to_folder(
             made.flush()
             failed.flush()
             if progress:
-                progress(f"{sum(counts)} of {len(left)} done, {counts[1]} failed")
+                progress(f"{sum(counts)} of {len(left)} done: {counts[0]} made, {counts[1]} failed")
     return counts[0], counts[1], len(finished)
 
 

@@ -303,9 +303,11 @@ def read_config(folder) -> dict:
     if not path.exists():
         raise ValueError(f"{folder} is no model folder: it has no config.json")
     try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        values = json.loads(path.read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy the whole model folder again") from None
     if values.get("format") != FORMAT:
         raise ValueError(f"{path} has format {values.get('format')!r}; this version reads format {FORMAT}")
     return values

@@ -25,6 +25,9 @@ NOTICE = (
 )
 
 
+_SEED = "a whole number; another seed gives another reading (default 0)"
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors are one sentence and exit code 2, without the usage block."""
 
@@ -34,7 +37,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 if `doctor` found damage, 2 for bad input, 130 after Ctrl-C."""
+    """Runs one command; returns the exit code.
+
+    0; 1 if `doctor` found damage or a request of `batch` failed; 2 for bad input; 130 after Ctrl-C.
+    """
     os.environ.setdefault(
         "TF_CPP_MIN_LOG_LEVEL", "3"
     )  # XLA's remarks about the machine are not for this user
@@ -78,8 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     say.add_argument("--voice-style", help="style of the clip, asmr or normal; detected without it")
     say.add_argument("--language", help="en or zh; detected without it")
-    say.add_argument("--seed", default="0", help="another seed gives another reading (default 0)")
-    say.add_argument("--refine", default="1", help="passes, 1 to 3: more style, less likeness (default 1)")
+    say.add_argument("--seed", default="0", help=_SEED)
+    say.add_argument(
+        "--refine",
+        default="1",
+        help="passes, 1 to 3 (default 1): in the paper stronger ASMR and less likeness, with the built-in model "
+        "less likeness only",
+    )
     say.add_argument(
         "--pool-strategy",
         default="nearest",
@@ -92,13 +103,15 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = add(commands, "demo", _demo, "all four tasks in both languages, with a page to listen to")
     demo.add_argument("--out", required=True, help="folder for wavs, pictures and index.html")
-    demo.add_argument("--seed", default="0")
+    demo.add_argument("--seed", default="0", help=_SEED)
     demo.add_argument(
         "--no-judge", action="store_true", help="leave out the unvoiced ratio and the error rate"
     )
     add_model(demo)
 
-    batch = add(commands, "batch", _batch, "speak a list of requests into a folder")
+    batch = add(
+        commands, "batch", _batch, "speak a list of requests into a folder; exit code 1 if one failed"
+    )
     batch.add_argument(
         "list", help="JSON lines with text and voice, and any other option of `say` by its name"
     )
@@ -106,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     add_model(batch)
 
     measure = add(commands, "evaluate", _evaluate, "measure a folder that `batch` wrote")
-    measure.add_argument("folder")
+    measure.add_argument(
+        "folder", help="the folder, with results.jsonl and wavs; evaluation.json is written there"
+    )
     measure.add_argument("--workers", type=int, default=1, help="processes for the unvoiced ratio")
 
     group = commands.add_parser("pool", help="the speaker pool: build, list, add")
@@ -131,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--asmr-text", action="append", default=[], help="what is said in it, in place of the .txt; one each"
     )
-    build.add_argument("--seed", default="0")
+    build.add_argument("--seed", default="0", help=_SEED)
     adding = add(actions, "add", _pool_add, "add recordings to a pool file")
     adding.add_argument("source", help="as for build")
     adding.add_argument("--to", required=True, help="the pool file")
@@ -228,11 +243,12 @@ def _demo(args) -> None:
     sections, lines = {}, []
     for s in sounds:
         cells = _measures(s, judge, synthesizer.sample_rate)
-        row = page.Row(s.label, s.caption, s.text, s.wav, synthesizer.sample_rate, cells)
+        row = page.Row(s.label, s.caption, s.text, s.wav, synthesizer.sample_rate, cells, s.notes)
         sections.setdefault(s.voice, ([], []))[0 if s.is_clip else 1].append(row)
         audio.save(folder / f"{s.name}.wav", s.wav, synthesizer.sample_rate)
         _write(folder / f"{s.name}.png", page.picture(s.wav, synthesizer.sample_rate))
-        lines.append({"voice": s.voice, "sound": s.label} | cells)
+        noted = {"note": "; ".join(s.notes)} if s.notes else {}
+        lines.append({"voice": s.voice, "sound": s.label} | cells | noted)
     parts = [page.Section(voice, intro, clips, made) for voice, (clips, made) in sections.items()]
     settings = f"Unvoiced: {evaluate.PitchSettings().describe()}. {_SETTINGS}"
     document = page.demo("DeepASMR in JAX: a demonstration", notice, parts, settings)
@@ -241,7 +257,7 @@ def _demo(args) -> None:
     print(f"\n{notice}\n\nListen: {(folder / 'index.html').resolve()}")
 
 
-def _batch(args) -> None:
+def _batch(args) -> int:
     source = Path(args.list)
     if not source.is_file():
         raise ValueError(f"there is no list {source}; give a file of JSON lines")
@@ -256,6 +272,7 @@ def _batch(args) -> None:
         + (f", {failed} failed: see {evaluate.FAILURES}" if failed else "")
         + (f", {before} were finished before" if before else "")
     )
+    return 1 if failed else 0
 
 
 def _evaluate(args) -> None:
@@ -269,9 +286,10 @@ def _evaluate(args) -> None:
     report = evaluate.evaluate_folder(args.folder, matrix=matrix, workers=args.workers)
     print(json.dumps(report, indent=1, ensure_ascii=False))
     if report["failed"]:
+        one = report["failed"] == 1
+        were = "request of the folder failed and is" if one else "requests of the folder failed and are"
         print(
-            f"note: {report['failed']} requests of the folder failed and are not counted: "
-            f"see {evaluate.FAILURES}",
+            f"note: {report['failed']} {were} not counted: see {evaluate.FAILURES}",
             file=sys.stderr,
         )
 
@@ -323,7 +341,7 @@ def _pool_add(args) -> None:
     synthesizer = synthesis.load(args.model, target)  # refuses a pool that another model made
     new = synthesizer.pool.add(*(synthesizer.entry(r) for r in recordings))
     new.save(target)
-    print(f"{target}: {len(recordings)} entries added, {len(new)} in all")
+    print(f"{target}: {len(recordings)} added, {len(new)} entries in all")
 
 
 def _pool_list(args) -> None:
@@ -401,7 +419,7 @@ def _mebibytes(files: list[Path]) -> str:
     return f"{sum(file.stat().st_size for file in files) / 2**20:.1f}"
 
 
-_VOICE_INTRO = "The model never heard this voice in training, nor these sentences."
+_VOICE_INTRO = "Training had neither this form of the voice nor these sentences."
 _SETTINGS = (
     "Errors: word error rate of a recogniser that knows only the grammar of the English matrix sentences "
     "(pocketsphinx), where it is installed. Similarity: cosine to the clip by the model's own speaker "

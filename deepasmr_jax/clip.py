@@ -60,8 +60,12 @@ def read(
         notes: sentences about changes and guesses are appended.
 
     Raises:
-        ValueError: if the clip cannot be used (see `audio.load`).
+        ValueError: if the clip cannot be used (see `audio.load`), or is a path with `voice_rate`.
     """
+    if voice_rate is not None and isinstance(voice, str | os.PathLike):
+        raise ValueError(
+            f"voice_rate {voice_rate} was given with the file {voice}; leave it out, files carry their own"
+        )
     wav = audio.load(
         voice,
         sample_rate,
@@ -81,7 +85,7 @@ def read(
         if 0.6 * VOICED_SPLIT <= share <= 1.5 * VOICED_SPLIT:
             notes.append(
                 f"the clip was taken as {style}, but this is unsure ({100 * share:.0f} % of it is voiced); "
-                "say which with voice_style"
+                "say which with --voice-style or voice_style"
             )
     gain = 1.0
     if levels_db and style in levels_db:

@@ -1,4 +1,4 @@
-"""The demonstration: the bundled clips of voices the model never heard, and all four tasks from each of them."""
+"""The demonstration: the bundled clips of a model folder, and all four tasks from each of them."""
 
 import json
 from collections.abc import Callable
@@ -30,6 +30,7 @@ class Sound:
         is_clip: True for a bundled clip.
         similarity: cosine to the clip by the model's own speaker encoder; None for clips.
         timings: seconds per stage; empty for clips.
+        notes: sentences about what was changed or guessed; empty for clips.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Sound:
     is_clip: bool
     similarity: float | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def make(
@@ -94,7 +96,7 @@ def make(
         sounds.append(
             Sound(
                 name, title, result.task, caption, request.text, result.language, result.audio, False,
-                similarity, result.timings,
+                similarity, result.timings, result.notes,
             )
         )  # fmt: skip
     return sounds

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepasmr_jax import audio, config, judges, text
+from deepasmr_jax import audio, config, judges, request, text
 
 RESULTS, FAILURES = "results.jsonl", "failures.jsonl"
 
@@ -477,7 +477,8 @@ def evaluate_folder(
         "retrieval_chance" (of the first place). A measure whose judge or clips are absent has no key.
 
     Raises:
-        ValueError: if results.jsonl is missing, empty or damaged, a line lacks a field, or a file is missing.
+        ValueError: if results.jsonl is missing, empty (then failures.jsonl is named, if it has lines) or damaged, a
+            line lacks a field, or a file is missing.
     """
     folder = Path(folder)
     rows = _read_results(folder)
@@ -544,18 +545,23 @@ def _read_results(folder: Path) -> list[dict]:
     if not path.is_file():
         raise ValueError(f"{folder} has no {RESULTS}; give a folder that the batch command wrote")
     rows, way_out = [], "run `deepasmr batch` again"
-    for i, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+    for i, line in enumerate(request.read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = dict(json.loads(line))
-        except (ValueError, TypeError) as e:
+            row = request.parse_object(line)
+        except ValueError as e:
             raise ValueError(f"{path} line {i} is not a JSON object ({e}); {way_out}") from None
         if missing := [k for k in ("file", "text", "language") if not isinstance(row.get(k), str)]:
             raise ValueError(f"{path} line {i} lacks {', '.join(missing)}; {way_out}")
         if not (folder / row["file"]).is_file():
             raise ValueError(f"{path} line {i} names {row['file']}, which does not exist; {way_out}")
         rows.append(row)
+    if not rows and _count_failures(folder):
+        raise ValueError(
+            f"all requests of {folder} failed, there is nothing to measure: {folder / FAILURES} says why; "
+            f"correct the list, then {way_out}"
+        )
     if not rows:
         raise ValueError(f"{path} is empty; {way_out}")
     return rows

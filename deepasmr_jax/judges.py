@@ -119,7 +119,7 @@ class MatrixJudge:
             import pocketsphinx
         except ImportError as error:
             raise ValueError(
-                'the English judge needs pocketsphinx: pip install "deepasmr_jax[judge]"'
+                'the English judge needs pocketsphinx: pip install -e ".[judge]" in the checkout of deepasmr_jax'
             ) from error
         self.words = [list(slot) for slot in (words or matrix_words())]
         # wider beams changed nothing on synthetic voices, normal or whispered
@@ -288,7 +288,7 @@ class SpeakerJudge:
             from resemblyzer import VoiceEncoder
         except ImportError as error:
             raise ValueError(
-                'the speaker judge needs resemblyzer: pip install "deepasmr_jax[eval]"'
+                'the speaker judge needs resemblyzer: pip install -e ".[eval]" in the checkout of deepasmr_jax'
             ) from error
         self._encoder = VoiceEncoder("cpu", verbose=False)
 

@@ -50,6 +50,7 @@ class Row:
         wav: [W] float32 in [-1, 1].
         sample_rate: in Hz.
         cells: measure name -> printable value, in the order of the columns.
+        notes: sentences on what was changed or guessed, below the caption and in the last column.
     """
 
     label: str
@@ -58,6 +59,7 @@ class Row:
     wav: np.ndarray
     sample_rate: int
     cells: dict[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,8 @@ p { max-width: 46rem; margin: .4rem 0 .8rem; }
   margin: 0; min-width: 0; }
 .card b { color: var(--mark); font-size: 1.05rem; margin-right: .4rem; }
 .card .caption { color: var(--soft); font-size: .88rem; }
+.card .note { color: var(--soft); font-size: .88rem; }
+td.note { text-align: left; white-space: normal; min-width: 16rem; }
 .card .text { margin: .25rem 0 .6rem; }
 .card audio { width: 100%; height: 36px; display: block; margin-bottom: .6rem; }
 .card img { width: 100%; display: block; border-radius: 6px; background: #fff; image-rendering: auto; }
@@ -214,21 +218,24 @@ thead th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; }
 
 
 def _card(row: Row) -> str:
+    notes = "".join(f'<div class="note">Note: {html.escape(note)}</div>' for note in row.notes)
     return (
         f'<figure class="card"><div><b>{html.escape(row.label)}</b>'
-        f'<span class="caption">{html.escape(row.caption)}</span></div>'
+        f'<span class="caption">{html.escape(row.caption)}</span></div>{notes}'
         f'<div class="text">{html.escape(row.text)}</div>{player(row)}</figure>'
     )
 
 
 def _table(rows: Sequence[tuple[str, Row]]) -> str:
     names = list(dict.fromkeys(name for _, row in rows for name in row.cells))
-    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("Voice", "Sound", *names))
+    noted = any(row.notes for _, row in rows)
+    head = "".join(f"<th>{html.escape(n)}</th>" for n in ("Voice", "Sound", *names, *["Note"] * noted))
     body = "".join(
         "<tr>"
         + "".join(
             f"<td>{html.escape(c)}</td>" for c in (title, row.label, *(row.cells.get(n, "–") for n in names))
         )
+        + f'<td class="note">{html.escape("; ".join(row.notes))}</td>' * noted
         + "</tr>"
         for title, row in rows
     )

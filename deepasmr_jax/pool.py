@@ -187,7 +187,7 @@ class Pool:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the pool to one safetensors file; the old file stays until the new one is complete."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         tensors, facts = {}, []
         for i, e in enumerate(self.entries):
@@ -201,9 +201,9 @@ class Pool:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.{os.getpid()}.new")
         try:
-            save_file(
-                tensors, new, metadata={"pool": json.dumps(head | {"entries": facts}, ensure_ascii=False)}
-            )
+            # bytes, as safetensors makes its own files readable by the owner only
+            metadata = {"pool": json.dumps(head | {"entries": facts}, ensure_ascii=False)}
+            new.write_bytes(save(tensors, metadata))
             os.replace(new, path)
         finally:
             new.unlink(missing_ok=True)
@@ -213,16 +213,22 @@ def load(path: str | os.PathLike) -> Pool:
     """Reads a pool file.
 
     Raises:
-        ValueError: if the file is missing, damaged, or of another format.
+        ValueError: if the file is missing, no pool file, damaged, or of another format.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no pool file {path}; build one with `deepasmr pool build --out {path}`")
+        raise ValueError(
+            f"there is no pool file {path}; build one with `deepasmr pool build SOURCE --out {path}`"
+        )
     try:
+        if not _may_be_safetensors(path):
+            raise ValueError(f"{path} is no pool file but of another kind; {_WAY_OUT}")
         with safe_open(path, framework="numpy") as f:
-            head = json.loads((f.metadata() or {})["pool"])
+            if "pool" not in (f.metadata() or {}):
+                raise ValueError(f"{path} is no pool file but another safetensors file; {_WAY_OUT}")
+            head = json.loads(f.metadata()["pool"])
             if head["format"] != FORMAT:
                 raise ValueError(
                     f"the pool {path} has format {head['format']}, this version reads {FORMAT}; rebuild it"
@@ -234,6 +240,16 @@ def load(path: str | os.PathLike) -> Pool:
         return Pool(entries, head["mel_profile"], head["speaker_model"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise ValueError(f"the pool file {path} is damaged ({e}); fetch it again or rebuild it") from None
+
+
+_WAY_OUT = "give a file that `deepasmr pool build` made"
+
+
+def _may_be_safetensors(path: Path) -> bool:
+    """False if the file starts unlike safetensors: 8 bytes with the header's length, below 100 MB, then "{"."""
+    with path.open("rb") as f:
+        start = f.read(9)
+    return not any(start[4:8]) and start[8:] in (b"", b"{")  # a file that was cut off may still be one
 
 
 def read_recordings(

@@ -176,7 +176,19 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         return Path(path).read_text("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+        line = e.object[: e.start].count(b"\n") + 1
+        raise ValueError(
+            f"{path} is not UTF-8 text (line {line}, byte {e.start}); save it as UTF-8"
+        ) from None
+
+
+def parse_object(line: str) -> dict:
+    """The JSON object on a line; ValueError if it is broken or another kind of value."""
+    value = json.loads(line)
+    if not isinstance(value, dict):
+        names = {list: "an array", str: "a string", bool: "a truth value", type(None): "null"}
+        raise ValueError(f"it is {names.get(type(value), 'a number')}")
+    return value
 
 
 def read_json_lines(path: str | os.PathLike) -> list[tuple[int, dict]]:
@@ -189,8 +201,8 @@ def read_json_lines(path: str | os.PathLike) -> list[tuple[int, dict]]:
     for i, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                rows.append((i, dict(json.loads(line))))
-            except (ValueError, TypeError) as e:
+                rows.append((i, parse_object(line)))
+            except ValueError as e:
                 raise ValueError(f"line {i} of {path} is not a JSON object ({e}); correct it") from None
     if not rows:
         raise ValueError(f"the list {path} is empty; write one JSON object per line")

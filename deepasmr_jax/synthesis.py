@@ -589,7 +589,7 @@ class Synthesizer:
             if clip.style != style:
                 problem = f"the clip is {clip.style} and {style} is wanted"
             elif not request.voice_text:
-                problem = "its transcript is not known (give voice_text)"
+                problem = "its transcript is not known (give it with --voice-text or voice_text)"
             elif not clip.transcript:
                 problem = f"it was cut to {len(clip.tokens) / audio.TOKEN_RATE:.0f} s and its transcript no longer fits"
             elif clip.language != language:

@@ -78,7 +78,7 @@ def detect_language(text: str) -> str:
     latin = len(re.findall(r"[^\W\d_]+", re.sub(f"[{CJK}]", " ", text)))
     if not chinese and not latin:
         raise ValueError(
-            f"text {text[:40]!r} has digits only, its language is unknown; give language='en' or 'zh'"
+            f"text {text[:40]!r} has digits only, its language is unknown; give the language, en or zh"
         )
     return "zh" if chinese >= max(latin, 1) else "en"
 
@@ -341,7 +341,9 @@ def pinyin(text: str) -> list[str]:
     try:
         from pypinyin import Style, lazy_pinyin
     except ImportError as error:
-        raise ValueError('Mandarin needs pypinyin: pip install "deepasmr_jax[zh]"') from error
+        raise ValueError(
+            'Mandarin needs pypinyin: pip install -e ".[zh]" in the checkout of deepasmr_jax'
+        ) from error
     result = []
     for run in re.findall(f"[{CJK}]+", text):
         syllables = lazy_pinyin(

@@ -1,4 +1,4 @@
-"""The built-in model's results table, in one command: unseen voices, unseen sentences, every row judged alike.
+"""The built-in model's results table, in one command: held-out voices, unseen sentences, every row judged alike.
 
     python launch/table.py --data WORK/corpus/records/synthetic/1.0.0 --judge WORK/judge --out WORK/table
 
@@ -46,12 +46,12 @@ COLUMNS = (  # title, language (None: all clips), measure of evaluate.evaluate_f
 )
 FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind")
 ENROLMENT = 5  # true matrix sentences of each English speaker and style on which the judge of words is set
-GALLERY_CLIPS = 6  # clips of each unseen speaker and style from which the judge knows the voice
+GALLERY_CLIPS = 6  # clips of each held-out speaker and style from which the judge knows the voice
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One sentence of an unseen speaker, and another one of the same speaker as the voice clip; by style."""
+    """One sentence of a held-out speaker, and another one of the same speaker as the voice clip; by style."""
 
     language: str
     speaker: str
@@ -306,7 +306,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", required=True, help="corpus with the held-out splits (TFDS version folder)")
-    parser.add_argument("--split", default="test", help="test: unseen speakers; hts: unseen engine")
+    parser.add_argument(
+        "--split", default="test", help="test: held-out speakers; hts: an engine new to the model"
+    )
     parser.add_argument("--model", help="model folder; the built-in one if absent")
     parser.add_argument("--judge", help="folder with the Mandarin recogniser")
     parser.add_argument("--out", required=True)

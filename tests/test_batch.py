@@ -38,7 +38,9 @@ def test_rows_that_cannot_be_used_are_recorded_and_arrays_are_not(tmp_path, make
     row = {"text": TEXT, "voice": tiny_model.buzz(0.5), "voice-rate": tiny_model.RATE}
     rows = [row | {"file": name} for name in ("a.mp3", "../a.wav", "in/a.flac")] + [row | {"speeker": "me"}]
     rows += [row | {"sed": 1}, {"text": TEXT}, row | {"file": "in/a.flac"}]
-    assert batch.to_folder(maker, rows, tmp_path, at_once=4) == (2, 5, 0)
+    said = []
+    assert batch.to_folder(maker, rows, tmp_path, said.append, at_once=4) == (2, 5, 0)
+    assert said == ["4 of 7 done: 2 made, 2 failed", "7 of 7 done: 2 made, 5 failed"]
     made, failed = lines(tmp_path, "results.jsonl"), lines(tmp_path, "failures.jsonl")
     assert [x["file"] for x in made] == ["in/a.flac", "00003_N2A.wav"] and "voice" not in made[0]
     assert made[1]["speeker"] == "me" and all((tmp_path / x["file"]).exists() for x in made)

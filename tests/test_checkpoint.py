@@ -131,9 +131,10 @@ def test_a_folder_without_config_or_component_or_of_another_format_is_refused(tm
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="has format 2"):
         checkpoint.load_component(tmp_path, "lm")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is damaged"):
-        checkpoint.load_component(tmp_path, "lm")
+    for content in (b"{", b"[1]", b"\xff"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match="config.json is damaged .*; copy the whole model folder again"):
+            checkpoint.load_component(tmp_path, "lm")
 
 
 def test_weights_that_overflow_the_file_type_are_refused_by_name(tmp_path, arrays):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, cli, judges, pool
+from deepasmr_jax import audio, cli, demo, evaluate, pool
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,8 @@ ENTRY = {"audio": "one.wav", "text": "Good night.", "style": "normal"}
         ("batch LIST --out OUT --model MODEL", None, ["no list", "list.jsonl"]),
         ("batch LIST --out OUT --model MODEL", "\n", ["list.jsonl is empty"]),
         ("batch LIST --out OUT --model MODEL", '{"text": "Hi."}\n{"text', ["line 2", "list.jsonl", "correct"]),
-        ("batch LIST --out OUT --model MODEL", b"\xff\xfe{", ["list.jsonl", "UTF-8", "byte 0"]),
+        ("batch LIST --out OUT --model MODEL", b"\xff\xfe{", ["list.jsonl", "UTF-8", "line 1, byte 0"]),
+        ("batch LIST --out OUT --model MODEL", '["text"]', ["line 1", "not a JSON object (it is an array)"]),
         ("pool build LIST --out OUT.safetensors --model MODEL", b"\xff{", ["list.jsonl", "UTF-8"]),
         ("batch LIST --out OUT --model nowhere", '{"text": "Hi."}', ["nowhere", "config.json"]),
         ("demo --out OUT --seed x --model MODEL", None, ["'x'", "whole number"]),
@@ -164,7 +165,8 @@ ENTRY = {"audio": "one.wav", "text": "Good night.", "style": "normal"}
         ("pool build LIST --out OUT.safetensors --seed x --model MODEL", json.dumps(ENTRY), ["'x'"]),
         ("pool build LIST --out OUT.safetensors --model MODEL", json.dumps(ENTRY | {"text": 5}), ["line 1", "text 5"]),
         ("pool build LIST --out OUT.safetensors --model MODEL", json.dumps(ENTRY | {"name": [1]}), ["name [1]"]),
-        ("pool add LIST --to OUT.safetensors --model MODEL", json.dumps(ENTRY), ["no pool file", "pool build"]),
+        ("pool add LIST --to OUT.safetensors --model MODEL", json.dumps(ENTRY), ["no pool file", "pool build SOURCE"]),
+        ("pool list --pool LIST", "A text that is no pool.", ["list.jsonl is no pool file", "pool build"]),
         ("pool add LIST --to POOL --model MODEL", json.dumps(ENTRY), ["mel profile 'cv2'", "the model 'mini'"]),
         ("pool list --pool OUT.safetensors", None, ["no pool file", "OUT.safetensors"]),
         ("pool list --model nowhere", None, ["nowhere", "config.json"]),
@@ -175,7 +177,9 @@ def test_every_command_refuses_in_one_sentence_with_code_2_and_leaves_nothing(
     tmp_path, clip, capsys, monkeypatch, command, content, words
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(judges, "MatrixJudge", lambda: None)  # no note where pocketsphinx is not installed
+    monkeypatch.setattr(
+        evaluate.judges, "MatrixJudge", lambda: None
+    )  # no note where pocketsphinx is not installed
     shutil.copy(clip, "one.wav")
     if content is not None:
         for name in ("list.jsonl", "results.jsonl"):
@@ -206,6 +210,9 @@ def test_evaluate_prints_the_report_and_says_how_many_requests_are_not_in_it(tmp
     assert report["failed"] == 2 and report["groups"]["all"]["clips"] == 1
     assert json.loads((tmp_path / "evaluation.json").read_text("utf-8")) == report
     assert "note: 2 requests of the folder failed and are not counted: see failures.jsonl" in err
+    (tmp_path / "failures.jsonl").write_text('{"error": "a"}\n')
+    assert run("evaluate", tmp_path) == 0
+    assert "note: 1 request of the folder failed and is not counted: see" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path, clip, capsys):
@@ -230,13 +237,42 @@ def test_batch_speaks_a_list_and_keeps_what_failed_apart(tmp_path, clip, capsys)
     rows = [{"text": "Good night.", "voice": str(clip), "group": "first"}, {"text": "", "voice": str(clip)}]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     out = tmp_path / "made"
-    model = str(tiny_model.shared())
-    assert cli.main(["batch", str(tmp_path / "list.jsonl"), "--out", str(out), "--model", model]) == 0
+    model = tiny_model.shared()
+    assert run("batch", tmp_path / "list.jsonl", "--out", out, "--model", model) == 1
     made = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     failed = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
     assert len(made) == 1 and made[0]["group"] == "first" and (out / made[0]["file"]).exists()
     assert len(failed) == 1 and "empty" in failed[0]["error"]
     assert "1 made, 1 failed" in capsys.readouterr().out
+    (tmp_path / "list.jsonl").write_text(json.dumps(rows[0]))
+    assert run("batch", tmp_path / "list.jsonl", "--out", out, "--model", model) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("say", ["in the paper stronger", "built-in model less likeness", "whole number"]),
+        ("demo", ["--seed SEED a whole number; another seed gives another reading"]),
+        ("batch", ["exit code 1 if one failed"]),
+        ("evaluate", ["folder the folder, with results.jsonl"]),
+        ("pool build", ["--seed SEED a whole number; another seed gives another reading"]),
+    ],
+)
+def test_the_help_of_a_command_says_what_its_options_do(capsys, command, words):
+    assert run(*command.split(), "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert [w for w in words if w not in text] == []
+
+
+def test_the_demo_prints_a_note_in_its_table_and_shows_it_on_its_page(tmp_path, capsys, monkeypatch):
+    sound = demo.Sound(
+        "a", "voice", "N2A", "made", "Hi.", "en", tiny_model.hiss(0.5), False, notes=("was cut",)
+    )
+    monkeypatch.setattr(demo, "make", lambda *_: [dataclasses.replace(sound, notes=()), sound])
+    assert run("demo", "--out", tmp_path / "d", "--model", tiny_model.shared(), "--no-judge") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].endswith("note") and table[1].endswith("–") and table[2].endswith("was cut")
+    assert "Note: was cut" in (tmp_path / "d" / "index.html").read_text("utf-8")
 
 
 def test_demo_writes_a_page_wavs_and_pictures_for_all_four_tasks_in_both_languages(tmp_path, capsys):

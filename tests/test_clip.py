@@ -40,6 +40,19 @@ def test_a_transcript_fits_a_clip_of_which_no_speech_was_cut_off():
     assert len(excerpt.wav) <= clip.MAX_DURATION_S * tiny_model.RATE
 
 
+def test_a_rate_that_is_given_with_a_file_is_refused_by_its_own_name(tmp_path):
+    with pytest.raises(ValueError, match="voice_rate 16000 was given with the file .*a.wav; leave it out"):
+        clip.read(tmp_path / "a.wav", 16000, 16000, notes=[])
+
+
+def test_a_guess_of_the_style_says_how_to_give_it_on_the_command_line_and_in_python():
+    notes = []
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5):
+        mixed = np.concatenate([tiny_model.buzz(2 * share), tiny_model.hiss(2 - 2 * share)])
+        clip.read(mixed, 16000, 16000, notes=notes)
+    assert any("say which with --voice-style or voice_style" in note for note in notes)
+
+
 def test_the_gain_brings_a_clip_to_the_level_of_its_style_only_if_it_is_far_from_it():
     wav, notes = tiny_model.buzz(), []
     level = clip.level_db(wav)

@@ -1,5 +1,7 @@
 """The demonstration: what it needs, and that a fault names its sound."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_model
@@ -40,6 +42,18 @@ def test_each_voice_gives_its_two_clips_and_all_four_tasks(maker):
     ]  # fmt: skip
     assert len(made) == 8 and all(s.similarity == pytest.approx(1) for s in made)
     assert made[0].caption == "from the normal clip to whispered speech"
+
+
+def test_the_notes_of_a_request_stay_with_its_sound(maker, monkeypatch):
+    speak = synthesis.Synthesizer.batch
+
+    def note_second(self, requests, progress=None):
+        results = speak(self, requests)
+        results[1] = dataclasses.replace(results[1], notes=("the clip was cut",))
+        return results
+
+    monkeypatch.setattr(synthesis.Synthesizer, "batch", note_second)
+    assert {s.name: s.notes for s in demo.make(maker) if s.notes} == {"en1_a2n_1": ("the clip was cut",)}
 
 
 def test_a_model_without_demo_clips_is_refused_with_the_way_out(maker, tmp_path):

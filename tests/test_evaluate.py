@@ -223,7 +223,8 @@ def test_a_silent_file_counts_among_the_words_and_not_among_the_voices(tmp_path)
     ("content", "words"),
     [
         (None, "has no results.jsonl"),
-        ("", "is empty"),
+        ("", "is empty; run `deepasmr batch` again"),
+        ("[]\n", "line 1 is not a JSON object .it is an array."),
         ('{"file": "a.wav"}\n', "line 1 lacks text, language; run `deepasmr batch` again"),
         ('{"file": "a.wav", "text": "a", "language": "en"}\n', "does not exist"),
     ],
@@ -232,4 +233,13 @@ def test_a_folder_without_usable_results_is_refused(tmp_path, content, words):
     if content is not None:
         (tmp_path / "results.jsonl").write_text(content)
     with pytest.raises(ValueError, match=words):
+        evaluate.evaluate_folder(tmp_path)
+
+
+def test_a_folder_whose_requests_all_failed_points_to_their_list(tmp_path):
+    (tmp_path / "results.jsonl").write_text("")
+    (tmp_path / "failures.jsonl").write_text('{"error": "a"}\n')
+    with pytest.raises(
+        ValueError, match="all requests of .* failed.*failures.jsonl says why; correct the list"
+    ):
         evaluate.evaluate_folder(tmp_path)

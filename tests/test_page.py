@@ -65,6 +65,20 @@ def test_the_page_needs_nothing_outside_itself_and_escapes_what_it_is_given():
     assert "&lt;b&gt;rain &amp; " in text and "<b>rain" not in text
 
 
+def test_a_note_stands_below_the_caption_and_in_the_last_column_of_the_table():
+    wav = tiny_model.hiss(0.5)
+    plain = page.Row("N2N", "made", "one", wav, 16000, {"seconds": "0.5"})
+    noted = page.Row("N2A", "made", "two", wav, 16000, {"seconds": "0.6"}, ("cut <short>",))
+    text = page.demo("T", "N.", [page.Section("V", "", [], [plain, noted])], "S.")
+    note = '<div class="note">Note: cut &lt;short&gt;</div>'
+    assert f'<span class="caption">made</span></div>{note}<div class="text">two' in text
+    assert "<th>seconds</th><th>Note</th>" in text
+    assert '<td>0.5</td><td class="note"></td>' in text
+    assert '<td>0.6</td><td class="note">cut &lt;short&gt;</td>' in text
+    without = page.demo("T", "N.", [page.Section("V", "", [], [plain])], "S.")
+    assert "<th>Note" not in without and 'class="note"' not in without
+
+
 def test_the_wav_in_the_page_holds_the_samples():
     import io
     import wave

@@ -88,6 +88,36 @@ def test_a_damaged_pool_file_is_named_in_one_sentence(tmp_path, keep):
         pool.load(path)
 
 
+def test_a_file_that_is_no_pool_is_not_called_damaged(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "weights.safetensors")
+    (tmp_path / "notes.txt").write_text("A text, longer than nine letters.")
+    (tmp_path / "clip.wav").write_bytes(b"RIFF\x24\x00\x00\x00WAVEfmt ")
+    for name, kind in (
+        ("weights.safetensors", "another safetensors file"),
+        ("notes.txt", "of another kind"),
+        ("clip.wav", "of another kind"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{name} is no pool file but {kind}; give .*deepasmr pool build"
+        ):
+            pool.load(tmp_path / name)
+
+
+def test_a_pool_that_is_not_there_is_named_with_the_whole_command(tmp_path):
+    with pytest.raises(
+        ValueError, match="build one with `deepasmr pool build SOURCE --out .*none.safetensors`"
+    ):
+        pool.load(tmp_path / "none.safetensors")
+
+
+def test_a_saved_pool_has_the_rights_of_any_new_file(tmp_path):
+    (tmp_path / "new").touch()
+    tiny_model.make_pool().save(tmp_path / "pool.safetensors")
+    assert (tmp_path / "pool.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_a_folder_of_recordings_is_listed_with_transcripts_and_languages(tmp_path):
     for name, text in (("b", "Good night."), ("a", "晚安。")):
         (tmp_path / f"{name}.wav").write_bytes(b"x")

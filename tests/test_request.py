@@ -33,7 +33,10 @@ def test_the_language_of_the_transcript_is_its_own_and_of_digits_that_of_the_tex
         ({"style": "loud"}, "'loud'.*normal or asmr"),
         ({"voice_style": "loud"}, "style of the voice clip 'loud'"),
         ({"voice_text": "?!"}, "transcript of the voice clip"),
-        ({"voice_text": "1 2 3"}, "transcript of the voice clip: .* digits only.*give language"),
+        (
+            {"voice_text": "1 2 3"},
+            "transcript of the voice clip: .* digits only.*give the language, en or zh",
+        ),
         ({"voice_text": "こんばんは", "language": "en"}, "transcript of the voice clip: .*Japanese"),
         ({"language": "fr"}, "'fr'.*en or zh"),
         ({"seed": "twelve"}, "'twelve' is not a whole number"),
@@ -92,6 +95,31 @@ def test_a_row_of_a_list_may_write_its_keys_with_dashes_and_hold_other_things(tm
 def test_a_row_with_a_wrong_key_is_refused_with_the_right_one(row, extras, words):
     with pytest.raises(ValueError, match=words):
         request.from_row(row, extras)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[1, 2]", "line 2 of .*list.jsonl is not a JSON object .it is an array.; correct it"),
+        ("[]", "it is an array"),
+        ('[["text", "Hi."]]', "it is an array"),
+        ('"text"', "it is a string"),
+        ("5", "it is a number"),
+        ("null", "it is null"),
+        ("{", "is not a JSON object"),
+    ],
+)
+def test_a_line_that_is_no_object_is_named_and_its_kind(tmp_path, line, words):
+    (tmp_path / "list.jsonl").write_text(f'{{"text": "Hi."}}\n{line}\n')
+    with pytest.raises(ValueError, match=words) as caught:
+        request.read_json_lines(tmp_path / "list.jsonl")
+    assert "sequence" not in str(caught.value)
+
+
+def test_a_list_that_is_not_utf_8_is_named_with_its_line(tmp_path):
+    (tmp_path / "list.jsonl").write_bytes(b'{"a": 1}\n\n{"b": "\xe9"}\n')
+    with pytest.raises(ValueError, match=r"list.jsonl is not UTF-8 text \(line 3, byte 17\)"):
+        request.read_json_lines(tmp_path / "list.jsonl")
 
 
 @pytest.mark.parametrize("name", ["x.mp3", "../x.wav", "/tmp/x.wav", 5, "x"])
