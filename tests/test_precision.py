@@ -56,7 +56,9 @@ def test_the_language_model_ranks_the_same_token_first(entries):
     assert where.sum() > 800
     share = np.mean(best["float32"][where] == best["bfloat16"][where])
     error = np.abs(logits["float32"] - logits["bfloat16"])[where].max()
-    print(f"language model, float32 against bfloat16: {100 * share:.2f} % of {where.sum()} tokens, logits {error:.3f}")
+    print(
+        f"language model, float32 against bfloat16: {100 * share:.2f} % of {where.sum()} tokens, logits {error:.3f}"
+    )
     assert AGREEMENT_LM < share
 
 
