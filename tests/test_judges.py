@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -152,3 +153,13 @@ def test_the_speaker_judge_does_not_depend_on_level_and_tells_clips_apart():
     assert a.shape == (judge.size,) and np.linalg.norm(a) == pytest.approx(1, abs=1e-3)
     assert a @ judge.embed(0.1 * tone(1.7), RATE) > 0.999
     assert a @ judge.embed(hiss(1.7), RATE) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("package", "judge", "extra"),
+    [("pocketsphinx", judges.MatrixJudge, "judge"), ("resemblyzer", judges.SpeakerJudge, "eval")],
+)
+def test_a_judge_without_its_package_names_the_extra_of_the_checkout(monkeypatch, package, judge, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf'needs {package}: pip install -e "\.\[{extra}\]" in the checkout'):
+        judge()
