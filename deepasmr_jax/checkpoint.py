@@ -222,7 +222,7 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
 def _finite(arrays, dtypes: dict, component: str):
     """The same arrays in their dtypes; ValueError at one that is not finite."""
     for key, x in arrays:
-        value = np.ascontiguousarray(x, dtypes[key])
+        value = np.asarray(x, dtypes[key])  # not ascontiguousarray: that makes a scalar a vector
         if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(
                 f"{component}: {key} is not finite in {value.dtype.name}; export float32 or an earlier checkpoint"
