@@ -28,10 +28,6 @@ from deepasmr_jax import sharding, weight_files
 FORMAT = 1
 SHARD_BYTES = 2**30  # a weight file is split where it would grow beyond this
 DTYPES = ("float32", "float16", "bfloat16")
-_FILE_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-}  # fmt: skip
 
 # ---------------------------------------------------------------- names of parameters
 
@@ -207,6 +203,7 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
     values = {"format": FORMAT, "name": folder.name, "components": {}} | values
     for key, value in top.items():
         values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+    before = values["components"].get(name)
     values["components"][name] = {
         "module": type(config).__module__.rsplit(".", 1)[-1],
         "config": config_lib.to_dict(config),
@@ -216,6 +213,8 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
         "num_params": sum(int(np.prod(x.shape)) for x in shapes.values()),
     }
     config_lib.write_json(folder / "config.json", values)
+    for old in (folder / file for file, _ in files_of(before) if file not in names) if before else ():
+        old.unlink(missing_ok=True)  # of a component that was in another number of files
     return folder / names[0]
 
 
@@ -223,7 +222,10 @@ def _finite(arrays, dtypes: dict, component: str):
     """The same arrays in their dtypes; ValueError at one that is not finite."""
     for key, x in arrays:
         value = np.asarray(x, dtypes[key])  # not ascontiguousarray: that makes a scalar a vector
-        if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(value.astype(np.float32)).all():
+        if (
+            jnp.issubdtype(value.dtype, jnp.floating)
+            and not np.isfinite(value.astype(np.float32, copy=False)).all()
+        ):
             raise ValueError(
                 f"{component}: {key} is not finite in {value.dtype.name}; export float32 or an earlier checkpoint"
             )
@@ -246,11 +248,11 @@ def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadat
 def _write_safetensors(path: Path, entries: dict[str, tuple], arrays, metadata: dict[str, str]) -> str:
     """Writes these entries (name -> dtype, shape) from the next ones of `arrays`; the sha256 of the file."""
     head: dict = {"__metadata__": metadata}
-    kinds = {np.dtype(v): k for k, v in _FILE_DTYPES.items()}
+    codes = {dtype: code for code, dtype in weight_files.SAFETENSORS_DTYPES.items()}
     start = 0
     for key, (dtype, shape) in entries.items():
         end = start + int(np.prod(shape)) * dtype.itemsize
-        head[key] = {"dtype": kinds[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        head[key] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

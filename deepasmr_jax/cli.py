@@ -405,7 +405,8 @@ def _info(args) -> None:
     print(f"{config.get('name', '?')} in {folder}: {rate} Hz, mel profile {profile}")
     print(_table(rows))
     total = sum(c["num_params"] for c in config["components"].values())
-    print(f"memory: {4 * total / 2**30:.2f} GiB for the weights in float32, and a few hundred MiB to work")
+    gib = 4 * total / 2**30
+    print(f"memory: {gib:.2f} GiB for the weights in float32; a process takes about twice that and 0.5 GiB")
     print(f"languages: {', '.join(config.get('languages', text_lib.LANGUAGES))}")
     if "licence" in config:
         print(f"licence: {config['licence']} (the strictest of its parts)")

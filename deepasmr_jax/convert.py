@@ -8,6 +8,7 @@ only when it is whole.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from deepasmr_jax import (
     __version__,
     audio,
     checkpoint,
+    config,
     flow,
     flow_cosyvoice2,
     lm,
@@ -57,7 +59,8 @@ class Kind:
         licence: of the released weights, one of `LICENCES`.
         init: `init(cfg, key)` of the module; the shape of what is written.
         prepare: tensors of the file -> tensors in the names of the table.
-        ignored: names that the file may have and we do not use.
+        ignored: names that the file may have and we do not use, as regular expressions.
+        absent: parameters that such a file never has; they start at random.
         mel_profile: of flows and vocoders.
         released: file name and size in bytes of the released file, and its sha256 where it is known.
     """
@@ -71,7 +74,7 @@ class Kind:
     init: Callable
     prepare: Callable = dict
     ignored: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()  # parameters that such a file never has; they start at random
+    absent: tuple[str, ...] = ()
     mel_profile: str | None = None
     released: tuple[tuple[str, int, str | None], ...] = ()
 
@@ -85,6 +88,7 @@ class Found:
     tensors: Mapping[str, np.ndarray]
     config: object
 
+    @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Parameters of ours that the file becomes, without memory."""
         module = checkpoint.abstract(lambda key: self.kind.init(self.config, key), jax.random.key(0))
@@ -92,14 +96,12 @@ class Found:
 
     def problems(self) -> str:
         """Missing, unexpected and reshaped tensors in one sentence; empty if the file is whole."""
-        if self.kind.name == E2_TTS:  # only a start: the shapes are checked as it is copied
-            return ""
-        shapes = {k: x.shape for k, x in self.shapes().items() if k not in self.kind.absent}
+        shapes = {k: x.shape for k, x in self.shapes.items() if k not in self.kind.absent}
         return public_names.differences(self.kind.table(self.config), self.tensors, shapes, self.kind.ignored)
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """(parameter, array) in the order of `shapes`; ValueError if the file does not fit."""
-        kind, shapes = self.kind, {k: x.shape for k, x in self.shapes().items()}
+        kind, shapes = self.kind, {k: x.shape for k, x in self.shapes.items()}
         read = public_names.to_ours(
             kind.table(self.config), self.tensors, shapes, str(self.path), kind.ignored, kind.absent
         )
@@ -138,22 +140,31 @@ def _lm_config(t: Mapping, prefix: str = "llm.model.model.", **more) -> lm.Confi
 
 
 def _e2_config(t: Mapping) -> flow.Config:
-    """Our decoder around the trunk of the file, on its own mel; `_on_profile` puts it on another."""
+    """The network of the file itself, by which it is checked; `_decoder_around` makes ours of it."""
     prefix = "ema_model.transformer."
-    width, num_layers = t[f"{prefix}norm_out.g"].shape[0], _count(t, f"{prefix}layers.{{}}.1.g")
-    cfg = flow.deepasmr(width=width, num_layers=num_layers, num_heads=width // HEAD_DIM, rotary_heads=1)
-    return _on_profile(cfg, "f5")
+    rows, token_width = t[f"{prefix}text_embed.text_embed.weight"].shape
+    width = t[f"{prefix}norm_out.g"].shape[0]
+    return flow.e2tts_base(
+        mel_bins=t[f"{prefix}proj_out.weight"].shape[0],
+        num_codes=rows - 1,
+        token_width=token_width,
+        width=width,
+        num_layers=_count(t, f"{prefix}layers.{{}}.1.g"),
+        num_heads=width // HEAD_DIM,
+    )
 
 
-def _on_profile(cfg: flow.Config, profile: str) -> flow.Config:
-    """A flow decoder for another mel: the one of E2 TTS is not normalised, the others are as in `flow.deepasmr`."""
-    plain, usual = profile == "f5", flow.deepasmr()
-    return dataclasses.replace(
-        cfg,
+def _decoder_around(e2: flow.Config, profile: str) -> flow.Config:
+    """Our decoder with the Transformer of E2 TTS; mel is normalised as in `flow.deepasmr`, except E2's own ("f5")."""
+    normalised = {} if profile != "f5" else dict(mel_mean=0.0, mel_std=1.0)
+    return flow.deepasmr(
         mel_bins=audio.mel_profile(profile).num_mels,
         frames_per_token=FRAMES_PER_TOKEN[profile],
-        mel_mean=0.0 if plain else usual.mel_mean,
-        mel_std=1.0 if plain else usual.mel_std,
+        width=e2.width,
+        num_layers=e2.num_layers,
+        num_heads=e2.num_heads,
+        rotary_heads=e2.rotary_heads,
+        **normalised,
     )
 
 
@@ -356,11 +367,16 @@ COSYVOICE2 = ("llm.pt", "flow.pt", "hift.pt", "speech_tokenizer_v2.onnx", "campp
 # ---------------------------------------------------------------- what a file is
 
 
+class UnknownModel(ValueError):
+    """A readable weight file of a model that is not in `KINDS`."""
+
+
 def recognise(path: str | os.PathLike) -> Found:
     """What a weight file is, by its tensors.
 
     Raises:
-        ValueError: if it cannot be read, or is none of `KINDS`; with the file and the reason.
+        UnknownModel: if it is none of `KINDS`.
+        ValueError: if it cannot be read; with the file and the reason.
     """
     path = Path(path)
     if weight_files.kind(path) == "onnx":
@@ -386,7 +402,7 @@ def recognise(path: str | os.PathLike) -> Found:
                     f"{path} looks like a {kind.name}, but its sizes cannot be read ({e}); fetch it again"
                 ) from None
     some = ", ".join(sorted(tensors)[:3]) or "no tensors"
-    raise ValueError(
+    raise UnknownModel(
         f"{path} is no model that is known here: it has {len(tensors)} tensors ({some}); "
         f"known are {', '.join(dict.fromkeys(k.name for k in KINDS))}"
     )
@@ -474,13 +490,13 @@ def _examine_file(path: Path, released: tuple | None) -> dict:
         found = recognise(path)
         problems = found.problems()
     except ValueError as e:
-        unknown = "is no model that is known here" in str(e)
         short = (
             f"; {size:,} bytes, the released file has {released[0]:,}"
             if released and size != released[0]
             else ""
         )
-        return row | {"state": "unknown" if unknown and not released else "damaged", "detail": f"{e}{short}"}
+        is_other = isinstance(e, UnknownModel) and not released
+        return row | {"state": "unknown" if is_other else "damaged", "detail": f"{e}{short}"}
     row["is"] = found.kind.name
     if released and found.kind is not released[2]:
         return row | {
@@ -638,8 +654,7 @@ def convert_file(
             raise ValueError(
                 f"mel profile {mel_profile!r} is unknown; use one of {', '.join(FRAMES_PER_TOKEN)}"
             )
-        kind = dataclasses.replace(found.kind, mel_profile=mel_profile)
-        found = dataclasses.replace(found, kind=kind, config=_on_profile(found.config, mel_profile))
+        found = dataclasses.replace(found, kind=dataclasses.replace(found.kind, mel_profile=mel_profile))
     if (out / "config.json").is_file():
         own = checkpoint.read_config(out)
         profile = own.get("mel_profile")
@@ -671,17 +686,21 @@ def write(found: Found, folder: Path, dtype: str) -> None:
     top: dict = {"provenance": {kind.component: provenance}}
     if kind.mel_profile:
         top["mel_profile"] = kind.mel_profile
-    shapes, arrays = found.shapes(), None
     if kind.name == E2_TTS:
-        module = kind.init(found.config, jax.random.key(0))
-        initial = {k: np.asarray(x) for k, x in checkpoint.named_arrays(jax.device_get(module)).items()}
-        started, copied = public_names.warm_start_flow(
-            found.config, found.tensors, initial, kind.mel_profile, str(found.path)
+        cfg = _decoder_around(found.config, kind.mel_profile)
+        module = flow.init(cfg, jax.random.key(0))
+        shapes = {k: np.asarray(x) for k, x in checkpoint.named_arrays(jax.device_get(module)).items()}
+        started, provenance["copied"] = public_names.warm_start_flow(
+            cfg, found.tensors, shapes, kind.mel_profile, str(found.path)
         )
-        provenance["copied"] = copied
-        arrays = ((k, started[k]) for k in shapes)
-    arrays = found.arrays() if arrays is None else arrays
-    checkpoint.write_component(folder, kind.component, found.config, shapes, arrays, dtype, **top)
+        arrays = started.items()
+    else:
+        cfg, shapes, arrays = found.config, found.shapes, found.arrays()
+    checkpoint.write_component(folder, kind.component, cfg, shapes, arrays, dtype, **top)
+    values = checkpoint.read_config(folder)
+    parts = [values["provenance"].get(name, {}).get("licence") for name in values["components"]]
+    values["licence"] = strictest(x for x in parts if x)
+    config.write_json(folder / "config.json", values)
 
 
 def strictest(licences) -> str:
@@ -690,23 +709,20 @@ def strictest(licences) -> str:
 
 
 def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
-    """Text, sampling and licence of a converted CosyVoice2."""
-    from deepasmr_jax import config
-
+    """Text and sampling of a converted CosyVoice2."""
     values = checkpoint.read_config(folder)
     values |= {
         "mel_profile": profile,
         "sample_rate": audio.mel_profile(profile).sample_rate,
         "text": {"tokenizer": "qwen", "folder": TEXT_FOLDER, "normalizer": "wetext"},
-        "licence": strictest(f.kind.licence for f in found.values()),
         "languages": list(text_lib.LANGUAGES),
         "sampling": {
             "lm": {"max_ratio": 20.0},
             "flow": {"num_steps": 10, "guidance": 0.7, "method": "euler", "schedule": "cosine"},
         },
     }
-    if (
-        found["vocoder"].kind.name == "CosyVoice2 HiFT vocoder"
+    if isinstance(
+        found["vocoder"].config, vocoder_hift.Config
     ):  # its F0 predictor can hear a voice in a whisper
         values["sampling"]["vocoder"] = {"asmr": {"source": "unvoiced"}}
     config.write_json(folder / "config.json", values)
@@ -744,8 +760,6 @@ def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:
     checkpoint.write_arrays(
         out / "speech.safetensors", public_names.to_theirs(speech, arrays), {"format": "pt"}
     )
-    from deepasmr_jax import config
-
     config.write_json(
         out / "config.json",
         {

@@ -12,10 +12,8 @@ import unicodedata
 LANGUAGES = ("en", "zh")
 MAX_CHARACTERS = 10_000  # of one request; a page of speech is about 2,000
 CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff\u3007"  # u3007: the zero of years
-NORMALIZERS = (
-    "own",
-    "wetext",
-)  # what reads numbers: the rules of this file, or the package, then these rules
+# what reads numbers: the rules of this file alone, or the package first and then these rules
+NORMALIZERS = ("own", "wetext")
 BYPASS = re.compile(r"<\|[^|<>]+\|>")
 
 

@@ -52,6 +52,7 @@ _SAFETENSORS = {
     "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
     "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
 }  # fmt: skip
+SAFETENSORS_DTYPES = {code: _NUMPY[name] for code, name in _SAFETENSORS.items()}  # of a file -> numpy's
 _STORAGES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
     "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
@@ -391,12 +392,12 @@ def _read_safetensors(path) -> dict[str, _Tensor]:
     tensors, ranges = {}, []
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        if entry["dtype"] not in _SAFETENSORS:
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise _Refused(
                 f"has {name} in {_short(entry['dtype'])}, which is not read; convert it to float32"
             )
         ranges.append((start, end))
-        store = _Store(path, 8 + length + start, end - start, _NUMPY[_SAFETENSORS[entry["dtype"]]])
+        store = _Store(path, 8 + length + start, end - start, SAFETENSORS_DTYPES[entry["dtype"]])
         tensors[name] = _whole(store, entry["shape"])
     position = 0
     for start, end in sorted(ranges):

@@ -145,13 +145,18 @@ def test_plain_qwen2_starts_a_speech_model(model, tmp_path):
     checkpoint.load_component(tmp_path / "m", "lm")
 
 
-@pytest.mark.parametrize("profile", ["f5", "cv2", "hifigan"])
-def test_e2_tts_starts_a_flow_on_each_mel(profile, tmp_path, capsys):
+def e2_tensors() -> dict[str, np.ndarray]:
+    """A small E2 TTS under its public names."""
     cfg = dataclasses.replace(flow.e2tts_base(), width=128, num_layers=4, num_heads=2, num_codes=30)
     like = checkpoint.abstract(lambda key: flow.init(cfg, key), jax.random.key(0))
     hollow = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
     shapes = {k: x.shape for k, x in public_names.to_theirs(public_names.flow_e2(cfg), hollow).items()}
-    tensors = cosyvoice2_folder.public_weights.state(shapes, 3)
+    return cosyvoice2_folder.public_weights.state(shapes, 3)
+
+
+@pytest.mark.parametrize("profile", ["f5", "cv2", "hifigan"])
+def test_e2_tts_starts_a_flow_on_each_mel(profile, tmp_path, capsys):
+    tensors = e2_tensors()
     weight_writers.write_torch_zip(tmp_path / "e2.pt", {"ema_model_state_dict": tensors, "step": 7})
     words = ("convert", "file", tmp_path / "e2.pt", "--out", tmp_path / "m", "--mel-profile", profile)
     assert run(*words) == 0, capsys.readouterr().err
@@ -162,6 +167,32 @@ def test_e2_tts_starts_a_flow_on_each_mel(profile, tmp_path, capsys):
     weight = tensors["ema_model.transformer.layers.1.4.ff.2.weight"].T
     np.testing.assert_array_equal(module.down.mlp_out.kernel[...][1], weight)
     assert flow.num_frames(made, 128) == {"f5": 480, "cv2": 256, "hifigan": 441}[profile]
+
+
+def test_an_e2_tts_file_with_a_tensor_missing_is_no_start(tmp_path, capsys):
+    tensors = e2_tensors()
+    del tensors["ema_model.transformer.time_embed.time_mlp.0.bias"]
+    weight_writers.write_torch_zip(tmp_path / "e2.pt", {"ema_model_state_dict": tensors})
+    assert run("doctor", tmp_path) == 1
+    assert "1 missing" in capsys.readouterr().out
+    assert run("convert", "file", tmp_path / "e2.pt", "--out", tmp_path / "m") == 2
+    assert "time_mlp.0.bias" in capsys.readouterr().err and not (tmp_path / "m").exists()
+
+
+def test_a_part_of_a_stricter_licence_changes_that_of_the_model(model, tmp_path, capsys):
+    cfg = dataclasses.replace(
+        convert.speaker.resnet34(), base_channels=4, repeats=(1, 1, 1, 1), embedding_size=16
+    )
+    like = checkpoint.abstract(lambda key: convert.speaker.init(cfg, key), jax.random.key(0))
+    zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
+    weight_writers.write_torch_zip(
+        tmp_path / "avg_model.pt", public_names.to_theirs(public_names.wespeaker(cfg), zeros)
+    )
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    assert run("convert", "file", tmp_path / "avg_model.pt", "--out", copy) == 0
+    assert "build the pool again" in capsys.readouterr().out
+    assert checkpoint.read_config(copy)["licence"] == "CC BY 4.0"
 
 
 def damaged(public: Path, tmp_path: Path) -> Path:

@@ -124,18 +124,21 @@ def test_plain_python_values_that_training_checkpoints_hold(tmp_path):
 
 
 class Attack:
-    """Runs a command when a usual pickle reader opens it."""
+    """Makes a file when a usual pickle reader opens it."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
 
     def __reduce__(self):
-        return os.system, ("touch /tmp/weight_files_was_run",)
+        return os.system, (f"touch {self.mark}",)
 
 
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_code_is_refused_by_name_and_not_run(name, protocol, tmp_path):
-    TREES[name](tmp_path / "x.pt", pickle.dumps({"a": Attack()}, protocol=protocol))
+    TREES[name](tmp_path / "x.pt", pickle.dumps({"a": Attack(tmp_path / "was_run")}, protocol=protocol))
     assert "asks for 'posix.system'" in failure(weight_files.read, tmp_path / "x.pt")
-    assert not Path("/tmp/weight_files_was_run").exists()
+    assert not (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize(
