@@ -1,15 +1,19 @@
 """Judges, and the errors they count: against hand-made cases, and synthetic speech where flite exists."""
 
+import dataclasses
 import importlib.util
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
+import test_speaker_wavlm
+import weight_writers
 from sounds import RATE, hiss, tone
 
-from deepasmr_jax import audio, judges, text
+from deepasmr_jax import audio, convert, judges, speaker_wavlm, text
 
 # ---------------------------------------------------------------- errors
 
@@ -163,3 +167,73 @@ def test_a_judge_without_its_package_names_the_extra_of_the_checkout(monkeypatch
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf'needs {package}: pip install -e "\.\[{extra}\]" in the checkout'):
         judge()
+
+
+# ---------------------------------------------------------------- similarity
+
+# the strides are those of the public model: shapes do not tell them
+WAVLM = dataclasses.replace(
+    test_speaker_wavlm.CONFIG,
+    conv_kernels=speaker_wavlm.large_sv().conv_kernels,
+    conv_strides=speaker_wavlm.large_sv().conv_strides,
+    max_distance=800,
+)
+
+
+def wavlm_tensors() -> dict[str, np.ndarray]:
+    """What `wavlm_large_finetune.pth` holds under "model", at toy size, with the tensors that nobody reads."""
+    with mock.patch.object(test_speaker_wavlm, "CONFIG", WAVLM):
+        tensors = test_speaker_wavlm.toy_tensors()
+    tensors = {name.removeprefix("model."): x for name, x in tensors.items()}
+    tensors |= {"loss_calculator.projection.weight": np.ones((3, 8), np.float32)}
+    tensors |= {"feature_extract.model.mask_emb": np.ones(16, np.float32)}
+    return tensors | {"layer1.bn.num_batches_tracked": np.asarray(7, np.int64)}
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory):
+    """A converted toy judge of speaker similarity; tests of other files use it too."""
+    place = tmp_path_factory.mktemp("judge")
+    weight_writers.write_torch_zip(place / "wavlm_large_finetune.pth", {"model": wavlm_tensors()})
+    convert.convert_file(place / "wavlm_large_finetune.pth", place / "judge")
+    return place / "judge"
+
+
+@pytest.fixture(scope="module")
+def similarity(judge_folder):
+    return judges.SimilarityJudge(judge_folder)
+
+
+def test_embeddings_of_clips_of_all_lengths_equal_those_of_each_clip_alone(similarity):
+    rng = np.random.default_rng(0)
+    lengths = (0.5, 9, 3, 1, 4, 4.1, 2, 2, 2, 1, 1, 1)  # more than one batch of 4 s, one of 8, one of 16
+    wavs = [rng.standard_normal(int(s * RATE)).astype(np.float32) for s in lengths]
+    found = similarity.embed(wavs, RATE)
+    model, cfg = similarity._model, similarity._cfg
+    assert found.shape == (12, 8) and cfg == WAVLM
+    for wav, row in list(zip(wavs, found, strict=True))[:4]:
+        alone = np.asarray(speaker_wavlm.embed(model, cfg, wav[None], np.array([len(wav)], np.int32)))[0]
+        np.testing.assert_allclose(row, alone / np.linalg.norm(alone), atol=2e-5)
+    assert similarity._apply._cache_size() == 3  # one program for each length
+    assert len(np.unique(found.round(3), axis=0)) == 12
+    assert similarity.embed([], RATE).shape == (0, 8)
+
+
+def test_a_clip_of_another_rate_is_resampled_and_a_very_long_one_cut(similarity, monkeypatch):
+    wav = tone(2.0)
+    low = audio.resample(wav, RATE, 24000)
+    a, b = (similarity.embed([x], rate)[0] for x, rate in ((wav, RATE), (low, 24000)))
+    assert a @ b > 0.999
+    monkeypatch.setattr(judges.SimilarityJudge, "_SECONDS", (1, 2))
+    c, d = similarity.embed([wav, np.concatenate([wav, hiss(1.0)])], RATE)
+    np.testing.assert_allclose(c, d, atol=1e-5)
+
+
+def test_the_judge_of_similarity_says_what_it_is_and_another_folder_is_none(similarity, tmp_path):
+    assert "wavlm_large_finetune.pth, sha256 " in similarity.describe() and "16000 Hz" in similarity.describe()
+    import tiny_model
+
+    with pytest.raises(ValueError, match="no judge of speaker similarity, only .*lm.*wavlm_large_finetune.pth"):
+        judges.SimilarityJudge(tiny_model.shared())
+    with pytest.raises(ValueError, match="no config.json"):
+        judges.SimilarityJudge(tmp_path)
