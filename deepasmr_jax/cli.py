@@ -407,13 +407,17 @@ def _info(args) -> None:
         }
         for name, c in config["components"].items()
     ]
-    rate, profile = (config.get(key, "?") for key in ("sample_rate", "mel_profile"))
-    print(f"{config.get('name', '?')} in {folder}: {rate} Hz, mel profile {profile}")
+    sound = ""
+    if {"flow", "vocoder"} & set(config["components"]):
+        rate, profile = (config.get(key, "?") for key in ("sample_rate", "mel_profile"))
+        sound = f": {rate} Hz, mel profile {profile}"
+    print(f"{config.get('name', '?')} in {folder}{sound}")
     print(_table(rows))
     total = sum(c["num_params"] for c in config["components"].values())
     gib = 4 * total / 2**30
     print(f"memory: {gib:.2f} GiB for the weights in float32; a process takes about twice that and 0.5 GiB")
-    print(f"languages: {', '.join(config.get('languages', text_lib.LANGUAGES))}")
+    if "lm" in config["components"]:
+        print(f"languages: {', '.join(config.get('languages', text_lib.LANGUAGES))}")
     if "licence" in config:
         print(f"licence: {config['licence']} (the strictest of its parts)")
     for name, value in config.get("provenance", {}).items():

@@ -160,6 +160,8 @@ ENTRY = {"audio": "one.wav", "text": "Good night.", "style": "normal"}
         ("evaluate FOLDER", "5\n", ["results.jsonl line 1", "not a JSON object", "batch"]),
         ("evaluate FOLDER", json.dumps(ROW) + '\n{"text": "Go', ["results.jsonl line 2", "Unterminated", "batch"]),
         ("evaluate FOLDER", json.dumps(ROW | {"text": 5}), ["results.jsonl line 1", "lacks text"]),
+        ("evaluate FOLDER --speaker MODEL", json.dumps(ROW), ["no judge of speaker similarity, only", "wavlm"]),
+        ("evaluate FOLDER --speaker OUT", json.dumps(ROW), ["OUT is no model folder"]),
         ("pool build nowhere --out OUT.safetensors --model MODEL", None, ["nowhere", "does not exist"]),
         ("pool build LIST --out OUT.txt --model MODEL", json.dumps(ENTRY), ["OUT.txt", ".safetensors"]),
         ("pool build LIST --out OUT.safetensors --seed x --model MODEL", json.dumps(ENTRY), ["'x'"]),
