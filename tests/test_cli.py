@@ -339,4 +339,9 @@ def test_info_reads_a_folder_that_holds_one_component_only(tmp_path, capsys):
     config = {"format": 1, "name": "lonely", "components": {"lm": entry | {"num_params": 5}}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert cli.main(["info", "--model", str(tmp_path)]) == 0
-    assert f"lonely in {tmp_path}: ? Hz, mel profile ?" in capsys.readouterr().out
+    assert f"lonely in {tmp_path}\n" in capsys.readouterr().out  # of no mel
+    config["components"] = {"vocoder": entry | {"num_params": 5}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["info", "--model", str(tmp_path)]) == 0
+    assert f"lonely in {tmp_path}: ? Hz, mel profile ?" in (out := capsys.readouterr().out)
+    assert "languages" not in out
