@@ -25,9 +25,10 @@ def to_folder(
     Args:
         synthesizer: the model.
         rows: fields of `Request`, and anything else ("group", "speaker", ...). A line holds all of the row but
-            arrays, then facts of the result in place of fields of the same name, and the row as it was under
-            "asked". "file" names the wav in the folder, else it is row number and task. A row that cannot be
-            used, or names a file that an earlier one has, is a failure; one with an array is always made again.
+            arrays, then facts of the result in place of fields of the same name, the absolute path of the voice
+            as "clip" (a voice that is an array has none, unless the row gives "clip"), and the row as it was under
+            "asked". "file" names the wav in the folder, else it is row number and task. A row that cannot be used,
+            or names a file that an earlier one has, is a failure; one with an array is always made again.
         folder: made if absent; files of the same name are replaced.
         progress: called with a sentence now and then.
         at_once: requests held in memory together; results do not depend on it.
@@ -57,6 +58,8 @@ def to_folder(
                 result = next(spoken) if isinstance(one, request.Request) else one
                 row = {k: v for k, v in rows[i].items() if not hasattr(v, "__array__")}
                 line = row | {"row": i, "asked": row}
+                if isinstance(row.get("voice"), str | os.PathLike):  # relative to where this was called
+                    line["clip"] = str(Path(row["voice"]).absolute())
                 if isinstance(result, synthesis.Failure):
                     failed.write(_json_line(line | {"error": result.error}))
                     counts[1] += 1

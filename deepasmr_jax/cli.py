@@ -122,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument(
         "folder", help="the folder, with results.jsonl and wavs; evaluation.json is written there"
     )
+    measure.add_argument(
+        "--speaker",
+        metavar="JUDGE",
+        help="folder with a converted wavlm_large_finetune.pth: also the speaker similarity (SIM) to the voice clips",
+    )
     measure.add_argument("--workers", type=int, default=1, help="processes for the unvoiced ratio")
 
     group = commands.add_parser("pool", help="the speaker pool: build, list, add")
@@ -278,12 +283,13 @@ def _batch(args) -> int:
 def _evaluate(args) -> None:
     from deepasmr_jax import evaluate, judges
 
+    similarity = judges.SimilarityJudge(args.speaker) if args.speaker else None
     try:
         matrix = judges.MatrixJudge()
     except ValueError as e:
         print(f"note: no English error rate: {_sentence(e)}", file=sys.stderr)
         matrix = None
-    report = evaluate.evaluate_folder(args.folder, matrix=matrix, workers=args.workers)
+    report = evaluate.evaluate_folder(args.folder, matrix=matrix, similarity=similarity, workers=args.workers)
     print(json.dumps(report, indent=1, ensure_ascii=False))
     if report["failed"]:
         one = report["failed"] == 1
@@ -401,13 +407,17 @@ def _info(args) -> None:
         }
         for name, c in config["components"].items()
     ]
-    rate, profile = (config.get(key, "?") for key in ("sample_rate", "mel_profile"))
-    print(f"{config.get('name', '?')} in {folder}: {rate} Hz, mel profile {profile}")
+    sound = ""
+    if {"flow", "vocoder"} & set(config["components"]):
+        rate, profile = (config.get(key, "?") for key in ("sample_rate", "mel_profile"))
+        sound = f": {rate} Hz, mel profile {profile}"
+    print(f"{config.get('name', '?')} in {folder}{sound}")
     print(_table(rows))
     total = sum(c["num_params"] for c in config["components"].values())
     gib = 4 * total / 2**30
     print(f"memory: {gib:.2f} GiB for the weights in float32; a process takes about twice that and 0.5 GiB")
-    print(f"languages: {', '.join(config.get('languages', text_lib.LANGUAGES))}")
+    if "lm" in config["components"]:
+        print(f"languages: {', '.join(config.get('languages', text_lib.LANGUAGES))}")
     if "licence" in config:
         print(f"licence: {config['licence']} (the strictest of its parts)")
     for name, value in config.get("provenance", {}).items():

@@ -31,6 +31,7 @@ from deepasmr_jax import (
     public_names,
     speaker,
     speaker_campplus,
+    speaker_wavlm,
     speech_tokenizer,
     vocoder,
     vocoder_hift,
@@ -240,6 +241,55 @@ def _campplus_config(t: Mapping) -> speaker_campplus.Config:
     )
 
 
+def _wavlm_config(t: Mapping) -> speaker_wavlm.Config:
+    backbone = "model.feature_extract.model."
+    position, layers = t[f"{backbone}encoder.pos_conv.0.weight"], f"{backbone}encoder.layers."
+    table = t[f"{layers}0.self_attn.relative_attention_bias.weight"]
+    convs = f"{backbone}feature_extractor.conv_layers."
+    num_convs = _count(t, f"{convs}{{}}.0.weight")
+    return dataclasses.replace(
+        speaker_wavlm.large_sv(),
+        conv_channels=t[f"{convs}0.0.weight"].shape[0],
+        conv_kernels=tuple(t[f"{convs}{i}.0.weight"].shape[2] for i in range(num_convs)),
+        width=position.shape[0],
+        mlp_width=t[f"{layers}0.fc1.weight"].shape[0],
+        num_layers=_count(t, f"{layers}{{}}.fc1.weight"),
+        num_heads=table.shape[1],
+        position_kernel=position.shape[2],
+        position_groups=position.shape[0] // position.shape[1],
+        num_buckets=table.shape[0],
+        head_channels=t["model.layer1.conv.weight"].shape[0],
+        res2_scale=1 + _count(t, "model.layer2.Res2Conv1dReluBn.convs.{}.weight"),
+        bottleneck=t["model.layer2.SE_Connect.linear1.weight"].shape[0],
+        embedding_size=t["model.linear.weight"].shape[0],
+    )
+
+
+def _wavlm_tensors(tensors: Mapping) -> dict[str, np.ndarray]:
+    """The tensors under "model", named as in the file, without weight norm."""
+    named = {f"model.{name}": x for name, x in tensors.items()}
+    return public_names.fold_weight_norm(named, public_names.wavlm_kept_axis)
+
+
+def _discriminators_config(t: Mapping) -> vocoder.Config:
+    """Of the periods only the number can be read; the groups follow from the channels of each convolution."""
+    period, scale = "mpd.discriminators.", "msd.discriminators."
+
+    def weights(prefix: str) -> list:
+        return [t[f"{prefix}0.convs.{j}.weight"] for j in range(_count(t, f"{prefix}0.convs.{{}}.weight"))]
+
+    channels = tuple(w.shape[0] for w in weights(scale))
+    inputs = (1, *channels[:-1])
+    return dataclasses.replace(
+        vocoder.v1(),
+        periods=vocoder.v1().periods[: _count(t, f"{period}{{}}.conv_post.weight")],
+        period_channels=tuple(w.shape[0] for w in weights(period)),
+        num_scales=_count(t, f"{scale}{{}}.conv_post.weight"),
+        scale_channels=channels,
+        scale_groups=tuple(i // w.shape[1] for i, w in zip(inputs, weights(scale), strict=True)),
+    )
+
+
 # ---------------------------------------------------------------- the list
 
 
@@ -360,6 +410,28 @@ KINDS = (
         public_names.hifigan_folded,
         mel_profile="hifigan",
     ),
+    Kind(
+        "HiFi-GAN discriminators, for training on",
+        "discriminators",
+        ("mpd.discriminators.0.convs.0.", "msd.discriminators.0.convs.0."),
+        _discriminators_config,
+        public_names.hifigan_discriminators,
+        "MIT",
+        vocoder.Discriminators,
+        public_names.hifigan_folded,
+        mel_profile="hifigan",
+    ),
+    Kind(
+        "WavLM speaker verification, judge of similarity",
+        "speaker_judge",
+        ("feature_extract.model.encoder.pos_conv.0.", "layer2.SE_Connect.linear1.weight"),
+        _wavlm_config,
+        public_names.wavlm,
+        "CC BY-SA 3.0",
+        speaker_wavlm.init,
+        _wavlm_tensors,
+        ignored=public_names.WAVLM_IGNORED,
+    ),
 )
 COSYVOICE2 = ("llm.pt", "flow.pt", "hift.pt", "speech_tokenizer_v2.onnx", "campplus.onnx")
 
@@ -386,11 +458,7 @@ def recognise(path: str | os.PathLike) -> Found:
             public_names.campplus_onnx(campplus, graph) if campplus else public_names.s3_v2_onnx(graph)
         )
     else:
-        tree = weight_files.read_tree(path)
-        for key in ("generator", "model", "state_dict", "ema_model_state_dict"):
-            if isinstance(tree.get(key), Mapping):
-                tree = tree[key]
-                break
+        tree = _weights(weight_files.read_tree(path))
     tensors = {name: x for name, x in tree.items() if isinstance(x, np.ndarray)}
     for kind in KINDS:
         prepared = _marked(kind, tensors)
@@ -406,6 +474,17 @@ def recognise(path: str | os.PathLike) -> Found:
         f"{path} is no model that is known here: it has {len(tensors)} tensors ({some}); "
         f"known are {', '.join(dict.fromkeys(k.name for k in KINDS))}"
     )
+
+
+def _weights(tree: Mapping) -> Mapping:
+    """The part of a file that holds weights; states of optimizers, counters and options beside it are left out."""
+    players = ("mpd", "msd")  # beside "optim_g", "optim_d", "steps" and "epoch"
+    if all(isinstance(tree.get(key), Mapping) for key in players):
+        return {f"{key}.{name}": x for key in players for name, x in tree[key].items()}
+    for key in ("generator", "model", "state_dict", "ema_model_state_dict"):
+        if isinstance(tree.get(key), Mapping):
+            return tree[key]
+    return tree
 
 
 def _campplus_graph_config(graph) -> speaker_campplus.Config | None:
@@ -659,7 +738,7 @@ def convert_file(
         own = checkpoint.read_config(out)
         profile = own.get("mel_profile")
         others = set(own["components"]) - {found.kind.component}
-        if found.kind.mel_profile not in (None, profile) and others & {"flow", "vocoder"}:
+        if found.kind.mel_profile not in (None, profile) and others & {"flow", "vocoder", "discriminators"}:
             raise ValueError(
                 f"{path} is for the mel profile {found.kind.mel_profile!r}, the model in {out} has {profile!r}; "
                 "give a new folder"

@@ -446,6 +446,7 @@ def evaluate_folder(
     matrix: judges.MatrixJudge | None = None,
     mandarin: judges.MandarinJudge | None = None,
     speaker: judges.SpeakerJudge | None = None,
+    similarity: judges.SimilarityJudge | None = None,
     gallery: tuple[np.ndarray, Sequence[str]] | None = None,
     factors: dict[str, float] | None = None,
     workers: int = 1,
@@ -454,8 +455,9 @@ def evaluate_folder(
 
     The folder holds 16-bit wav files and results.jsonl, one object per line: "file" (path inside the folder),
     "text", "language" ("en"/"zh"), and if known "group" (such as "N2A/test"; default: the "style"), "style",
-    "speaker". A silent file, as launch/table.py writes for a request that failed, has lost all its words and has
-    no voice: it counts in the word errors and not in the retrieval. The lines of failures.jsonl are counted and
+    "speaker", and "clip" or "voice", the clip whose voice was wanted: a path, absolute or from the working
+    directory. A silent file, as launch/table.py writes for a request that failed, has lost all its words and has
+    no voice: it counts in the word errors and not among the voices. The lines of failures.jsonl are counted and
     enter no measure.
 
     Args:
@@ -463,14 +465,16 @@ def evaluate_folder(
         matrix: judges English matrix sentences; None: no word errors.
         mandarin: judges Chinese; None: none.
         speaker: with gallery, measures speaker retrieval.
+        similarity: compares each output with its clip; None: no similarity.
         gallery: ([G, E] embeddings by the same judge, [G] speakers), in the style of the clips.
         factors: of each speaker, the speed at which `matrix` hears them (`judges.MatrixJudge.enrol`); 1 for others.
         workers: processes for the unvoiced ratio.
 
     Returns:
-        {"settings": ..., "failed": number of requests without audio, "unvoiced": Interval over all groups,
-        "groups": {name: {"clips", "silent", "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser": ...,
-        "retrieval_first": Interval, "speaker_cosine"}}}, rates in percent where the key says wer or ser.
+        {"settings": ..., "failed": number of requests without audio, "unvoiced" and "similarity": Interval over all
+        groups, "groups": {name: {"clips", "silent", "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser": ...,
+        "retrieval_first": Interval, "speaker_cosine", "similarity": Interval}}}, rates in percent where the key says
+        wer or ser. "similarity" is the mean cosine of the outputs and their voice clips.
         Where each line names a `token_speaker`, whose tokens were spoken, also "token_speaker_first": how
         often that voice is heard instead.
         Beside "retrieval_first" stand "retrieval_first_three": Interval (among the first three), and
@@ -478,15 +482,16 @@ def evaluate_folder(
 
     Raises:
         ValueError: if results.jsonl is missing, empty (then failures.jsonl is named, if it has lines) or damaged, a
-            line lacks a field, or a file is missing.
+            line lacks a field, or a file is missing; with `similarity` also if a clip is, or no line names one.
     """
     folder = Path(folder)
     rows = _read_results(folder)
+    clips = {} if similarity is None else _embed_clips(folder, rows, similarity)
     settings = PitchSettings()
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(str(row.get("group") or row.get("style") or "all"), []).append(row)
-    judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker)
+    judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker, similarity=similarity)
     report = {
         "settings": {
             "unvoiced": settings.describe(),
@@ -495,7 +500,9 @@ def evaluate_folder(
         "failed": _count_failures(folder),
         "groups": {},
     }
-    counted = []
+    if similarity is not None:
+        report["settings"]["similarity"] = similarity.describe()
+    counted, cosines = [], []
     for name, members in sorted(groups.items()):
         wavs = [audio.load(folder / r["file"], settings.sample_rate, allow_silence=True) for r in members]
         made = {"clips": len(wavs), "silent": sum(map(audio.is_silent, wavs))}
@@ -531,11 +538,19 @@ def evaluate_folder(
                 made["retrieval_first_three"] = dataclasses.asdict(found.within(3))
                 made["retrieval_chance"] = 1 / found.num_speakers
                 made["speaker_cosine"] = dataclasses.asdict(bootstrap(found.own_cosine))
+        pairs = [(w, clips[_clip_of(r)]) for w, r in zip(wavs, members, strict=True) if _clip_of(r) in clips]
+        pairs = [(w, clip) for w, clip in pairs if not audio.is_silent(w)]
+        if pairs:
+            embeddings = similarity.embed([w for w, _ in pairs], settings.sample_rate)
+            cosines.append(np.sum(embeddings * np.stack([clip for _, clip in pairs]), axis=1))
+            made["similarity"] = dataclasses.asdict(bootstrap(cosines[-1]))
         report["groups"][name] = made
     counts = (np.concatenate([getattr(u, key) for u in counted]) for key in ("unvoiced", "active"))
     every = Unvoiced(*counts, settings)
     if every.active.sum():
         report["unvoiced"] = dataclasses.asdict(every.interval())
+    if cosines:
+        report["similarity"] = dataclasses.asdict(bootstrap(np.concatenate(cosines)))
     config.write_json(folder / "evaluation.json", report)
     return report
 
@@ -565,6 +580,28 @@ def _read_results(folder: Path) -> list[dict]:
     if not rows:
         raise ValueError(f"{path} is empty; {way_out}")
     return rows
+
+
+def _clip_of(row: dict) -> str | None:
+    """The clip that a line names; those of older versions have only the path as it was given, under "voice"."""
+    clip = row.get("clip", row.get("voice"))
+    return clip if isinstance(clip, str) else None
+
+
+def _embed_clips(folder: Path, rows: list[dict], judge: judges.SimilarityJudge) -> dict[str, np.ndarray]:
+    """Voice clip -> its embedding [E]."""
+    names = list(dict.fromkeys(name for name in map(_clip_of, rows) if name))
+    if not names:
+        raise ValueError(
+            f'no line of {folder / RESULTS} names its voice clip; add "clip" with its path to the lines'
+        )
+    if missing := [name for name in names if not Path(name).is_file()]:
+        raise ValueError(
+            f"{folder / RESULTS} names the voice clip {missing[0]}, which does not exist"
+            f"{f', as {len(missing) - 1} more' if missing[1:] else ''}; put it there, or correct the lines"
+        )
+    wavs = [audio.load(name, audio.SAMPLE_RATE) for name in names]
+    return dict(zip(names, judge.embed(wavs, audio.SAMPLE_RATE), strict=True))
 
 
 def _count_failures(folder: Path) -> int:

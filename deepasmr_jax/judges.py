@@ -1,9 +1,10 @@
 """Judges that need no network, and the errors they count: who was heard, saying what.
 
 `MatrixJudge` (pocketsphinx, closed-set English), `MandarinJudge` (our own recogniser, not independent of the
-corpus), `SpeakerJudge` (resemblyzer). The first two have `transcribe` and `errors`. All are checked on synthetic
-speech. Extras: `judge` for pocketsphinx, `eval` for resemblyzer, `zh`.
-Letters: W samples, E embedding size.
+corpus), `SpeakerJudge` (resemblyzer), `SimilarityJudge` (the public WavLM, converted by the user). The first two have
+`transcribe` and `errors`. All are checked on synthetic speech, the last one on random weights only. Extras: `judge` for
+pocketsphinx, `eval` for resemblyzer, `zh`.
+Letters: W samples, Q clips, E embedding size.
 """
 
 import dataclasses
@@ -303,3 +304,67 @@ class SpeakerJudge:
         wav = audio.resample(wav, sample_rate, audio.SAMPLE_RATE)
         wav = wav * (10 ** (-30 / 20) / max(float(np.sqrt(np.mean(wav**2))), 1e-6))
         return np.asarray(self._encoder.embed_utterance(wav), np.float32)
+
+
+class SimilarityJudge:
+    """Embeddings of WavLM-large fine-tuned for speaker verification; their cosine is the SIM of Seed-TTS and others.
+
+    Args:
+        folder: what `deepasmr convert file wavlm_large_finetune.pth --out FOLDER` wrote.
+
+    Raises:
+        ValueError: if the folder holds no such judge, or its file is damaged.
+
+    Source: see speaker_wavlm.py; protocol of Seed-TTS: whole clips at 16 kHz.
+    """
+
+    _COMPONENT = "speaker_judge"
+    _SECONDS = (4, 8, 16, 32, 64)  # clips are padded to these, one program each; longer ones are cut
+    _ROWS_TIMES_SECONDS = 32  # of a program: bounds its memory
+
+    def __init__(self, folder: str | Path) -> None:
+        import jax
+
+        from deepasmr_jax import checkpoint, speaker_wavlm
+
+        values = checkpoint.read_config(folder)
+        if self._COMPONENT not in values["components"]:
+            raise ValueError(
+                f"{folder} holds no judge of speaker similarity, only {', '.join(sorted(values['components']))}; "
+                "make one with `deepasmr convert file wavlm_large_finetune.pth --out FOLDER`"
+            )
+        self._model, self._cfg = checkpoint.load_component(folder, self._COMPONENT)
+        self._apply = jax.jit(speaker_wavlm.embed, static_argnums=1)
+        made_from = values.get("provenance", {}).get(self._COMPONENT, {})
+        self._name = f"{made_from.get('source', folder)}, sha256 {made_from.get('sha256', 'unknown')[:12]}"
+
+    def describe(self) -> str:
+        """One line for tables."""
+        return (
+            f"SIM: cosine of the WavLM embeddings of output and voice clip ({self._name}), {audio.SAMPLE_RATE} Hz, "
+            f"whole clips up to {self._SECONDS[-1]} s, {self._cfg.dtype}"
+        )
+
+    def embed(self, wavs: Sequence[np.ndarray], sample_rate: int) -> np.ndarray:
+        """[Q, E] float32 of length 1; a clip's row does not depend on the other clips.
+
+        Args:
+            wavs: clips [W] float in [-1, 1]; their level does not matter.
+            sample_rate: of all, Hz.
+        """
+        rate = audio.SAMPLE_RATE
+        wavs = [audio.resample(np.asarray(w, np.float32), sample_rate, rate) for w in wavs]
+        wavs = [w[: self._SECONDS[-1] * rate] for w in wavs]
+        seconds = np.array([next(s for s in self._SECONDS if len(w) <= s * rate) for w in wavs], int)
+        found = np.zeros((len(wavs), self._cfg.embedding_size), np.float32)
+        for size in sorted(set(seconds)):
+            own, num_rows = np.flatnonzero(seconds == size), max(1, self._ROWS_TIMES_SECONDS // size)
+            for start in range(0, len(own), num_rows):
+                rows = own[start : start + num_rows]
+                batch, lengths = np.zeros((num_rows, size * rate), np.float32), np.full(num_rows, size * rate)
+                for place, i in enumerate(rows):
+                    batch[place, : len(wavs[i])] = wavs[i]
+                    lengths[place] = max(len(wavs[i]), self._cfg.min_samples)
+                made = self._apply(self._model, self._cfg, batch, lengths.astype(np.int32))
+                found[rows] = np.asarray(made)[: len(rows)]
+        return found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), 1e-9)

@@ -342,17 +342,21 @@ def start(cfg: TrainConfig, checkpoints: checkpoint.Checkpoints, data) -> tuple[
         return 0, state
     model = initialized(state.model, cfg)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, averaged_part(model))
-    _say(f"start: weights of {cfg.init_from}")
     return 0, dataclasses.replace(state, model=model, ema=ema)
 
 
 def initialized(model, cfg: TrainConfig):
-    """The model with the weights of `cfg.init_from`; parts that are not exported keep their random start.
+    """The model with the weights of `cfg.init_from`; parts that are not there keep their random start. Says so.
+
+    A model folder gives its component, and to a two-player vocoder also the component "discriminators" of converted
+    public weights, if it is of the same model file.
 
     Raises:
         ValueError: if the folder is neither a model folder nor a run, or its weights do not fit `cfg.model`.
     """
-    folder = Path(cfg.init_from)
+    folder, own, second = Path(cfg.init_from), checkpoint.named_arrays(model), {}
+    is_second = lambda name: name.startswith("discriminators.")  # of the second player
+    has_second = any(map(is_second, own))
     if (folder / "config.json").exists() and "components" in json.loads((folder / "config.json").read_text()):
         values = checkpoint.read_config(folder)["components"]
         if cfg.component not in values:
@@ -360,18 +364,26 @@ def initialized(model, cfg: TrainConfig):
                 f"{folder} has no component {cfg.component!r}; it has {', '.join(sorted(values))}"
             )
         arrays = checkpoint.component_arrays(folder, values[cfg.component])
+        entry = values.get("discriminators", {})
+        if has_second and entry.get("module") == cfg.module:
+            read = checkpoint.component_arrays(folder, entry)
+            second = {f"discriminators.{name}": x for name, x in read.items()}
     else:
         arrays = checkpoint.load_weights(folder)
-    own = checkpoint.named_arrays(model)
     prefix = "generator." if hasattr(model, "generator") else ""
     if set(arrays) != set(own):
-        arrays = {k.removeprefix(prefix): x for k, x in arrays.items() if not k.startswith("discriminators.")}
+        arrays = {k.removeprefix(prefix): x for k, x in arrays.items() if not is_second(k)}
         public = jax.eval_shape(lambda m: checkpoint.public_part(m, cfg.model)[0], model)
         wanted = checkpoint.named_arrays(public)
         arrays = {k: x for k, x in arrays.items() if k in wanted or prefix + k not in own}
         checkpoint.fill(public, arrays, str(folder))  # one error with all names, before anything is replaced
-        arrays = own | {prefix + k: x for k, x in arrays.items()}
-    return checkpoint.fill(model, arrays, str(folder))
+        arrays = {prefix + k: x for k, x in arrays.items()} | second
+    model = checkpoint.fill(model, own | arrays, str(folder))
+    players = ""
+    if has_second:
+        players = ", both players" if any(map(is_second, arrays)) else "; the discriminators start at random"
+    _say(f"start: weights of {folder}{players}")
+    return model
 
 
 def check_same_run(cfg: TrainConfig, workdir: Path) -> None:

@@ -44,6 +44,7 @@ def test_rows_that_cannot_be_used_are_recorded_and_arrays_are_not(tmp_path, make
     made, failed = lines(tmp_path, "results.jsonl"), lines(tmp_path, "failures.jsonl")
     assert [x["file"] for x in made] == ["in/a.flac", "00003_N2A.wav"] and "voice" not in made[0]
     assert made[1]["speeker"] == "me" and all((tmp_path / x["file"]).exists() for x in made)
+    assert all("clip" not in x for x in made)  # an array has no place
     words = ("a.mp3", "leads out", "did you mean 'seed'", "no 'voice'", "'in/a.flac' is that of row 2")
     assert all(w in x["error"] for w, x in zip(words, failed, strict=True))
 
@@ -65,6 +66,7 @@ def test_a_stopped_run_goes_on_and_makes_only_what_is_missing_or_changed(tmp_pat
     assert batch.to_folder(maker, rows, out) == (4, 1, 1)
     assert [r.text for r in maker.asked] == ["Line 1.", "Another line.", "把眼睛闭上。", "Line 4."]
     assert sorted(x["row"] for x in lines(out, "results.jsonl")) == [0, 1, 2, 3, 4]
+    assert {x["clip"] for x in lines(out, "results.jsonl")} == {str(clip)}
     assert batch.to_folder(maker, rows, out) == (0, 1, 5)
     maker.config = {"name": "tiny", "trained": "more"}
     assert batch.to_folder(maker, rows, out) == (5, 1, 0)

@@ -160,6 +160,8 @@ ENTRY = {"audio": "one.wav", "text": "Good night.", "style": "normal"}
         ("evaluate FOLDER", "5\n", ["results.jsonl line 1", "not a JSON object", "batch"]),
         ("evaluate FOLDER", json.dumps(ROW) + '\n{"text": "Go', ["results.jsonl line 2", "Unterminated", "batch"]),
         ("evaluate FOLDER", json.dumps(ROW | {"text": 5}), ["results.jsonl line 1", "lacks text"]),
+        ("evaluate FOLDER --speaker MODEL", json.dumps(ROW), ["no judge of speaker similarity, only", "wavlm"]),
+        ("evaluate FOLDER --speaker OUT", json.dumps(ROW), ["OUT is no model folder"]),
         ("pool build nowhere --out OUT.safetensors --model MODEL", None, ["nowhere", "does not exist"]),
         ("pool build LIST --out OUT.txt --model MODEL", json.dumps(ENTRY), ["OUT.txt", ".safetensors"]),
         ("pool build LIST --out OUT.safetensors --seed x --model MODEL", json.dumps(ENTRY), ["'x'"]),
@@ -337,4 +339,9 @@ def test_info_reads_a_folder_that_holds_one_component_only(tmp_path, capsys):
     config = {"format": 1, "name": "lonely", "components": {"lm": entry | {"num_params": 5}}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert cli.main(["info", "--model", str(tmp_path)]) == 0
-    assert f"lonely in {tmp_path}: ? Hz, mel profile ?" in capsys.readouterr().out
+    assert f"lonely in {tmp_path}\n" in capsys.readouterr().out  # of no mel
+    config["components"] = {"vocoder": entry | {"num_params": 5}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["info", "--model", str(tmp_path)]) == 0
+    assert f"lonely in {tmp_path}: ? Hz, mel profile ?" in (out := capsys.readouterr().out)
+    assert "languages" not in out

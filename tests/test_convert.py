@@ -10,9 +10,23 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+import test_judges
+import test_public_names
+import test_speaker_wavlm
 import weight_writers
 
-from deepasmr_jax import checkpoint, cli, convert, flow, pool, public_names, request, synthesis
+from deepasmr_jax import (
+    checkpoint,
+    cli,
+    convert,
+    flow,
+    pool,
+    public_names,
+    request,
+    speaker_wavlm,
+    synthesis,
+    vocoder,
+)
 
 CLIP = request.BUILT_IN / "demo" / "en_normal.wav"
 
@@ -262,6 +276,84 @@ def test_a_vocoder_of_another_profile_is_refused(model, tmp_path, capsys):
     shutil.copytree(model, copy)
     assert run("convert", "file", tmp_path / "g_00000000", "--out", copy) == 2
     assert "hifigan" in (error := capsys.readouterr().err) and "cv2" in error
+
+
+# ---------------------------------------------------------------- the judge, and the second player of HiFi-GAN
+
+
+def test_a_wavlm_file_becomes_a_judge_of_its_own(tmp_path, capsys):
+    tensors = test_judges.wavlm_tensors()
+    file = tmp_path / "public" / "wavlm_large_finetune.pth"
+    file.parent.mkdir()
+    weight_writers.write_torch_zip(file, {"model": tensors, "epoch": 3})
+    assert run("doctor", file.parent) == 0 and "WavLM" in capsys.readouterr().out
+    assert run("convert", "file", file, "--out", tmp_path / "judge") == 0
+    assert "as speaker_judge" in capsys.readouterr().out
+    config = checkpoint.read_config(tmp_path / "judge")
+    made = config["provenance"]["speaker_judge"]
+    assert (made["source"], made["licence"]) == (file.name, "CC BY-SA 3.0") and len(made["sha256"]) == 64
+    module, cfg = checkpoint.load_component(tmp_path / "judge", "speaker_judge")
+    assert cfg == test_judges.WAVLM
+    np.testing.assert_array_equal(module.head.linear.kernel[...], tensors["linear.weight"].T)
+    assert run("doctor", tmp_path / "judge") == 0 and run("info", tmp_path / "judge") == 0
+    assert "speaker_wavlm" in (out := capsys.readouterr().out) and "licence: CC BY-SA 3.0" in out
+    del tensors["feature_weight"]
+    weight_writers.write_torch_zip(file, {"model": tensors})
+    assert run("doctor", file.parent) == 1 and "1 missing (model.feature_weight)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["wavlm", "discriminators"])
+def test_sizes_of_the_released_files_are_read_off_their_shapes(name):
+    if name == "wavlm":
+        kind, expected = convert.KINDS[-1], speaker_wavlm.large_sv()
+        public = json.loads(str(np.load(test_speaker_wavlm.GOLDEN)["shapes"]))
+        ones = {n.removeprefix("model."): np.broadcast_to(np.float32(1), s) for n, s in public.items()}
+        tensors = kind.prepare(ones)
+    else:
+        kind, expected = convert.KINDS[-2], vocoder.v1()
+        tensors = test_public_names.plain_shapes(
+            test_public_names.MODELS[name], test_public_names.NAMES["full"][name]
+        )
+    assert kind.config(tensors) == expected
+    assert convert.Found(Path(name), kind, tensors, expected).problems() == ""
+
+
+def hifigan_files(folder: Path) -> tuple[Path, Path]:
+    """`g_` and `do_` at toy size with everything that training leaves in the latter."""
+    tensors = test_public_names.toy_state("discriminators")
+    tree = {p: {n[4:]: x for n, x in tensors.items() if n.startswith(f"{p}.")} for p in ("mpd", "msd")}
+    moments = {0: {"step": 7, "exp_avg": np.ones(3, np.float32), "exp_avg_sq": np.ones(3, np.float32)}}
+    state = {"state": moments, "param_groups": [{"lr": 2e-4, "betas": (0.8, 0.99), "params": [0]}]}
+    weight_writers.write_torch_zip(
+        folder / "do_00000000", tree | {"optim_g": state, "optim_d": state, "steps": 7, "epoch": -1}
+    )
+    generator = test_public_names.toy_state("hifigan_paired")
+    weight_writers.write_torch_zip(folder / "g_00000000", {"generator": generator})
+    return folder / "g_00000000", folder / "do_00000000"
+
+
+def test_the_second_player_goes_beside_the_generator_and_not_beside_another_mel(tmp_path, capsys):
+    generator, second = hifigan_files(tmp_path)
+    for file, component in ((generator, "vocoder"), (second, "discriminators")):
+        assert run("convert", "file", file, "--out", tmp_path / "m") == 0
+        assert f"as {component}" in capsys.readouterr().out
+    config = checkpoint.read_config(tmp_path / "m")
+    assert set(config["components"]) == {"vocoder", "discriminators"} and config["licence"] == "MIT"
+    cfg = checkpoint.component_config(tmp_path / "m", "discriminators")
+    toy = test_public_names.CONFIGS["toy"]["discriminators"]
+    for field in ("periods", "period_channels", "num_scales", "scale_channels", "scale_groups"):
+        assert getattr(cfg, field) == getattr(toy, field)
+    found = checkpoint.component_arrays(tmp_path / "m", config["components"]["discriminators"])
+    expected = test_public_names.load("discriminators", toy, test_public_names.toy_state("discriminators"))
+    for name, x in checkpoint.named_arrays(expected).items():
+        np.testing.assert_array_equal(found[name], x, name)
+    assert run("doctor", tmp_path / "m") == 0 and run("doctor", tmp_path) == 0
+    assert "discriminators, for training on" in capsys.readouterr().out
+    values = {"format": 1, "mel_profile": "cv2", "components": {"vocoder": {}}}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(values))
+    assert run("convert", "file", second, "--out", tmp_path / "other") == 2
+    assert "'hifigan'" in (error := capsys.readouterr().err) and "'cv2'" in error
 
 
 def test_the_strictest_licence_is_on_top():

@@ -193,6 +193,50 @@ def test_a_result_folder_is_measured_by_group(tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text()) == report
 
 
+def test_outputs_are_compared_with_their_clips_by_group(tmp_path, monkeypatch):
+    class Judge:
+        heard = 0
+
+        def embed(self, wavs, rate):
+            assert rate == RATE
+            self.heard += len(wavs)
+            tilted = [evaluate.spectral_tilt(w, rate) < -3 for w in wavs]
+            return np.array([[1.0, 0.0] if t else [0.6, 0.8] for t in tilted], np.float32)
+
+        def describe(self):
+            return "SIM of a test"
+
+    monkeypatch.chdir(tmp_path)
+    for name, wav in (("buzz", tone()), ("hiss", hiss()), ("none", np.zeros(RATE // 2, np.float32))):
+        audio.save(tmp_path / f"{name}.wav", wav, RATE)
+    line = {"text": "a", "language": "en"}
+    rows = [
+        line | {"file": "buzz.wav", "group": "new", "clip": str(tmp_path / "buzz.wav"), "voice": "moved.wav"},
+        line | {"file": "hiss.wav", "group": "new", "clip": str(tmp_path / "buzz.wav")},
+        line | {"file": "none.wav", "group": "new", "clip": str(tmp_path / "buzz.wav")},
+        line | {"file": "hiss.wav", "group": "old", "voice": "hiss.wav"},
+        line | {"file": "hiss.wav", "group": "unnamed"},
+    ]
+    results = tmp_path / "results.jsonl"
+    results.write_text("\n".join(map(json.dumps, rows)))
+    report = evaluate.evaluate_folder(tmp_path, similarity=(judge := Judge()))
+    new, old, unnamed = (report["groups"][k] for k in ("new", "old", "unnamed"))
+    assert new["similarity"]["value"] == pytest.approx(0.8) and new["similarity"]["count"] == 2
+    assert old["similarity"]["value"] == pytest.approx(1.0) and "similarity" not in unnamed
+    assert report["similarity"]["value"] == pytest.approx(2.6 / 3) and report["similarity"]["count"] == 3
+    assert report["similarity"]["low"] < report["similarity"]["value"] < report["similarity"]["high"]
+    assert report["settings"]["similarity"] == "SIM of a test" and judge.heard == 5  # each clip once
+    assert report["settings"]["judges"] == ["similarity"]
+    for left, words in (
+        (rows[4:], "no line of .* names its voice clip"),
+        (rows[:4], "hiss.wav, which does not"),
+    ):
+        results.write_text("\n".join(json.dumps(r | {"file": "buzz.wav"}) for r in left))
+        (tmp_path / "hiss.wav").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=words):
+            evaluate.evaluate_folder(tmp_path, similarity=judge)
+
+
 def test_a_silent_file_counts_among_the_words_and_not_among_the_voices(tmp_path):
     class Speaker:
         def embed(self, wav, rate):

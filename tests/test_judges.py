@@ -1,15 +1,19 @@
 """Judges, and the errors they count: against hand-made cases, and synthetic speech where flite exists."""
 
+import dataclasses
 import importlib.util
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
+import test_speaker_wavlm
+import weight_writers
 from sounds import RATE, hiss, tone
 
-from deepasmr_jax import audio, judges, text
+from deepasmr_jax import audio, convert, judges, speaker_wavlm, text
 
 # ---------------------------------------------------------------- errors
 
@@ -163,3 +167,69 @@ def test_a_judge_without_its_package_names_the_extra_of_the_checkout(monkeypatch
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf'needs {package}: pip install -e "\.\[{extra}\]" in the checkout'):
         judge()
+
+
+# ---------------------------------------------------------------- similarity
+
+# the strides are those of the public model: shapes do not tell them
+WAVLM = dataclasses.replace(
+    test_speaker_wavlm.CONFIG,
+    conv_kernels=speaker_wavlm.large_sv().conv_kernels,
+    conv_strides=speaker_wavlm.large_sv().conv_strides,
+    max_distance=800,
+)
+
+
+def wavlm_tensors() -> dict[str, np.ndarray]:
+    """What `wavlm_large_finetune.pth` holds under "model", at toy size, with the tensors that nobody reads."""
+    with mock.patch.object(test_speaker_wavlm, "CONFIG", WAVLM):
+        tensors = test_speaker_wavlm.toy_tensors()
+    tensors = {name.removeprefix("model."): x for name, x in tensors.items()}
+    tensors |= {"loss_calculator.projection.weight": np.ones((3, 8), np.float32)}
+    tensors |= {"feature_extract.model.mask_emb": np.ones(16, np.float32)}
+    return tensors | {"layer1.bn.num_batches_tracked": np.asarray(7, np.int64)}
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory):
+    """A converted toy judge of speaker similarity."""
+    place = tmp_path_factory.mktemp("judge")
+    weight_writers.write_torch_zip(place / "wavlm_large_finetune.pth", {"model": wavlm_tensors()})
+    convert.convert_file(place / "wavlm_large_finetune.pth", place / "judge")
+    return place / "judge"
+
+
+@pytest.fixture(scope="module")
+def similarity(judge_folder):
+    return judges.SimilarityJudge(judge_folder)
+
+
+def test_embeddings_of_clips_of_several_lengths_equal_those_of_each_clip_alone(similarity, monkeypatch):
+    monkeypatch.setattr(judges.SimilarityJudge, "_SECONDS", (1, 2))
+    monkeypatch.setattr(judges.SimilarityJudge, "_ROWS_TIMES_SECONDS", 2)
+    wavs = [hiss(s, seed=i) for i, s in enumerate((0.5, 1.5, 1.0, 0.7, 2.0, 0.01))]
+    found = similarity.embed(wavs, RATE)
+    assert found.shape == (6, 8) and similarity._apply._cache_size() == 2  # one program for each length
+    for wav, row in zip(wavs, found, strict=True):
+        np.testing.assert_allclose(row, similarity.embed([wav], RATE)[0], atol=2e-5)
+    assert len(np.unique(found.round(3), axis=0)) == 6
+    model, cfg, length = similarity._model, similarity._cfg, np.array([len(wavs[0])], np.int32)
+    direct = np.asarray(similarity._apply(model, cfg, wavs[0][None], length))[0]
+    np.testing.assert_allclose(found[0], direct / np.linalg.norm(direct), atol=2e-5)
+    assert similarity.embed([], RATE).shape == (0, 8)
+    resampled, cut = audio.resample(wavs[4], RATE, 24000), np.concatenate([wavs[4], tone(1.0)])
+    assert similarity.embed([resampled], 24000)[0] @ found[4] > 0.999
+    np.testing.assert_allclose(similarity.embed([cut], RATE)[0], found[4], atol=2e-5)
+
+
+def test_the_judge_of_similarity_says_what_it_is_and_another_folder_is_none(similarity, tmp_path):
+    assert (
+        "wavlm_large_finetune.pth, sha256 " in similarity.describe() and "16000 Hz" in similarity.describe()
+    )
+    with pytest.raises(ValueError, match="no config.json"):
+        judges.SimilarityJudge(tmp_path)
+    (tmp_path / "config.json").write_text('{"format": 1, "components": {"lm": {}, "flow": {}}}')
+    with pytest.raises(
+        ValueError, match="no judge of speaker similarity, only flow, lm; make one with .*wavlm"
+    ):
+        judges.SimilarityJudge(tmp_path)

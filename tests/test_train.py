@@ -275,6 +275,41 @@ def test_a_new_run_starts_from_the_weights_of_another_run_or_of_its_export(folde
         assert same(public, expected) and same(state.ema, train.averaged_part(state.model))
 
 
+def test_a_vocoder_starts_from_both_players_where_both_are_there(folder, tmp_path, capsys):
+    cfg = tiny(folder, "vocoder_adversarial", init_from=str(tmp_path / "m"))
+    file = train._file(cfg.model)
+    make = lambda seed: jax.jit(file.init, static_argnums=0)(cfg.model, jax.random.key(seed))
+    sharding.make_mesh()
+    public, fresh = make(1), make(2)
+    checkpoint.export_component(tmp_path / "m", "vocoder", public, cfg.model)
+    model = train.initialized(fresh, cfg)
+    assert same(model.generator, public.generator) and same(model.discriminators, fresh.discriminators)
+    assert (
+        capsys.readouterr().out == f"start: weights of {tmp_path / 'm'}; the discriminators start at random\n"
+    )
+    checkpoint.export_component(tmp_path / "m", "discriminators", public.discriminators, cfg.model)
+    assert same(train.initialized(fresh, cfg), public)
+    assert capsys.readouterr().out == f"start: weights of {tmp_path / 'm'}, both players\n"
+    alone = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, adversarial=False))
+    model = train.initialized(file.Gan(fresh.generator, None), alone)
+    assert same(model.generator, public.generator) and model.discriminators is None
+    values = json.loads((tmp_path / "m" / "config.json").read_text())
+    values["components"]["discriminators"]["module"] = "vocoder"  # of another vocoder: not for this one
+    (tmp_path / "m" / "config.json").write_text(json.dumps(values))
+    assert same(train.initialized(fresh, cfg).discriminators, fresh.discriminators)
+
+
+def test_discriminators_of_another_shape_are_refused(folder, tmp_path):
+    cfg = tiny(folder, "vocoder_adversarial", init_from=str(tmp_path / "m"))
+    file, wide = train._file(cfg.model), dataclasses.replace(cfg.model, period_channels=(4, 16))
+    sharding.make_mesh()
+    model, other = (jax.jit(file.init, static_argnums=0)(c, jax.random.key(0)) for c in (cfg.model, wide))
+    checkpoint.export_component(tmp_path / "m", "vocoder", other, wide)
+    checkpoint.export_component(tmp_path / "m", "discriminators", other.discriminators, wide)
+    with pytest.raises(ValueError, match=r"does not fit the model: .* reshaped .*discriminators\.by_period"):
+        train.initialized(model, cfg)
+
+
 def test_start_weights_of_another_shape_are_refused(folder, tmp_path):
     train.train(tiny(folder, "lm", steps=2), tmp_path / "first")
     cfg = config.override(
