@@ -252,6 +252,8 @@ def _kind(path: Path) -> str:
         with _mapped(path) as data:
             _graph(data)
         return "onnx"
+    if head[8:9] == b"{":
+        raise _Refused(f"names a header of {length:,} bytes, no weights need so much; download it again")
     raise _Refused(f"begins with {head[:8].hex(' ')}, which is no known weight format; download it again")
 
 
@@ -281,6 +283,29 @@ def _refuse_others(head: bytes) -> None:
         shown = codecs.getincrementaldecoder("utf-8")().decode(text)  # the last letter may be cut
         if not re.search(r"[\x00-\x08\x0e-\x1f\x7f]", shown):
             raise _Refused(f"is text that begins with {ascii(shown[:24])}; give the weight file itself")
+
+
+def check_size(path) -> None:
+    """Refuses a file that this machine could not hold in memory, before anything of it is read.
+
+    Raises:
+        ValueError: if it is larger than the memory, or cannot be looked at.
+    """
+    with _reading(path):
+        size, memory = os.stat(path).st_size, memory_bytes()
+        if size > memory:
+            raise _Refused(
+                f"has {size / 2**30:,.0f} GiB, this machine {memory / 2**30:,.0f} GiB of memory; "
+                "use a larger machine, or download it again if it should be smaller"
+            )
+
+
+def memory_bytes() -> float:
+    """The memory of this machine; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def sha256(path) -> str:
