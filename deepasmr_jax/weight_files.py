@@ -289,9 +289,11 @@ def check_size(path) -> None:
     """Refuses a file that this machine could not hold in memory, before anything of it is read.
 
     Raises:
-        ValueError: if it is larger than the memory, or cannot be looked at.
+        ValueError: if it is larger than the memory, or no file.
     """
     with _reading(path):
+        if not os.path.isfile(path):  # reading a pipe would wait without end
+            raise _Refused("is missing or no file; check the path, or download it")
         size, memory = os.stat(path).st_size, memory_bytes()
         if size > memory:
             raise _Refused(

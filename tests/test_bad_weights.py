@@ -153,6 +153,17 @@ def untied(path: Path) -> None:
     weight_writers.write_torch_zip(path, {n: np.full((2, 2), i, np.float32) for i, n in enumerate(names)})
 
 
+def no_markers(path: Path) -> None:
+    """Of CosyVoice2, but without its markers: as if it were of CosyVoice3, which has them elsewhere."""
+    names = (
+        "llm_decoder.weight",
+        "llm_decoder.bias",
+        "speech_embedding.weight",
+        "llm.model.model.norm.weight",
+    )
+    weight_writers.write_torch_zip(path, {n: np.zeros((6564, 1), np.float32) for n in names})
+
+
 def torch_zip(tree, **options):
     return lambda path: weight_writers.write_torch_zip(path, tree, **options)
 
@@ -186,6 +197,7 @@ FILES = {  # name of the case -> (file, how it is made, words of the sentence, w
     "a layer far away": ("x.pt", far_layer, ["layer4.99999999999999999.conv1.weight", "fetch it again"], "damaged"),
     "a scalar for a matrix": ("x.pt", no_axes, ["WeSpeaker", "fetch it again"], "damaged"),
     "no channels": ("x.pt", no_channels, ["no network has the shapes", "fetch it again"], "damaged"),
+    "no markers": ("llm.pt", no_markers, ["llm_decoder.bias", "CosyVoice2", "fetch it again"], "damaged"),
     "a head of its own": ("llm.pt", untied, ["llm.pt", "tied"], "damaged"),
 }  # fmt: skip
 

@@ -5,7 +5,8 @@
 Each weight goes through `public_names`: one state dict feeds the other side as it is and ours through its table, so a
 wrong name, layout or formula shows. Every comparison prints a line
 `component | stage | reference and version | error reached | tolerance`, which docs/parity.md collects.
-Needs torch, transformers, s3tokenizer and f5-tts (tests skip without), 10 GB of memory and half an hour on two cores.
+Needs torch, transformers, s3tokenizer, onnx and f5-tts (tests skip without), 10 GB of memory and forty minutes on two
+cores.
 """
 
 import importlib.metadata
