@@ -28,7 +28,9 @@ from deepasmr_jax import sharding, weight_files
 FORMAT = 1
 SHARD_BYTES = 2**30  # a weight file is split where it would grow beyond this
 DTYPES = ("float32", "float16", "bfloat16")
-_ENTRY = {"module", "config", "file", "sha256", "dtype", "num_params"}  # of a component in config.json
+_ENTRY = {  # of a component in config.json
+    "module": str, "config": dict, "file": str | list, "sha256": str | list, "dtype": str, "num_params": int,
+}  # fmt: skip
 
 # ---------------------------------------------------------------- names of parameters
 
@@ -319,13 +321,18 @@ def read_config(folder) -> dict:
             "`deepasmr convert` makes of public weights"
         )
     entries = values.get("components")
-    if not isinstance(entries, dict) or any(
-        not isinstance(x, dict) or not _ENTRY <= set(x) for x in entries.values()
-    ):
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
         raise ValueError(
             f"{path} does not list components with {', '.join(sorted(_ENTRY))}; copy the whole model folder again"
         )
+    for key in ("sampling", "text", "provenance"):
+        if not isinstance(values.get(key, {}), dict):
+            raise ValueError(f"{path} has no object as {key}; copy the whole model folder again")
     return values
+
+
+def _is_entry(x) -> bool:
+    return isinstance(x, dict) and all(isinstance(x.get(key), kind) for key, kind in _ENTRY.items())
 
 
 def read_arrays(path, sha256: str | None = None) -> dict[str, np.ndarray]:

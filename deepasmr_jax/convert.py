@@ -392,12 +392,17 @@ def recognise(path: str | os.PathLike) -> Found:
     if what == "onnx":
         graph = weight_files.read_onnx(path)
         _check_memory(path, graph.initializers)
+        campplus = None
         try:
             campplus = _campplus_graph_config(graph)
             tree: Mapping = (
                 public_names.campplus_onnx(campplus, graph) if campplus else public_names.s3_v2_onnx(graph)
             )
         except _BENT as e:
+            if campplus:
+                raise ValueError(
+                    f"{path} looks like a CAM++, but is not whole ({e}); fetch it again"
+                ) from None
             raise UnknownModel(f"{path} is no graph that is known here ({e}); give another file") from None
     else:
         tree = weight_files.read_tree(path)

@@ -79,6 +79,8 @@ def _reading(path):
         raise ValueError(f"{path} {' '.join(str(error).split())}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be opened: {error.strerror or error}; check the path") from error
+    except MemoryError:
+        raise
     # struct, zipfile, json and a bent pickle raise many kinds; the cause stays in the traceback
     except Exception as error:
         detail = " ".join(str(error).split())[:200] or type(error).__name__
@@ -106,6 +108,10 @@ class _Store:
                     size, start = skip + self.size, self.start - skip
                     found = mmap.mmap(file.fileno(), size, offset=start, access=mmap.ACCESS_READ)
                 else:
+                    if self.size > memory_bytes():  # a mapped one takes no memory before it is looked at
+                        raise _Refused(
+                            f"has {self.size / 2**30:,.0f} GiB in one tensor, more than memory; use a larger machine"
+                        )
                     found = np.fromfile(file, np.uint8, self.size, offset=self.start)
                     found.flags.writeable = False
             self._found = weakref.ref(found)  # let go with its last array

@@ -110,20 +110,26 @@ def campplus(path: Path, external: str | None) -> None:
     weight_writers.write_onnx(path, *cosyvoice2_folder.campplus_graph(tensors, CAMPPLUS), external=external)
 
 
+def no_layer(path: Path) -> None:
+    tensors = cosyvoice2_folder.state("campplus.onnx", CAMPPLUS)
+    initializers, nodes = cosyvoice2_folder.campplus_graph(tensors, CAMPPLUS)
+    weight_writers.write_onnx(path, initializers, nodes[:-1])
+
+
 def no_external(path: Path) -> None:
     campplus(path, "campplus.data")
     (path.parent / "campplus.data").unlink()
 
 
-def huge_external(path: Path) -> None:
+def huge_external(path: Path, offset: int = 0) -> None:
     """A graph with one tensor of 300 GB in a file beside it."""
-    place = {"location": "weights", "offset": 0, "length": HUGE}
+    place = {"location": "weights", "offset": offset, "length": HUGE}
     tensor = weight_writers.onnx_tensor("w", np.zeros((2, 2), np.float32), "external", place)
     rows = weight_writers.varint(HUGE // 4 // 1000) + weight_writers.varint(1000)
     tensor = tensor.replace(weight_writers.field(1, b"\x02\x02"), weight_writers.field(1, rows), 1)
     weight_writers.write_model(path, weight_writers.field(5, tensor))
     (path.parent / "weights").touch()
-    os.truncate(path.parent / "weights", HUGE)
+    os.truncate(path.parent / "weights", HUGE + offset)
 
 
 def huge_zip(path: Path) -> None:
@@ -187,6 +193,9 @@ FILES = {  # name of the case -> (file, how it is made, words of the sentence, w
     "a header of 2**50": ("x.safetensors", absurd_header, ["1,125,899,906,842,624 bytes", "download"], "damaged"),
     "a tensor of 300 GB": ("x.safetensors", huge_tensor, ["279 GiB", "memory"], "damaged"),
     "300 GB beside ONNX": ("x.onnx", huge_external, ["w of 279 GiB", "memory"], "damaged"),
+    "300 GB beside ONNX, unaligned": (
+        "x.onnx", functools.partial(huge_external, offset=2), ["279 GiB", "memory"], "damaged"),
+    "a graph without a layer": ("campplus.onnx", no_layer, ["looks like a CAM++", "fetch it again"], "damaged"),
     "a zip of 300 GB": ("x.pt", huge_zip, ["damaged", "again"], "damaged"),
     "a list": ("x.pt", torch_zip([np.ones(3, np.float32)]), ["no tensors by name", "state dict"], "unknown"),
     "one tensor": ("x.pt", torch_zip(np.ones(3, np.float32)), ["no tensors by name"], "unknown"),
@@ -210,7 +219,7 @@ def test_a_bad_file_is_refused_by_convert_and_found_by_doctor(case, tmp_path, ca
     make(folder / name)
     before = files(tmp_path)
     code = run("convert", "file", folder / name, "--out", tmp_path / "new" / "model")
-    refused(code, capsys, [str(folder / name), *words])
+    refused(code, capsys, [str(folder), *words])
     code = run("convert", "cosyvoice2", folder, "--out", tmp_path / "new" / "model")
     refused(code, capsys, ["missing", "deepasmr doctor"])  # it is not the whole folder anyway
     if state:
@@ -253,6 +262,7 @@ FOLDERS = {  # name of the case -> (harm, words, whether info sees it too, exit 
     "a list for JSON": (lambda m: (m / "config.json").write_text("[]"), ["config.json is damaged"], True, 1),
     "no components": (edit({"components": None}), ["does not list components", "again"], True, 2),
     "odd components": (edit({"components": {"lm": {"file": "lm.safetensors"}}}), ["does not list components"], True, 2),
+    "a text as sampling": (edit({"sampling": "fast"}), ["no object as sampling", "again"], True, 2),
     "another format": (edit({"format": 9}), ["format 9", "format 1"], True, 2),
     "a tensor of 300 GB": (replaced("lm.safetensors", huge_tensor), ["lm.safetensors", "279 GiB"], False, 1),
     "code": (replaced("lm.safetensors", torch_zip(CODE)), ["lm.safetensors is damaged", "again"], False, 1),
