@@ -28,6 +28,9 @@ from deepasmr_jax import sharding, weight_files
 FORMAT = 1
 SHARD_BYTES = 2**30  # a weight file is split where it would grow beyond this
 DTYPES = ("float32", "float16", "bfloat16")
+_ENTRY = {  # of a component in config.json
+    "module": str, "config": dict, "file": str | list, "sha256": str | list, "dtype": str, "num_params": int,
+}  # fmt: skip
 
 # ---------------------------------------------------------------- names of parameters
 
@@ -184,6 +187,7 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
     ]
     arrays = iter(arrays)
     parts = [folder / f"{file}.tmp{os.getpid()}" for file in names]
+    new = folder / f"config.json.new{os.getpid()}"
     try:
         sums = [
             _write_safetensors(
@@ -194,25 +198,26 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
             )
             for part, keys in zip(parts, shards, strict=True)
         ]
+        values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+        values = {"format": FORMAT, "name": folder.name, "components": {}} | values
+        for key, value in top.items():
+            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        before = values["components"].get(name)
+        values["components"][name] = {
+            "module": type(config).__module__.rsplit(".", 1)[-1],
+            "config": config_lib.to_dict(config),
+            "file": names if many else names[0],
+            "sha256": sums if many else sums[0],
+            "dtype": dtype,
+            "num_params": sum(int(np.prod(x.shape)) for x in shapes.values()),
+        }
+        config_lib.write_json(new, values)  # on a full disk the weights before stay, as this is written first
         for part, file in zip(parts, names, strict=True):
             os.replace(part, folder / file)
+        os.replace(new, folder / "config.json")
     finally:
-        for part in parts:
+        for part in (*parts, new):
             part.unlink(missing_ok=True)
-    values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    values = {"format": FORMAT, "name": folder.name, "components": {}} | values
-    for key, value in top.items():
-        values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-    before = values["components"].get(name)
-    values["components"][name] = {
-        "module": type(config).__module__.rsplit(".", 1)[-1],
-        "config": config_lib.to_dict(config),
-        "file": names if many else names[0],
-        "sha256": sums if many else sums[0],
-        "dtype": dtype,
-        "num_params": sum(int(np.prod(x.shape)) for x in shapes.values()),
-    }
-    config_lib.write_json(folder / "config.json", values)
     for old in (folder / file for file, _ in files_of(before) if file not in names) if before else ():
         old.unlink(missing_ok=True)  # of a component that was in another number of files
     return folder / names[0]
@@ -299,7 +304,7 @@ def read_config(folder) -> dict:
     """The config.json of a model folder.
 
     Raises:
-        ValueError: if it is absent, not JSON, or of another format version.
+        ValueError: if it is absent, not JSON, of another format version, or without a list of components.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
@@ -311,19 +316,35 @@ def read_config(folder) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); copy the whole model folder again") from None
     if values.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {values.get('format')!r}; this version reads format {FORMAT}")
+        raise ValueError(
+            f"{path} has format {values.get('format')!r}; this version reads format {FORMAT}, which "
+            "`deepasmr convert` makes of public weights"
+        )
+    entries = values.get("components")
+    if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+        raise ValueError(
+            f"{path} does not list components with {', '.join(sorted(_ENTRY))}; copy the whole model folder again"
+        )
+    for key in ("sampling", "text", "provenance"):
+        if not isinstance(values.get(key, {}), dict):
+            raise ValueError(f"{path} has no object as {key}; copy the whole model folder again")
     return values
+
+
+def _is_entry(x) -> bool:
+    return isinstance(x, dict) and all(isinstance(x.get(key), kind) for key, kind in _ENTRY.items())
 
 
 def read_arrays(path, sha256: str | None = None) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file, bfloat16 included, memory-mapped and read-only.
 
     Raises:
-        ValueError: if the file is absent, its sha256 differs, or it cannot be parsed.
+        ValueError: if the file is absent, larger than the memory, its sha256 differs, or it cannot be parsed.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} is missing; copy the whole model folder, or export the component again")
+    weight_files.check_size(path)
     if sha256 is not None and (found := weight_files.sha256(path)) != sha256:
         raise ValueError(
             f"{path} is damaged: {path.stat().st_size} bytes with sha256 {found[:12]}..., "

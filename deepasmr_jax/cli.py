@@ -5,6 +5,7 @@ behind. What can be checked without a model is checked before anything heavy is 
 """
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError) as e:
         print(f"deepasmr: {_sentence(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -502,6 +503,11 @@ def _progress(sentence: str) -> None:
 
 def _sentence(error: Exception) -> str:
     """The message of an error on one line."""
+    if isinstance(error, MemoryError):
+        detail = f" ({error})" if str(error) else ""
+        return f"the memory of this machine is too small{detail}; close other programs or use a larger one"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'the output'}: {error.strerror}; make room or choose another disk"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror or type(error).__name__}; check the path and your rights"
     return " ".join(str(error).split())

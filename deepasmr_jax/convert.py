@@ -7,14 +7,16 @@ before the first array is written (`public_names.py`), arrays go through memory 
 only when it is whole.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -97,7 +99,10 @@ class Found:
 
     def problems(self) -> str:
         """Missing, unexpected and reshaped tensors in one sentence; empty if the file is whole."""
-        shapes = {k: x.shape for k, x in self.shapes.items() if k not in self.kind.absent}
+        try:
+            shapes = {k: x.shape for k, x in self.shapes.items() if k not in self.kind.absent}
+        except _BENT as e:
+            return f"no network has the shapes of its tensors ({e})"
         return public_names.differences(self.kind.table(self.config), self.tensors, shapes, self.kind.ignored)
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -124,7 +129,10 @@ def _count(tensors: Mapping, pattern: str) -> int:
     """One more than the greatest number where the names have `{}` in `pattern`."""
     prefix, _, rest = pattern.partition("{}")
     found = [n[len(prefix) :].split(".")[0] for n in tensors if n.startswith(prefix) and rest in n]
-    return 1 + max((int(x) for x in found if x.isdigit()), default=-1)
+    count = 1 + max((int(x) for x in found if re.fullmatch("[0-9]{1,6}", x)), default=-1)
+    if count > len(tensors):
+        raise ValueError(f"a layer has the number {count - 1}")
+    return count
 
 
 def _lm_config(t: Mapping, prefix: str = "llm.model.model.", **more) -> lm.Config:
@@ -451,24 +459,39 @@ def recognise(path: str | os.PathLike) -> Found:
         ValueError: if it cannot be read; with the file and the reason.
     """
     path = Path(path)
-    if weight_files.kind(path) == "onnx":
+    what = weight_files.kind(path)
+    weight_files.check_size(path)
+    if what == "onnx":
         graph = weight_files.read_onnx(path)
-        campplus = _campplus_graph_config(graph)
-        tree: Mapping = (
-            public_names.campplus_onnx(campplus, graph) if campplus else public_names.s3_v2_onnx(graph)
-        )
-    else:
-        tree = _weights(weight_files.read_tree(path))
-    tensors = {name: x for name, x in tree.items() if isinstance(x, np.ndarray)}
-    for kind in KINDS:
-        prepared = _marked(kind, tensors)
-        if prepared is not None:
-            try:
-                return Found(path, kind, prepared, kind.config(prepared))
-            except (KeyError, ValueError, IndexError) as e:
+        _check_memory(path, graph.initializers)
+        campplus = None
+        try:
+            campplus = _campplus_graph_config(graph)
+            tree: Mapping = (
+                public_names.campplus_onnx(campplus, graph) if campplus else public_names.s3_v2_onnx(graph)
+            )
+        except _BENT as e:
+            if campplus:
                 raise ValueError(
-                    f"{path} looks like a {kind.name}, but its sizes cannot be read ({e}); fetch it again"
+                    f"{path} looks like a CAM++, but is not whole ({e}); fetch it again"
                 ) from None
+            raise UnknownModel(f"{path} is no graph that is known here ({e}); give another file") from None
+    else:
+        tree = weight_files.read_tree(path)
+        if not isinstance(tree, Mapping):
+            raise UnknownModel(f"{path} holds no tensors by name; save the state dict of the model")
+        tree = _weights(tree)
+    tensors = {name: x for name, x in tree.items() if isinstance(name, str) and isinstance(x, np.ndarray)}
+    _check_memory(path, tensors)
+    for kind in KINDS:
+        try:
+            prepared = _marked(kind, tensors)
+            if prepared is not None:
+                return Found(path, kind, prepared, kind.config(prepared))
+        except _BENT as e:
+            raise ValueError(
+                f"{path} looks like a {kind.name}, but is not whole ({e}); fetch it again"
+            ) from None
     some = ", ".join(sorted(tensors)[:3]) or "no tensors"
     raise UnknownModel(
         f"{path} is no model that is known here: it has {len(tensors)} tensors ({some}); "
@@ -487,6 +510,19 @@ def _weights(tree: Mapping) -> Mapping:
     return tree
 
 
+_BENT = (KeyError, ValueError, IndexError, TypeError, ArithmeticError)  # what tensors of odd shapes lead to
+
+
+def _check_memory(path: Path, tensors: Mapping) -> None:
+    """Refuses a tensor that does not fit into memory in float32; arrays are mapped here, none is read."""
+    for name, x in tensors.items():
+        if 4 * x.size > weight_files.memory_bytes():
+            raise ValueError(
+                f"{path} has {name} of {4 * x.size / 2**30:,.0f} GiB in float32, more than the memory of this machine "
+                f"({weight_files.memory_bytes() / 2**30:,.0f} GiB); use a larger machine, or fetch the file again"
+            )
+
+
 def _campplus_graph_config(graph) -> speaker_campplus.Config | None:
     """Sizes of a CAM++ from the convolutions of its graph, in their order; None if it is none."""
     weights = [n.inputs[1] for n in graph.nodes if n.op_type == "Conv" and len(n.inputs) > 1]
@@ -494,7 +530,8 @@ def _campplus_graph_config(graph) -> speaker_campplus.Config | None:
     flat = [s for s in shapes if len(s) == 3]
     if not shapes or shapes[0][1:] != (1, 3, 3) or len(flat) < 4:
         return None
-    inner, growth = flat[1][0], flat[2][0]
+    inner = flat[1][0]
+    growth = next((s[0] for s in flat[1:] if s[2] == 3), 0)  # the local branch may stand behind the context's
     widths = [
         s[1] for s in flat if s[0] == inner and s[2] == 1
     ]  # inputs of the layers: they grow within a block
@@ -539,9 +576,20 @@ def examine(folder: str | os.PathLike) -> list[dict]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give the folder with the weight files")
-    if (folder / "config.json").is_file() and "components" in _json(folder / "config.json"):
-        return list(_examine_ours(folder))
     rows = []
+    if (folder / "config.json").is_file():
+        values = _json(folder / "config.json")
+        if {"components", "format"} & set(values):  # the file of Hugging Face has neither
+            return list(_examine_ours(folder))
+        if not values:
+            rows.append(
+                {
+                    "file": "config.json",
+                    "state": "damaged",
+                    "is": "",
+                    "detail": "no JSON; copy the folder again",
+                }
+            )
     files = sorted(p for p in folder.iterdir() if p.is_file())
     known = {name: (size, sha, k) for k in KINDS for name, size, sha in k.released}
     for path in files:
@@ -557,7 +605,7 @@ def examine(folder: str | os.PathLike) -> list[dict]:
                     {"file": name, "state": "missing", "is": kind, "detail": "fetch the whole folder"}
                 )
         rows.append(_examine_text(folder))
-    if not rows:
+    if not any(row["file"] != "config.json" for row in rows):
         raise ValueError(f"{folder} holds no weight files; give the folder that was downloaded")
     return rows
 
@@ -615,8 +663,14 @@ def _examine_ours(folder: Path) -> Iterator[dict]:
             path = folder / file
             if not path.is_file():
                 row |= {"state": "missing", "detail": "copy the whole model folder"}
-            elif weight_files.sha256(path) != sha:
-                row |= {"state": "damaged", "detail": "its sha256 is not that of config.json; copy it again"}
+            else:
+                try:
+                    weight_files.check_size(path)
+                    same = weight_files.sha256(path) == sha
+                    why = "" if same else "its sha256 is not that of config.json; copy it again"
+                except ValueError as e:
+                    why = str(e)
+                row |= {"state": "damaged", "detail": why} if why else {}
             yield row
 
 
@@ -690,8 +744,7 @@ def convert_cosyvoice2(
             f"flow and vocoder have different mel profiles ({', '.join(sorted(profiles))}); "
             "give a vocoder of the flow's profile"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as place:
+    with _writing(out, found.values(), dtype), _beside(out) as place:
         new = Path(place) / out.name
         for f in found.values():
             progress(f"converting {f.path.name}")
@@ -743,9 +796,41 @@ def convert_file(
                 f"{path} is for the mel profile {found.kind.mel_profile!r}, the model in {out} has {profile!r}; "
                 "give a new folder"
             )
-    write(found, out, dtype)
+    with _writing(out, [found], dtype):
+        write(found, out, dtype)
     again = found.kind.component in ("speech_tokenizer", "speaker") and (out / "pool.safetensors").exists()
     return f"{found.kind.name} as {found.kind.component}" + ("; build the pool again" if again else "")
+
+
+@contextlib.contextmanager
+def _writing(out: Path, parts: Iterable[Found], dtype: str) -> Iterator[None]:
+    """Around the writing of a model folder: ValueError if its disk is too small or fails; no empty folder stays."""
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    bytes_of = {"float32": 4}.get(dtype, 2)
+    needed = sum(bytes_of * int(np.prod(x.shape)) for f in parts for x in f.shapes.values())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ValueError(
+            f"{out} needs {needed / 2**30:,.2f} GiB and its disk has {free / 2**30:,.2f} GiB left; choose another disk"
+        )
+    try:
+        yield
+    except OSError as e:
+        raise ValueError(
+            f"cannot write in the folder {out} ({e.strerror or e}); make room or choose another one"
+        ) from e
+    finally:
+        for folder in (out.absolute(), *out.absolute().parents):
+            if folder == there:
+                break
+            with contextlib.suppress(OSError):  # not empty: a model, or another's
+                folder.rmdir()
+
+
+def _beside(out: Path) -> tempfile.TemporaryDirectory:
+    """A temporary folder on the disk of `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
 
 
 def write(found: Found, folder: Path, dtype: str) -> None:
@@ -762,7 +847,11 @@ def write(found: Found, folder: Path, dtype: str) -> None:
         "licence": kind.licence,
         "converter": f"deepasmr_jax {__version__}",
     }
-    top: dict = {"provenance": {kind.component: provenance}}
+    own = checkpoint.read_config(folder) if (folder / "config.json").is_file() else {"components": {}}
+    others = set(own["components"]) - {kind.component}
+    licences = [own.get("provenance", {}).get(name, {}).get("licence") for name in others]
+    licence = strictest([kind.licence, *(x for x in licences if x)])
+    top: dict = {"provenance": {kind.component: provenance}, "licence": licence}
     if kind.mel_profile:
         top["mel_profile"] = kind.mel_profile
     if kind.name == E2_TTS:
@@ -776,10 +865,6 @@ def write(found: Found, folder: Path, dtype: str) -> None:
     else:
         cfg, shapes, arrays = found.config, found.shapes, found.arrays()
     checkpoint.write_component(folder, kind.component, cfg, shapes, arrays, dtype, **top)
-    values = checkpoint.read_config(folder)
-    parts = [values["provenance"].get(name, {}).get("licence") for name in values["components"]]
-    values["licence"] = strictest(x for x in parts if x)
-    config.write_json(folder / "config.json", values)
 
 
 def strictest(licences) -> str:

@@ -664,8 +664,11 @@ def lm_cosyvoice3_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.nda
     speech. So one network serves both models; only training sees a difference, a bias more to learn.
 
     Raises:
-        ValueError: if the text head is no tied copy of the text table.
+        ValueError: if the text head is no tied copy of the text table, or the file has tensors of CosyVoice2 alone.
     """
+    for name in ("llm_embedding.weight", "llm_decoder.bias"):
+        if name in tensors:
+            raise ValueError(f"{name} is a tensor of CosyVoice2, which CosyVoice3 does not have")
     out = lm_cosyvoice2_tensors(tensors)
     table = out.get("speech_embedding.weight")
     if table is not None and table.ndim == 2 and len(table) > _COSYVOICE3_SPECIAL:

@@ -79,6 +79,8 @@ def _reading(path):
         raise ValueError(f"{path} {' '.join(str(error).split())}") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be opened: {error.strerror or error}; check the path") from error
+    except MemoryError:
+        raise
     # struct, zipfile, json and a bent pickle raise many kinds; the cause stays in the traceback
     except Exception as error:
         detail = " ".join(str(error).split())[:200] or type(error).__name__
@@ -106,6 +108,10 @@ class _Store:
                     size, start = skip + self.size, self.start - skip
                     found = mmap.mmap(file.fileno(), size, offset=start, access=mmap.ACCESS_READ)
                 else:
+                    if self.size > memory_bytes():  # a mapped one takes no memory before it is looked at
+                        raise _Refused(
+                            f"has {self.size / 2**30:,.0f} GiB in one tensor, more than memory; use a larger machine"
+                        )
                     found = np.fromfile(file, np.uint8, self.size, offset=self.start)
                     found.flags.writeable = False
             self._found = weakref.ref(found)  # let go with its last array
@@ -252,6 +258,8 @@ def _kind(path: Path) -> str:
         with _mapped(path) as data:
             _graph(data)
         return "onnx"
+    if head[8:9] == b"{":
+        raise _Refused(f"names a header of {length:,} bytes, no weights need so much; download it again")
     raise _Refused(f"begins with {head[:8].hex(' ')}, which is no known weight format; download it again")
 
 
@@ -281,6 +289,31 @@ def _refuse_others(head: bytes) -> None:
         shown = codecs.getincrementaldecoder("utf-8")().decode(text)  # the last letter may be cut
         if not re.search(r"[\x00-\x08\x0e-\x1f\x7f]", shown):
             raise _Refused(f"is text that begins with {ascii(shown[:24])}; give the weight file itself")
+
+
+def check_size(path) -> None:
+    """Refuses a file that this machine could not hold in memory, before anything of it is read.
+
+    Raises:
+        ValueError: if it is larger than the memory, or no file.
+    """
+    with _reading(path):
+        if not os.path.isfile(path):  # reading a pipe would wait without end
+            raise _Refused("is missing or no file; check the path, or download it")
+        size, memory = os.stat(path).st_size, memory_bytes()
+        if size > memory:
+            raise _Refused(
+                f"has {size / 2**30:,.0f} GiB, this machine {memory / 2**30:,.0f} GiB of memory; "
+                "use a larger machine, or download it again if it should be smaller"
+            )
+
+
+def memory_bytes() -> float:
+    """The memory of this machine; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def sha256(path) -> str:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+import test_bad_weights
 import test_judges
 import test_public_names
 import test_speaker_wavlm
@@ -250,6 +251,15 @@ def _drop(path: Path, name: str, tensor: str) -> None:
 
 def _run_code(path: Path) -> None:
     weight_writers.write_torch_zip(path, b"cposix\nsystem\n(Vecho\ntR.")
+
+
+def test_a_full_disk_leaves_nothing_of_a_whole_folder(public, tmp_path, capsys, monkeypatch):
+    test_bad_weights.fill_the_disk(monkeypatch, "vocoder.safetensors", room=5000)
+    out = tmp_path / "a" / "b"
+    assert run("convert", "cosyvoice2", public, "--out", out) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(word in error for word in (str(out), "No space left", "make room"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_none_or_holds_something_else(tmp_path, capsys):

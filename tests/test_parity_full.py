@@ -5,33 +5,45 @@
 Each weight goes through `public_names`: one state dict feeds the other side as it is and ours through its table, so a
 wrong name, layout or formula shows. Every comparison prints a line
 `component | stage | reference and version | error reached | tolerance`, which docs/parity.md collects.
-Needs torch, transformers, s3tokenizer and f5-tts (tests skip without), 10 GB of memory and half an hour on two cores.
+Needs torch, transformers, s3tokenizer, onnx and f5-tts (tests skip without), 10 GB of memory and forty minutes on two
+cores.
 """
 
 import importlib.metadata
 import importlib.util
+import json
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import public_weights
 import pytest
+import test_flow_cosyvoice2
+import test_vocoder_hift
+import weight_writers
 
 from deepasmr_jax import (
     audio,
     checkpoint,
+    convert,
     flow,
+    flow_cosyvoice2,
     lm,
     public_names,
     sharding,
     speaker,
+    speaker_campplus,
+    speaker_wavlm,
     speech_tokenizer,
     vocoder,
+    vocoder_hift,
 )
 
 pytestmark = pytest.mark.full
 SEED = 21
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +60,32 @@ def version(package):
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def written():
-    return f"public_reference.py, torch {importlib.metadata.version('torch')}"
+def written(script="public_reference.py"):
+    return f"{script}, torch {importlib.metadata.version('torch')}"
+
+
+def golden_script(name, *packages):
+    """A script of tests/golden as a module, or a skip: its network is the other side here too."""
+    for package in ("torch", *packages):
+        pytest.importorskip(package)
+    importlib.import_module("torch").set_num_threads(os.cpu_count())
+    return importlib.import_module(name)
+
+
+class Watched(dict):
+    """A state dict that notes which tensors were read."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.names = set()
+
+    def __getitem__(self, name):
+        self.names.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.names.add(name)
+        return super().get(name, default)
 
 
 def report(component, stage, other, error, tolerance, unit=""):
@@ -71,6 +107,12 @@ def absolute(found, want):
     found, want = np.asarray(found), np.asarray(want)
     assert found.shape == want.shape and np.isfinite(found).all()
     return float(np.max(np.abs(found - want)))
+
+
+def cosine_distance(x, y):
+    """1 - cosine of two vectors."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    return 1 - float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
 
 
 def load(init, cfg, table, state, ignored=(), absent=()):
@@ -418,6 +460,79 @@ def test_the_flow_gives_the_velocity_of_f5_tts(reference):
     report("E2TTS_Base", "velocity of 120 frames, relative", other, relative(found["velocity"], want), 1e-4)
 
 
+@pytest.mark.parametrize("chunk", [0, 25])
+def test_the_cosyvoice2_flow_gives_the_mel_of_an_independent_one(chunk):
+    script = golden_script("make_flow_cosyvoice2")
+    import torch
+
+    cfg = flow_cosyvoice2.cosyvoice2(dtype="float32", chunk_tokens=chunk)
+    table = public_names.flow_cosyvoice2(cfg)
+    empty = checkpoint.abstract(lambda key: flow_cosyvoice2.init(cfg, key), jax.random.key(0))
+    hollow = {k: np.broadcast_to(np.int8(0), x.shape) for k, x in checkpoint.named_arrays(empty).items()}
+    shapes = {name: x.shape for name, x in public_names.to_theirs(table, hollow).items()}
+    state = public_weights.state(shapes, SEED)
+    assert (len(state), sum(x.size for x in state.values())) == (1121, 112_549_360)
+    tensors = Watched({name: torch.from_numpy(x) for name, x in state.items()})
+    ours = load(flow_cosyvoice2.init, cfg, table, state)
+    lengths = (60, 45)
+    data = script.random_inputs(cfg, lengths)
+    with torch.inference_mode():
+        want = [script.reference(script.Weights(tensors), cfg, data, row) for row in range(2)]
+    assert set(state) <= tensors.names  # the other side has a place for every tensor
+    component = "CosyVoice2 flow" + (f", chunks of {chunk} tokens" if chunk else "")
+    other = written("make_flow_cosyvoice2.py")
+
+    def error(key, found, measure=relative, rows=(0, 1)):
+        """Greatest error of the valid frames of some rows."""
+        pairs = [(np.asarray(found)[i], want[row][key].numpy()) for i, row in enumerate(rows)]
+        return max(measure(x[: len(y)], y) for x, y in pairs)
+
+    stages = test_flow_cosyvoice2.encoder_groups(ours, cfg, data["tokens"], data["num_tokens"])
+    errors = [error(f"encoder.{name}", x) for name, x in stages.items() if name != "mu"]
+    assert len(errors) == 6
+    report(component, "6 stages of the encoder, relative", other, max(errors), 1e-4)
+    found = jax.jit(flow_cosyvoice2.encode, static_argnums=1)(ours, cfg, data["tokens"], data["num_tokens"])
+    assert min(np.std(x["encoder.mu"].numpy()) for x in want) > 0.1
+    stage = "mean mel of 60 and 45 tokens in a padded batch"
+    report(component, stage, other, error("encoder.mu", found, absolute), 1e-4)
+    known = np.arange(2 * max(lengths)) < data["prompt_frames"][:, None]
+    condition = np.where(known[..., None], data["prompt_mel"], np.float32(0))
+    given = (data["x"], data["mu"], data["voice"], condition, data["t"], 2 * data["num_tokens"])
+    stages = test_flow_cosyvoice2.estimator_groups(ours, cfg, *given)
+    errors = [error(f"estimator.{name}", x) for name, x in stages.items()]
+    assert len(errors) == 7
+    report(component, "7 stages of the estimator, relative", other, max(errors), 1e-4)
+
+    def mel(rows, size):
+        names = ("tokens", "num_tokens", "prompt_mel", "prompt_frames")
+        tokens, num_tokens, prompt, frames = (data[name][rows] for name in names)
+        return flow_cosyvoice2.sample(
+            ours,
+            cfg,
+            tokens[:, :size],
+            num_tokens,
+            prompt[:, : 2 * size],
+            frames,
+            speaker=data["speaker"][rows],
+            noise=data["noise"],
+        )
+
+    assert min(np.std(x["mel"].numpy()) for x in want) > 0.5
+    stage = "mel after 10 steps of 45 tokens, same noise"
+    report(component, stage, other, error("mel", mel([1], 45), absolute, rows=(1,)), 1e-4)
+    stage = "the same of 60 and 45 tokens in a padded batch"
+    report(component, stage, other, error("mel", mel([0, 1], 60), absolute), 1e-4)
+
+
+def test_the_fixed_noise_of_the_cosyvoice2_flow_is_that_of_torch():
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    want = torch.randn(1, 80, 50 * 300, generator=generator)[0].T.numpy()
+    error = absolute(flow_cosyvoice2.reference_noise(15_000), want)
+    other = f"torch.randn, torch {importlib.metadata.version('torch')}"
+    report("CosyVoice2 flow", "fixed noise, 1,200,000 values", other, error, 6e-7)
+
+
 # ---------------------------------------------------------------- vocoder
 
 
@@ -441,6 +556,57 @@ def test_the_generator_gives_the_waveform_of_an_independent_one(reference, name,
     report(f"HiFi-GAN {name.upper()}", "waveform of 86 frames", written(), absolute(found, want), 1e-4)
 
 
+def test_the_hift_vocoder_gives_the_waveform_of_an_independent_one():
+    script = golden_script("make_vocoder_hift")
+    import torch
+
+    cfg = vocoder_hift.cosyvoice2()
+    folded = test_vocoder_hift.public_weights(cfg, SEED)
+    ends = [f".parametrizations.weight.original{i}" for i in (0, 1)]  # gain and direction
+    state, rng = {}, np.random.default_rng(SEED)
+    for name, shape in test_vocoder_hift.stored_shapes().items():
+        stem, end = name.removesuffix(ends[1]), name[-len(ends[1]) :]
+        if end == ends[1]:
+            x = folded[f"{stem}.weight"]
+            state[stem + ends[0]] = np.sqrt(np.sum(x**2, axis=(1, 2), keepdims=True))
+            state[name] = x * rng.uniform(0.5, 2, (len(x), 1, 1)).astype(np.float32)
+        elif end != ends[0]:
+            state[name] = folded[name]
+        assert end == ends[0] or state[name].shape == shape
+    assert (len(state), sum(x.size for x in state.values())) == (328, 20_821_295)
+    ours = load(vocoder_hift.init, cfg, public_names.hift(cfg), public_names.hift_tensors(state))
+    tensors = {name: x for name, x in state.items() if ends[0] not in name and ends[1] not in name}
+    for name in [n for n in state if n.endswith(ends[1])]:  # PyTorch's own weight norm
+        stem = name.removesuffix(ends[1])
+        v, g = torch.from_numpy(state[name]), torch.from_numpy(state[stem + ends[0]])
+        tensors[f"{stem}.weight"] = torch._weight_norm(v, g, 0).numpy()
+    mel, noise = test_vocoder_hift.drawn(100)
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        theirs = script.Reference(tensors)
+        theirs.weights = Watched(theirs.weights)
+        want = theirs.run(mel, noise)
+        rounded = script.Reference(tensors, torch.float32).run(mel, noise)
+    assert set(tensors) == theirs.weights.names
+    assert np.min(want["f0"]) > 20 and np.std(want["wav"]) > 0.005 and np.std(want["source"]) > 0.1
+    found = jax.jit(vocoder_hift.layers, static_argnums=1)(ours, cfg, mel, None, noise)
+    other = written("make_vocoder_hift.py") + ", in float64"
+    report("HiFT", "F0 of 100 frames, relative", other, relative(found["f0"], want["f0"]), 1e-5)
+    off = absolute(rounded["wav"], want["wav"])
+    report(
+        "HiFT",
+        "waveform of 2 s, given the same noise",
+        f"{other} (PyTorch in float32: {off:.1e})",
+        absolute(found["wav"], want["wav"]),
+        1e-3,
+    )
+    t = np.arange(1500)
+    glide = (150 + 60 * np.sin(t / 40)).astype(np.float32)
+    found = jax.jit(vocoder_hift.sines, static_argnums=0)(cfg, glide[None])[0]
+    error = absolute(found, test_vocoder_hift.exact_sines(glide))
+    report("HiFT", "sines of a glide from 90 to 210 Hz, 30 s", "numpy in float64", error, 3e-4)
+
+
 def test_the_discriminators_give_the_scores_of_independent_ones(reference):
     import torch
 
@@ -459,6 +625,14 @@ def test_the_discriminators_give_the_scores_of_independent_ones(reference):
 
 
 # ---------------------------------------------------------------- speaker encoder
+
+
+def speaker_errors(component, stage, other, found, want):
+    """Reports embeddings [B, E] by cosine and by value."""
+    assert cosine_distance(*want) > 1e-3  # the two clips differ
+    errors = [cosine_distance(x, y) for x, y in zip(found, want, strict=True)]
+    report(component, f"1 - cosine, {stage}", other, max(errors), 1e-5)
+    report(component, "the same, relative", other, max(map(relative, found, want)), 1e-4)
 
 
 @pytest.mark.parametrize("name, count", [("resnet34", 218), ("resnet221", 1346), ("resnet293", 1778)])
@@ -481,12 +655,82 @@ def test_the_speaker_encoder_gives_the_embeddings_of_an_independent_one(referenc
             for x, n in zip(fbank, lengths, strict=True)
         ]
 
-    def cosine(x, y):
-        x, y = x.astype(np.float64), y.astype(np.float64)
-        return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
-
-    errors = [1 - cosine(x, y) for x, y in zip(found, want, strict=True)]
-    assert 1 - cosine(*want) > 1e-3  # the two clips differ
     component = f"WeSpeaker {name.replace('resnet', 'ResNet')}"
-    report(component, "1 - cosine, 2 clips in a padded batch", written(), max(errors), 1e-5)
-    report(component, "the same, relative", written(), max(map(relative, found, want)), 1e-4)
+    speaker_errors(component, "2 clips in a padded batch", written(), found, want)
+
+
+def test_campplus_gives_the_embeddings_of_an_independent_one_from_both_its_files(tmp_path):
+    script = golden_script("make_speaker_campplus", "onnx")
+    import torch
+
+    reference = importlib.import_module("public_reference")
+    cfg = speaker_campplus.cosyvoice()
+    with torch.device("meta"):
+        theirs = script.Campplus(cfg)
+    state = public_weights.state(reference.shapes(theirs), SEED)
+    golden = json.loads(str(np.load(GOLDEN / "speaker_campplus.npz")["shapes"]))
+    assert {k: list(x.shape) for k, x in state.items()} == golden and len(state) == 937
+    theirs = reference.load(theirs, state)
+    lengths = np.asarray([500, 311], np.int32)
+    fbank = (2 * np.random.default_rng(6).standard_normal((2, 500, 80))).astype(np.float32)
+    fbank += 3 * np.sin(np.arange(80) / 9 * np.asarray([1.0, 2.3])[:, None])[:, None].astype(np.float32)
+    with torch.inference_mode():
+        rows = [torch.from_numpy(x[None, :n].copy()) for x, n in zip(fbank, lengths, strict=True)]
+        want = [theirs(x)[0].numpy() for x in rows]
+    weight_writers.write_torch_zip(tmp_path / "campplus_cn_common.bin", state)
+    script.export(theirs, 200, tmp_path / "campplus.onnx")
+    embed = jax.jit(speaker_campplus.embed, static_argnums=1)
+    for file, words in (
+        ("campplus_cn_common.bin", "clips of 5 s and 3.1 s in a padded batch"),
+        ("campplus.onnx", "the same, read from the ONNX file that torch.onnx writes"),
+    ):
+        found = convert.recognise(tmp_path / file)
+        assert found.config == cfg and found.problems() == ""
+        table = public_names.campplus(cfg)
+        ours = load(speaker_campplus.init, cfg, table, found.tensors, public_names.NO_COUNTS)
+        other = written("make_speaker_campplus.py")
+        speaker_errors("CAM++", words, other, np.asarray(embed(ours, cfg, fbank, lengths)), want)
+
+
+def test_wavlm_gives_the_states_and_embeddings_of_transformers_and_an_independent_head():
+    library = version("transformers")
+    script = golden_script("make_speaker_wavlm", "transformers")
+    import torch
+
+    cfg = speaker_wavlm.large_sv()
+    with torch.device("meta"):
+        wavlm, head = script.backbone(cfg), script.Ecapa(cfg)
+    names = {f"model.{k}": place for k, place in script.public_names_of(wavlm, head).items()}
+    shapes = {public: tuple(m.state_dict()[name].shape) for public, (m, name) in names.items()}
+    golden = json.loads(str(np.load(GOLDEN / "speaker_wavlm.npz")["shapes"]))
+    assert {k: list(x) for k, x in shapes.items()} == golden
+    state = public_weights.state(shapes, SEED)
+    for module in (wavlm, head):
+        tensors = {name: torch.as_tensor(state[k]) for k, (m, name) in names.items() if m is module}
+        module.load_state_dict(tensors, strict=True, assign=True)
+        module.eval().requires_grad_(False)
+    rng = np.random.default_rng(7)
+    lengths = np.asarray([80000, 50001], np.int32)
+    wav = 0.1 * rng.standard_normal((2, 80000)) * (1.5 + np.sin(np.arange(80000) / [[3000], [1700]])) + 0.02
+    wav = wav.astype(np.float32)
+    with torch.inference_mode():
+        want = [
+            script.forward(wavlm, head, torch.from_numpy(x[:n])) for x, n in zip(wav, lengths, strict=True)
+        ]
+    want = [{name: groups[name].numpy() for name in ("states", "embedding")} for groups in want]
+    del wavlm, head, tensors
+    plain = public_names.fold_weight_norm(state, public_names.wavlm_kept_axis)
+    ours = load(speaker_wavlm.init, cfg, public_names.wavlm(cfg), plain, public_names.WAVLM_IGNORED)
+    del state, plain
+    groups = jax.jit(speaker_wavlm.layer_groups, static_argnums=1)(ours, cfg, wav, lengths)
+    errors = [
+        relative(groups["states"][i, row, : y.shape[0]], y)
+        for row in range(2)
+        for i, y in enumerate(want[row]["states"])
+    ]
+    assert len(errors) == 2 * 25
+    component, head = "WavLM-large with ECAPA head", f"{library}; head: {written('make_speaker_wavlm.py')}"
+    report(component, "each of 25 hidden states, relative", library, max(errors), 2e-5)
+    stage = "clips of 5 s and 3.1 s in a padded batch"
+    embeddings = [x["embedding"][0] for x in want]
+    speaker_errors(component, stage, head, np.asarray(groups["embedding"]), embeddings)

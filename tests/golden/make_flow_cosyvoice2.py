@@ -1,18 +1,16 @@
 """Makes flow_cosyvoice2.npz: the flow decoder of CosyVoice2 at toy size, written independently with PyTorch.
 
 Run from the repository root: python tests/golden/make_flow_cosyvoice2.py
-With --full it compares at the public size instead and stores nothing (some minutes and 3 GB).
+tests/test_parity_full.py runs the same network at full size.
 
 The reference reads weights by their public names, as `public_names.to_theirs` gives them, and runs every row alone,
 without padding. Stored are inputs, the outputs of every group of layers, and the mel after ten steps.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from test_flow_cosyvoice2 import CHUNKED, TINY, make  # noqa: E402
 
-from deepasmr_jax import checkpoint, flow_cosyvoice2, public_names, sharding  # noqa: E402
+from deepasmr_jax import checkpoint, public_names, sharding  # noqa: E402
 
 SEED = 3
 
@@ -235,44 +233,6 @@ def store() -> None:
     print(path.stat().st_size, {k: (x.shape, float(np.std(x))) for k, x in out.items() if "0." in k})
 
 
-def full(lengths=(60, 45)) -> None:
-    """The public size with random weights: both rows in one padded batch against each alone."""
-    for chunk in (0, 25):
-        cfg = flow_cosyvoice2.cosyvoice2(dtype="float32", chunk_tokens=chunk)
-        model = make(cfg, SEED)
-        data = random_inputs(cfg, lengths)
-        ours = flow_cosyvoice2.sample(
-            model,
-            cfg,
-            data["tokens"],
-            data["num_tokens"],
-            data["prompt_mel"],
-            data["prompt_frames"],
-            speaker=data["speaker"],
-            noise=data["noise"],
-        )
-        mu = jax.jit(flow_cosyvoice2.encode, static_argnums=1)(model, cfg, data["tokens"], data["num_tokens"])
-        w = public_weights(model, cfg)
-        with torch.no_grad():
-            for row, n in enumerate(lengths):
-                theirs = reference(w, cfg, data, row)
-                for name, x in (("encoder.mu", mu), ("mel", ours)):
-                    want, got = theirs[name].numpy(), np.asarray(x)[row, : 2 * n]
-                    print(
-                        chunk,
-                        row,
-                        name,
-                        "std",
-                        want.std(),
-                        "largest difference",
-                        np.abs(got - want).max(),
-                        flush=True,
-                    )
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--full", action="store_true")
     sharding.make_mesh()
-    jax.config.update("jax_default_matmul_precision", "float32")
-    full() if parser.parse_args().full else store()
+    store()

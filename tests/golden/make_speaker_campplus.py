@@ -151,9 +151,8 @@ class Campplus(nn.Module):
         return self.xvector(self.head(fbank.transpose(1, 2)))
 
 
-def exported(model, frames) -> tuple[dict[str, np.ndarray], list]:
-    """Initialisers and nodes (operator, name, inputs, outputs) of the graph that torch.onnx writes."""
-    file = io.BytesIO()
+def export(model, frames, file) -> None:
+    """Writes the graph of a network to a path or a binary file, with torch.onnx."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -165,6 +164,12 @@ def exported(model, frames) -> tuple[dict[str, np.ndarray], list]:
             output_names=["output"],
             dynamic_axes={"input": {0: "B", 1: "T"}, "output": {0: "B"}},
         )
+
+
+def exported(model, frames) -> tuple[dict[str, np.ndarray], list]:
+    """Initialisers and nodes (operator, name, inputs, outputs) of the graph that torch.onnx writes."""
+    file = io.BytesIO()
+    export(model, frames, file)
     graph = onnx.load_from_string(file.getvalue()).graph
     initializers = {x.name: onnx.numpy_helper.to_array(x) for x in graph.initializer}
     return initializers, [[n.op_type, n.name, list(n.input), list(n.output)] for n in graph.node]

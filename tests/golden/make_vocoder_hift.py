@@ -4,22 +4,21 @@ The weights are made under their public names, so that a wrong name in the packa
 The source is made as the public code makes it: F0 repeated to samples, turns of each sample, linear down-sampling,
 sum, linear up-sampling.
 Run from the repository root: python tests/golden/make_vocoder_hift.py
-With `--full` nothing is written: the network at true size on 2 s, the package and PyTorch in float32 against float64.
+tests/test_parity_full.py runs the same network at full size.
 """
 
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from test_vocoder_hift import TINY, drawn, named, public_weights  # noqa: E402
+from test_vocoder_hift import TINY, drawn, public_weights  # noqa: E402
 
-from deepasmr_jax import sharding, vocoder_hift  # noqa: E402
+from deepasmr_jax import sharding  # noqa: E402
 
 
 class Reference:
@@ -99,22 +98,10 @@ class Reference:
         return {name: np.asarray(x) for name, x in out.items()}
 
 
-def compare_at_true_size() -> None:
-    cfg = vocoder_hift.cosyvoice2()
-    model, weights, (mel, noise) = named(cfg, 5), public_weights(cfg, 5), drawn(100)
-    ours = jax.device_get(jax.jit(vocoder_hift.layers, static_argnums=1)(model, cfg, mel, None, noise))
-    exact, rounded = (Reference(weights, dtype).run(mel, noise) for dtype in (torch.float64, torch.float32))
-    print("greatest value, greatest error of the package and of PyTorch in float32, both against float64")
-    for name, x in exact.items():
-        print(name, *(f"{np.max(np.abs(y)):.2g}" for y in (x, ours[name] - x, rounded[name] - x)))
-
-
 def main() -> None:
     torch.manual_seed(0)
     sharding.make_mesh()
     with torch.no_grad():
-        if "--full" in sys.argv:
-            return compare_at_true_size()
         out = Reference(public_weights(TINY, 1)).run(*drawn(3))
     out = {name: x.astype(np.float32) for name, x in out.items()}
     np.savez_compressed(Path(__file__).with_name("vocoder_hift.npz"), **out)
