@@ -2,7 +2,6 @@
 
 A table is {parameter of ours: Source}. It is read in both directions: `to_ours` converts a file for us, `to_theirs`
 writes ours under the public names. Every tensor of a file must be used or named as ignored, every parameter of ours
-must be given. Tables know nothing of files (`weight_files.py`) or of modules: they take a Config and give names.
 must be given. Some files are first brought into a plain form: norms of weights folded, tied copies left out.
 Tables know nothing of files (`weight_files.py`) or of modules: they take a model's Config and give names.
 """
