@@ -24,9 +24,8 @@ class Layout:
 LAYOUTS = {  # what PyTorch stores -> what ours is
     "same": Layout(lambda x: x, lambda x: x),
     "linear": Layout(lambda x: x.T, lambda x: x.T),  # (out, in) -> (in, out)
-    "conv1d": Layout(
-        lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)
-    ),  # (o, i, k) -> (k, i, o)
+    # (o, i, k) -> (k, i, o)
+    "conv1d": Layout(lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)),
     "conv2d": Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # -> (h, w, i, o)
     # (in, out, k) -> (k, in, out), reversed along k: ours is run as a convolution of the input with zeros between
     "conv_transpose1d": Layout(lambda x: x.transpose(2, 0, 1)[::-1], lambda x: x[::-1].transpose(1, 2, 0)),
