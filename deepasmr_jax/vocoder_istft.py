@@ -9,8 +9,8 @@ the pulses are left unused (tried: they ended 60 dB below the rest).
 Training: multi-resolution STFT and mel losses, and optionally small multi-period and spectrogram
 discriminators from a given step on (least squares; Kong et al., 2020; Jang et al., 2021).
 Batch: wav [B, W] float32 in [-1, 1] at the profile's rate; the mel is computed inside the loss.
-Letters: B rows, T mel frames, M mel bins, W samples, D width, F MLP width, P period, C channels; `bins`
-are those of a spectrum, `subframes` the output frames of a mel frame.
+Letters: B rows, T mel frames, M mel bins, W samples, D width, F MLP width, P period, C channels;
+`bins` are those of a spectrum, `subframes` the output frames of a mel frame.
 """
 
 import dataclasses
