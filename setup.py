@@ -54,7 +54,8 @@ setup(
             "pypinyin>=0.53,<0.56",
             "pocketsphinx>=5.1,<6",
         ],
-        # the demo's page is one file that needs nothing more; a server would name its packages here
+        # reserved for a page that is served; empty, since the demo's page is one file and needs no package. Not
+        # offered in the README while it is empty
         "web": [],
         # the tests use `zh` and `judge` too (launch/test.sh installs dev,zh,judge); those of the corpus and of the
         # speaker judge are skipped without `corpus` and `eval`

@@ -6,8 +6,8 @@ Command: python -m deepasmr_jax.train --config=configs/lm_pretrain.py --workdir=
   --set=data.data_dirs=FEATURES, where FEATURES was made with `data/add_features.py --text-tokenizer FOLDER`,
   FOLDER being CosyVoice2-0.5B's tokenizer folder CosyVoice-BlankEN (151,936 text ids; the default tokenizer of
   that script has 313 and is refused).
-Not possible yet: the paper's 200,000 h are not public, so CosyVoice2's weights, given as --set=init_from=MODEL,
-  are meant to stand in for most of this stage; the package has no reader of public weights so far.
+Start: the paper's 200,000 h are not public. CosyVoice2's weights can stand in for most of this stage: make MODEL with
+  `deepasmr convert file llm.pt --out MODEL`, then add --set=init_from=MODEL.
 Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
 Number to see: unmeasured.
 """

@@ -15,8 +15,8 @@ exported model):
   the same with flow_normal and flow, then vocoder; recognizer is the Mandarin judge of the evaluation.
 launch/mini.sh runs all of it. On recordings of your own add --set=data_note="what they are": without it the exported
 model says that it was trained on synthetic speech only.
-Hardware and hours: two CPU cores. The whole has not been run to its end yet; measured per step on one core of a busy
-machine: tokenizer 0.7 s, LM 1.4 s, flow 0.8 s, vocoder 0.4 s. Steps below are what such a machine does in a day.
+Hardware and hours: two CPU cores. docs/speed.md has the seconds a step of each stage (table "Training"); by them the
+steps below take 6 hours, without corpus, features, evaluation, pool and tables. Hours of the whole: unmeasured.
 Numbers to see: docs/training.md has the held-out numbers of the runs behind the shipped weights.
 """
 

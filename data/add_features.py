@@ -193,7 +193,7 @@ def add_features(
         model: exported model folder.
         out: version folder to write, e.g. `FEATURES/1.0.0`.
         text_tokenizer: "mini", or the folder of a Qwen tokenizer; its name and vocabulary size are written beside
-            the features (input_pipeline.TEXT_TOKENIZER_FILE), for the language model to compare; so are the
+            the features (input_pipeline.MADE_WITH_FILE), for the language model to compare; so are the
             checksum of the speech tokenizer and the mel profile, for an interrupted pass.
         mel_profile: name of the mel recipe.
         batch_size: rows per compiled call.
@@ -253,7 +253,7 @@ def add_features(
 
 def _note_origin(folder: Path, made: dict) -> None:
     """Writes what the features are made with, or compares it with what is there; older files say less."""
-    path = folder / input_pipeline.TEXT_TOKENIZER_FILE
+    path = input_pipeline.made_with_file(folder)
     if not path.exists():
         config.write_json(path, made)
         return

@@ -1,4 +1,10 @@
-"""Many requests into a folder: wavs, and a JSON line for each; what is finished is not made again."""
+"""Many requests into a folder: wavs, and a JSON line for each; what is finished is not made again.
+
+`to_folder` speaks the rows of a list, some at a time, and writes each wav and its line as soon as it is there, so a
+run may be stopped at any time and goes on with the same call. A row that cannot be spoken is a line of
+failures.jsonl and stops nothing. A row is made again if it, the model or its clip has changed. `deepasmr batch` is
+this function; `evaluate.py` reads the folder.
+"""
 
 import json
 import os

@@ -42,9 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 
     0; 1 if `doctor` found damage or a request of `batch` failed; 2 for bad input; 130 after Ctrl-C.
     """
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "3"
-    )  # XLA's remarks about the machine are not for this user
+    # XLA's remarks about the machine are not for this user
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
@@ -434,11 +433,9 @@ def _mebibytes(files: list[Path]) -> str:
 _VOICE_INTRO = "Training had neither this form of the voice nor these sentences."
 _SETTINGS = (
     "Errors: word error rate of a recogniser that knows only the grammar of the English matrix sentences "
-    "(pocketsphinx), where it is installed. Similarity: cosine to the clip by the model's own speaker "
-    "encoder, which is "
-    "not an independent one. The last columns are seconds of work for the clip, the tokens, the mel and the "
-    "waveform, "
-    "without compilation."
+    "(pocketsphinx), where it is installed. Similarity: cosine to the clip by the model's own speaker encoder, "
+    "which is not an independent one. The last columns are seconds of work for the clip, the tokens, the mel "
+    "and the waveform, without compilation."
 )
 
 

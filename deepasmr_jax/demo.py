@@ -1,4 +1,10 @@
-"""The demonstration: the bundled clips of a model folder, and all four tasks from each of them."""
+"""The demonstration: the bundled clips of a model folder, and all four tasks from each of them.
+
+`make` reads the folder `demo` of a model (two voices, each once normal and once whispered, with sentences to speak)
+and gives the clips and what was made from them, as `Sound`s. It writes nothing: the command `deepasmr demo` makes
+wavs, pictures and the page (`page.py`) of them.
+Letters: W samples.
+"""
 
 import json
 from collections.abc import Callable

@@ -7,8 +7,8 @@ al., 2023).
 
 Batch keys of `loss`: speech_tokens [B, N] int32; num_tokens [B] int32; mel [B, T, M] float32 log-mel, T the
 frames of N tokens; prompt_frames [B] int32 (0: the loss draws an infilling span).
-Letters: B rows, N tokens, T mel frames, M mel bins, P positions (T / patch_frames, rounded up), D width,
-H heads, E head size, L layers.
+Letters: B rows, N tokens, T mel frames, M mel bins, P positions (T / patch_frames, rounded up),
+F values of a position (patch_frames * M), D width, H heads, E head size, L layers.
 """
 
 import dataclasses
@@ -172,7 +172,7 @@ class ScaleNorm(nnx.Module):
 class GroupedConv(nnx.Module):
     """Grouped 1-d convolution with zero padding that keeps the length.
 
-    Weights: kernel [K, D/G, D] for K taps and G groups, bias [D]; both replicated.
+    Weights: kernel [taps, D / groups, D], bias [D]; both replicated.
     """
 
     def __init__(self, width: int, kernel: int, groups: int, *, rngs: nnx.Rngs):

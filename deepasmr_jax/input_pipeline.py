@@ -15,6 +15,7 @@ Batches, B rows each, all lengths static:
   vocoder: wav [B, W] float32 in [-1, 1] at the rate of `mel_profile`, no padding.
   speech_tokenizer: wav [B, W], lengths [B] samples, phones and f0_class [B, W // 320] int32 (-1 = padding).
   speaker: wav [B, W], lengths [B] samples, speaker_index [B] int32 in the order of `speakers`.
+Letters: B rows, N tokens (lm: positions of a row), T mel frames, M mel bins, W samples.
 """
 
 import dataclasses
@@ -33,8 +34,10 @@ from deepasmr_jax import audio, lm, text
 IGNORED = -1  # target or label that carries no loss
 LABEL_SAMPLES = 320  # one phone label each 20 ms
 FEATURES = {"speech_tokens", "mel", "text_ids"}  # fields that data/add_features.py makes
-# beside them: {"name": "mini" or "qwen", "vocab_size"} of the tokenizer that made text_ids
-TEXT_TOKENIZER_FILE = "text_tokenizer.json"
+# beside them, what made them: {"name": "mini" or "qwen", "vocab_size", "speech_tokenizer": sha256, "mel_profile"},
+# the first two of the text tokenizer; older folders may say less, under the older name
+MADE_WITH_FILE = "made_with.json"
+OLD_MADE_WITH_FILE = "text_tokenizer.json"
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 _EXAMPLES = 2**40  # "without end", for Grain's range
 _OPEN_ROWS = 256  # rows that the packing fills at the same time
@@ -56,9 +59,8 @@ class Config:
     num_tokens: int = 512  # N: length of a packed LM row, or of a flow row in speech tokens
     max_utterances: int = 3  # utterances in one LM segment
     end_id: int = audio.NUM_CODES
-    spell_probability: float = (
-        0.0  # share of English words spelled by letters; text_ids must be of text.MiniTokenizer
-    )
+    # share of English words spelled by letters; text_ids must be of text.MiniTokenizer
+    spell_probability: float = 0.0
     spell_room: int = 16  # positions of each row kept free for them when spell_probability > 0
     align: bool = False  # adds `aligned`; needs `phones`, and text_ids of text.MiniTokenizer
     # flow and vocoder
@@ -102,6 +104,12 @@ class Config:
     def item(self) -> str:
         """What `items_per_batch` counts."""
         return "tokens" if self.stage in ("lm", "flow") else "samples"
+
+
+def made_with_file(folder: str | os.PathLike) -> Path:
+    """The file of a feature folder that says what made it, under its older name if only that is there."""
+    path, old = Path(folder) / MADE_WITH_FILE, Path(folder) / OLD_MADE_WITH_FILE
+    return old if old.exists() and not path.exists() else path
 
 
 # ---------------------------------------------------------------- records and their index
@@ -359,12 +367,12 @@ def align(symbols: list[str], phones: np.ndarray, num_frames: int) -> np.ndarray
     in the order of the text.
 
     Args:
-        symbols: M names of text.MiniTokenizer.
-        phones: [W] int, index in text.PHONES of each frame.
-        num_frames: frames wanted; beyond W the last one is repeated.
+        symbols: names of text.MiniTokenizer.
+        phones: [frames] int, index in text.PHONES of each frame.
+        num_frames: frames wanted; beyond those of `phones` the last one is repeated.
 
     Returns:
-        [num_frames] int32 in 0..M-1, never decreasing.
+        [num_frames] int32, index in `symbols`, never decreasing.
     """
     classes = np.array([_symbol_class(s) for s in symbols])
     cost = _phone_costs()[classes][:, phones]
@@ -385,7 +393,7 @@ def warp(cost: np.ndarray) -> np.ndarray:
     """The cheapest way through a matrix by dynamic time warping, as `librosa.sequence.dtw` finds it.
 
     Args:
-        cost: [M, W] int; in whole numbers, ties are exact.
+        cost: [rows, columns] int; in whole numbers, ties are exact.
 
     Returns:
         [steps, 2] int cells from the first to the last; a step goes on in both axes, in the second, or in the

@@ -279,11 +279,10 @@ class SpeakerJudge:
         import sys
         import types
 
+        # it may be absent, or without setuptools; only a step of resemblyzer that we leave out needs it
         try:
             import webrtcvad  # noqa: F401
-        except (
-            ImportError
-        ):  # not there, or without setuptools; only for a step of resemblyzer that we leave out
+        except ImportError:
             sys.modules["webrtcvad"] = types.ModuleType("webrtcvad")
         try:
             from resemblyzer import VoiceEncoder

@@ -177,10 +177,8 @@ def demo(title: str, notice: str, sections: Sequence[Section], settings: str) ->
 _READING = (
     "Each task name tells the style of the clip and the style of the output: <b>N</b> is normal, <b>A</b> is "
     "whispered ASMR, so N2A turns an ordinary voice into a whisper. In the pictures, normal speech shows "
-    "evenly "
-    "spaced horizontal lines in its vowels: the harmonics of the voice. Whispered speech shows the same "
-    "bands of "
-    "energy filled with noise, and no lines."
+    "evenly spaced horizontal lines in its vowels: the harmonics of the voice. Whispered speech shows the same "
+    "bands of energy filled with noise, and no lines."
 )
 
 _STYLE = """

@@ -131,9 +131,8 @@ class Pool:
                     )
                 if e.speaker_embedding.shape != old.speaker_embedding.shape:
                     raise ValueError(
-                        f"entry {e.name!r} has an embedding of {e.speaker_embedding.shape[0]} numbers, the "
-                        f"pool "
-                        f"{old.speaker_embedding.shape[0]}; analyse it with the pool's own model"
+                        f"entry {e.name!r} has an embedding of {e.speaker_embedding.shape[0]} numbers, "
+                        f"the pool {old.speaker_embedding.shape[0]}; analyse it with the pool's own model"
                     )
         return Pool(self.entries + tuple(entries), self.mel_profile, self.speaker_model)
 
@@ -163,14 +162,13 @@ class Pool:
             if not found:
                 near = ", ".join(e.name for e in self.select(style, language)[:3]) or "none of this style"
                 raise ValueError(
-                    f"unknown pool strategy or entry {strategy!r}; use nearest, static, real, self or an "
-                    f"entry's "
-                    f"name (such as {near}; `deepasmr pool list` shows all)"
+                    f"unknown pool strategy or entry {strategy!r}; use nearest, static, real, self or "
+                    f"an entry's name (such as {near}; `deepasmr pool list` shows all)"
                 )
             if found[0].style != style:
                 raise ValueError(
-                    f"pool entry {strategy!r} is {found[0].style}, but {style} is wanted; choose an entry of "
-                    f"that style"
+                    f"pool entry {strategy!r} is {found[0].style}, but {style} is wanted; choose "
+                    "an entry of that style"
                 )
             return found[0], _cosine(embedding, found)[0]
         entries = self.select(style, language, real=strategy == "real")

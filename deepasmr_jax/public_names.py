@@ -2,7 +2,6 @@
 
 A table is {parameter of ours: Source}. It is read in both directions: `to_ours` converts a file for us, `to_theirs`
 writes ours under the public names. Every tensor of a file must be used or named as ignored, every parameter of ours
-must be given. Tables know nothing of files (`weight_files.py`) or of modules: they take a Config and give names.
 must be given. Some files are first brought into a plain form: norms of weights folded, tied copies left out.
 Tables know nothing of files (`weight_files.py`) or of modules: they take a model's Config and give names.
 """
@@ -25,9 +24,8 @@ class Layout:
 LAYOUTS = {  # what PyTorch stores -> what ours is
     "same": Layout(lambda x: x, lambda x: x),
     "linear": Layout(lambda x: x.T, lambda x: x.T),  # (out, in) -> (in, out)
-    "conv1d": Layout(
-        lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)
-    ),  # (o, i, k) -> (k, i, o)
+    # (o, i, k) -> (k, i, o)
+    "conv1d": Layout(lambda x: x.transpose(2, 1, 0), lambda x: x.transpose(2, 1, 0)),
     "conv2d": Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),  # -> (h, w, i, o)
     # (in, out, k) -> (k, in, out), reversed along k: ours is run as a convolution of the input with zeros between
     "conv_transpose1d": Layout(lambda x: x.transpose(2, 0, 1)[::-1], lambda x: x[::-1].transpose(1, 2, 0)),

@@ -225,9 +225,8 @@ class Synthesizer:
         self.ratios = settings.get("ratios", {})  # style -> {"min_ratio", "max_ratio"} where they differ
         self.solver = {"num_steps": 16, "guidance": 1.0, "method": "euler", "schedule": "cosine"}
         self.solver |= settings.get("flow", {})
-        self.output_gain_db = settings.get(
-            "output_gain_db", {}
-        )  # style -> what guidance makes too loud, negative
+        # style -> what guidance makes too loud, negative
+        self.output_gain_db = settings.get("output_gain_db", {})
         self.clip_level_db = settings.get("clip_level_db", {})  # style -> level of the training data
         vocoder_config = self._parts["vocoder"].config
         self._vocoder_configs = {  # a vocoder with a voice source can be told to whisper

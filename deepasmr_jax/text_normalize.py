@@ -332,9 +332,8 @@ def _tidy(text: str, ellipsis: str) -> str:
     """Repeated marks to one, no marks at the head, single blanks, no blank before a mark."""
     marks = ",.?!;:，。？！；：、"
     text = re.sub(r"(?<![\w])-|-(?![\w])", " ", text)  # hyphens stay inside words only
-    text = re.sub(
-        rf"(?<!\w)'(?!{_CLIPPED})(\w[^']*\w)'(?!\w)", r"\1", text
-    )  # quotes; 'tis and cats' keep theirs
+    # quotes; 'tis and cats' keep theirs
+    text = re.sub(rf"(?<!\w)'(?!{_CLIPPED})(\w[^']*\w)'(?!\w)", r"\1", text)
     text = re.sub(r"(?<!\w)'(?!\w)", " ", text)
     text = re.sub(rf"\s+(?=[{marks}…])", "", re.sub(r"\s+", " ", text))
     text = re.sub(r"\.{2,}|…+|。{2,}", "…", text)

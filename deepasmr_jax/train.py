@@ -426,7 +426,7 @@ def check_text_ids(cfg: TrainConfig) -> None:
         "make them again with data/add_features.py --text-tokenizer (mini, or the folder of a Qwen tokenizer)"
     )
     for folder in cfg.data.data_dirs:
-        path = Path(folder) / input_pipeline.TEXT_TOKENIZER_FILE
+        path = input_pipeline.made_with_file(folder)
         if path.exists():
             made = json.loads(path.read_text())
             if made["vocab_size"] != rows:
@@ -607,9 +607,8 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
             if previous is not None:
                 finish(*previous)
             previous = (step, out)
-            if (
-                is_cpu
-            ):  # queued programs of fake CPU devices deadlock, so one step is in flight here, elsewhere two
+            # queued programs of fake CPU devices deadlock, so one step is in flight there, elsewhere two
+            if is_cpu:
                 jax.block_until_ready((state, out))
             if held_out and step % cfg.eval_every == 0:
                 flush()

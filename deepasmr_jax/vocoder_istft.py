@@ -9,7 +9,8 @@ the pulses are left unused (tried: they ended 60 dB below the rest).
 Training: multi-resolution STFT and mel losses, and optionally small multi-period and spectrogram
 discriminators from a given step on (least squares; Kong et al., 2020; Jang et al., 2021).
 Batch: wav [B, W] float32 in [-1, 1] at the profile's rate; the mel is computed inside the loss.
-Letters: B rows, T mel frames, M mel bins, W samples, D width, F MLP width, P period, C channels, K bins.
+Letters: B rows, T mel frames, M mel bins, W samples, D width, F MLP width, P period, C channels;
+`bins` are those of a spectrum, `subframes` the output frames of a mel frame.
 """
 
 import dataclasses
@@ -174,9 +175,9 @@ class Block(nnx.Module):
 class Generator(nnx.Module):
     """embed, norm, layers (stacked on axis 0), final_norm, head; with a source three heads in place of `head`.
 
-    For each of the S output frames of a mel frame, K bins: head and filter_head give log magnitudes, then phases
-    (kernels [D, S 2 K]), noise_head log magnitudes ([D, S K]). pitch_head gives logits of the pitch bins, then of
-    voicing.
+    For each of the output frames of a mel frame: head and filter_head give log magnitudes, then phases (kernels
+    [D, subframes * 2 * bins]), noise_head log magnitudes ([D, subframes * bins]). pitch_head gives logits of the
+    pitch bins, then of voicing.
     """
 
     def __init__(self, cfg: Config, key: jax.Array):
@@ -224,7 +225,7 @@ def inverse_stft(spectrum: jax.Array, cfg: audio.MelConfig, valid: jax.Array | N
     short-time spectrum is the signal itself.
 
     Args:
-        spectrum: [B, T, K] complex64, K = n_fft // 2 + 1.
+        spectrum: [B, T, bins] complex64, bins = n_fft // 2 + 1.
         cfg: gives n_fft, win_samples, hop_samples and how many samples lie before the centre of frame 0.
         valid: [B, T] bool, frames to use; None: all.
 
@@ -328,7 +329,7 @@ def _synthesize(
     window = np.pad(audio.hann(frames.win_samples), (left, size - frames.win_samples - left))
 
     def excitation(source: jax.Array) -> jax.Array:
-        """[B, T * hop] of unit power to [B, T', K] of about unit power."""
+        """[B, T * hop] of unit power to [B, T * subframes, bins] of about unit power."""
         source = jnp.pad(jax.lax.stop_gradient(source), ((0, 0), (frames.pad_samples,) * 2))
         pieces = audio.frame(source, size, frames.hop_samples) * window
         return jnp.fft.rfft(pieces, axis=-1) / float(np.sqrt(np.sum(window**2)))
@@ -420,11 +421,10 @@ class SpectrogramDiscriminator(nnx.Module):
         self.out = Linear(keys[-1], 9 * sizes[-1], 1, std=(9 * sizes[-1]) ** -0.5)
 
     def __call__(self, wav: jax.Array, n_fft: int, dtype: str) -> list[jax.Array]:
-        """[B, W] to the outputs of all layers [B, K / 4^layer, T, C]; the last is the score."""
+        """[B, W] to the outputs of all layers [B, bins / 4^layer, T, C]; the last is the score."""
         power = audio.power_spectrogram(wav, n_fft, n_fft // 4)
-        x = ((power + 1e-8) ** 0.25).swapaxes(1, 2)[
-            ..., None
-        ]  # root of the magnitude: quiet speech counts too
+        # root of the magnitude: quiet speech counts too
+        x = ((power + 1e-8) ** 0.25).swapaxes(1, 2)[..., None]
         outputs = []
         for conv in self.convs:
             x = jax.nn.leaky_relu(conv(self._neighbours(x, 8, 4), dtype), 0.1)
@@ -432,7 +432,7 @@ class SpectrogramDiscriminator(nnx.Module):
         return [*outputs, self.out(self._neighbours(x, 3, 1), dtype)]
 
     def _neighbours(self, x: jax.Array, size: int, stride: int) -> jax.Array:
-        """[B, K, T, C] to [B, K / stride, T, 3 * size * C]: `size` bins x 3 frames."""
+        """[B, bins, T, C] to [B, bins / stride, T, 3 * size * C]: `size` bins x 3 frames."""
         x = _patches(x, size, stride)
         x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0)))
         return jnp.concatenate([x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:]], axis=-1)

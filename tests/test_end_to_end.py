@@ -1,6 +1,7 @@
 """From a text and a wav to a wav, through the command's function and on more than one device."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import tiny_model
 
-import deepasmr_jax
 from deepasmr_jax import audio, cli, sharding, synthesis
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_text_and_a_wav_become_a_wav_of_the_expected_length_finite_and_not_silent(tmp_path, capsys):
@@ -38,13 +40,21 @@ def test_the_installed_command_starts():
     assert "usage: deepasmr" in found.stdout and "evaluate" in found.stdout
 
 
-def test_the_six_lines_of_the_readme_work(tmp_path):
-    speak = deepasmr_jax.load(tiny_model.shared())
-    audio.save(tmp_path / "clip.wav", tiny_model.buzz(), tiny_model.RATE)
-    result = speak("Good night.", tmp_path / "clip.wav", style="asmr")
-    result.save(tmp_path / "out.wav")
-    assert (tmp_path / "out.wav").exists() and result.sample_rate == 16000
-    assert len(result.tokens) and result.timings and result.seed == 0
+def test_the_six_lines_of_the_readme_work(tmp_path, monkeypatch):
+    source = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
+    assert len([line for line in source.splitlines() if line]) <= 6
+    monkeypatch.setattr("deepasmr_jax.request.BUILT_IN", tiny_model.shared())
+    monkeypatch.chdir(tmp_path)
+    audio.save("clip.wav", tiny_model.buzz(), tiny_model.RATE)
+    names = {}
+    exec(compile(source, "README.md", "exec"), names)
+    result = names["result"]
+    assert len(audio.load("out.wav", tiny_model.RATE)) == len(result.audio)
+    # what the comments promise: fields, and a player and a picture in a notebook
+    promised = re.search(r"also: (.*)", source).group(1).replace("result", "").split(", ")
+    assert ".timings" in promised and all(getattr(result, p[1:]) is not None for p in promised)
+    shown = result._repr_html_()
+    assert result.request.style == "asmr" and "<audio" in shown and "<img" in shown
 
 
 def test_a_mesh_of_two_devices_gives_the_same_speech_as_one():
