@@ -192,7 +192,7 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         inner = cfg.num_heads * cfg.head_dim
-        make = functools.partial(nn.Linear, rngs=rngs, dtype=cfg.dtype)
+        make = functools.partial(nn.Linear, rngs=rngs)
         self.query = make(cfg.width, inner, ("embed", "heads"))
         self.key = make(cfg.width, inner, ("embed", "heads"))
         self.value = make(cfg.width, inner, ("embed", "heads"))
@@ -203,7 +203,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
         """[B, P, D] and the valid positions [B, P] -> [B, P, D] float32."""
-        q, k, v = (nn.split_heads(f(x), cfg.num_heads) for f in (self.query, self.key, self.value))
+        q, k, v = (nn.split_heads(f(x, cfg.dtype), cfg.num_heads) for f in (self.query, self.key, self.value))
         if cfg.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         positions = jnp.arange(x.shape[1])[None]
@@ -215,7 +215,7 @@ class Attention(nnx.Module):
             return jnp.where((jnp.arange(cfg.num_heads) < cfg.rotary_heads)[:, None], turned, y)
 
         y = nn.attention(rotate(q), rotate(k), v, mask[:, None], dtype=cfg.attention_dtype)
-        return self.out(nn.merge_heads(y))
+        return self.out(nn.merge_heads(y), cfg.dtype)
 
 
 class Block(nnx.Module):
@@ -223,24 +223,22 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: Config, has_skip: bool, *, rngs: nnx.Rngs):
         if has_skip:
-            self.skip = nn.Linear(
-                2 * cfg.width, cfg.width, ("embed", None), rngs=rngs, use_bias=False, dtype=cfg.dtype
-            )
+            self.skip = nn.Linear(2 * cfg.width, cfg.width, ("embed", None), rngs=rngs, use_bias=False)
         self.attention_norm = ScaleNorm(cfg.width)
         self.attention = Attention(cfg, rngs=rngs)
         self.mlp_norm = ScaleNorm(cfg.width)
         hidden = cfg.mlp_ratio * cfg.width
-        self.mlp_in = nn.Linear(cfg.width, hidden, ("embed", "mlp"), rngs=rngs, dtype=cfg.dtype)
-        self.mlp_out = nn.Linear(hidden, cfg.width, ("mlp", "embed"), rngs=rngs, dtype=cfg.dtype)
+        self.mlp_in = nn.Linear(cfg.width, hidden, ("embed", "mlp"), rngs=rngs)
+        self.mlp_out = nn.Linear(hidden, cfg.width, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x, mask, cfg: Config, skip=None, key=None) -> jax.Array:
         """[B, P, D] (and the skip, same shape) -> [B, P, D] float32."""
         keys = (None, None) if key is None else jax.random.split(key)
         if skip is not None:
-            x = self.skip(jnp.concatenate([x, skip], axis=-1))
+            x = self.skip(jnp.concatenate([x, skip], axis=-1), cfg.dtype)
         x = x + _dropout(self.attention(self.attention_norm(x), mask, cfg), cfg.dropout, keys[0])
-        hidden = jax.nn.gelu(self.mlp_in(self.mlp_norm(x)), approximate=True)
-        return x + self.mlp_out(_dropout(hidden, cfg.dropout, keys[1]))
+        hidden = jax.nn.gelu(self.mlp_in(self.mlp_norm(x), cfg.dtype), approximate=True)
+        return x + self.mlp_out(_dropout(hidden, cfg.dropout, keys[1]), cfg.dtype)
 
 
 def _token_table(key: jax.Array, cfg: Config) -> jax.Array:
@@ -270,9 +268,7 @@ class Decoder(nnx.Module):
         # replicated: 6562 rows divide by no mesh, and the table is 1 % of the weights
         self.token_table = nnx.Param(_token_table(rngs.params(), cfg))
         frame = cfg.patch_frames * cfg.mel_bins
-        self.input = nn.Linear(
-            2 * frame + cfg.token_width, cfg.width, (None, "embed"), rngs=rngs, dtype=cfg.dtype
-        )
+        self.input = nn.Linear(2 * frame + cfg.token_width, cfg.width, (None, "embed"), rngs=rngs)
         self.conv_first = GroupedConv(cfg.width, cfg.conv_kernel, cfg.conv_groups, rngs=rngs)
         self.conv_second = GroupedConv(cfg.width, cfg.conv_kernel, cfg.conv_groups, rngs=rngs)
         self.time_in = nn.Linear(TIME_FEATURES, cfg.width, (None, "embed"), rngs=rngs)
@@ -281,21 +277,20 @@ class Decoder(nnx.Module):
         self.down = jax.vmap(lambda r: Block(cfg, False, rngs=r))(rngs.split(half))
         self.up = jax.vmap(lambda r: Block(cfg, True, rngs=r))(rngs.split(half))
         self.norm = ScaleNorm(cfg.width)
-        self.output = nn.Linear(
-            cfg.width, frame, ("embed", None), rngs=rngs, dtype=cfg.dtype, init=jax.nn.initializers.zeros
-        )
+        zeros = jax.nn.initializers.zeros
+        self.output = nn.Linear(cfg.width, frame, ("embed", None), rngs=rngs, init=zeros)
 
     def embed_time(self, t: jax.Array) -> jax.Array:
-        """Flow time [B] in [0, 1] -> [B, D] float32."""
+        """Flow time [B] in [0, 1] -> [B, D] float32; float32 products whatever cfg.dtype."""
         half = TIME_FEATURES // 2
         frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
         angles = 1000.0 * t[:, None] * frequencies
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        return self.time_out(jax.nn.silu(self.time_in(features)))
+        return self.time_out(jax.nn.silu(self.time_in(features, "float32")), "float32")
 
-    def embed_input(self, x, condition, tokens, mask) -> jax.Array:
+    def embed_input(self, x, condition, tokens, mask, cfg: Config) -> jax.Array:
         """Patched mels [B, P, F], token embeddings [B, P, token_width], mask [B, P] -> [B, P, D] float32."""
-        x = self.input(jnp.concatenate([x, condition, tokens], axis=-1))
+        x = self.input(jnp.concatenate([x, condition, tokens], axis=-1), cfg.dtype)
         valid = mask[..., None]
         y = _mish(self.conv_first(jnp.where(valid, x, 0.0)))
         y = _mish(self.conv_second(jnp.where(valid, y, 0.0)))
@@ -337,11 +332,11 @@ class Decoder(nnx.Module):
             [B, T, M] float32.
         """
         num_frames = x.shape[1]
-        x = self.embed_input(_patch(x, cfg), _patch(condition, cfg), tokens, mask)
+        x = self.embed_input(_patch(x, cfg), _patch(condition, cfg), tokens, mask, cfg)
         x = jnp.concatenate([self.embed_time(t)[:, None], x], axis=1)
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)  # the frame of the time
         x = self.layers(x, mask, cfg, key)
-        return _unpatch(self.output(self.norm(x)[:, 1:]), cfg)[:, :num_frames]
+        return _unpatch(self.output(self.norm(x)[:, 1:], cfg.dtype), cfg)[:, :num_frames]
 
 
 def init(cfg: Config, key: jax.Array) -> Decoder:

@@ -2,7 +2,8 @@
 
 Mixed precision, in one place: weights and activations are float32; a product casts only its two operands to
 `dtype`, forward and backward, and accumulates in float32. Norms, softmax and rotary angles are float32
-whatever `dtype` is.
+whatever `dtype` is. No layer stores a `dtype`: the caller passes that of its config, or "float32" where a product
+stays exact, so one loaded model runs in either.
 Sharding: kernels are split as their axis names say (`sharding.AXES`); an activation keeps the split of its
 leading axes and has its last axis split only where the kernel's output axis is on `model`.
 
@@ -69,7 +70,6 @@ class Linear(nnx.Module):
         axes: logical names of the kernel's two axes, such as ("embed", "mlp"); None is an unsplit axis.
         rngs: source of the initial weights; the stream `params` is used.
         use_bias: adds a bias that starts at zero.
-        dtype: type of the operands of the product; the result is float32.
         init: initializer of the kernel.
     """
 
@@ -81,7 +81,6 @@ class Linear(nnx.Module):
         *,
         rngs: nnx.Rngs,
         use_bias: bool = True,
-        dtype: str = "float32",
         init=jax.nn.initializers.lecun_normal(),
     ):
         shape = (in_features, out_features)
@@ -90,12 +89,11 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32, out_sharding=like_vector(axes[1])))
         self.use_bias = use_bias
         self.out_axis = axes[1]
-        self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] any float type -> [..., out] float32; the leading axes keep their split."""
+    def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
+        """[..., in] any float type -> [..., out] float32 by a product in `dtype`; the leading axes keep their split."""
         out = like(x, self.out_axis)
-        y = product("...i,io->...o", x, self.kernel[...], self.dtype, out)
+        y = product("...i,io->...o", x, self.kernel[...], dtype, out)
         return y + self.bias[...] if self.use_bias else y
 
 
@@ -195,17 +193,16 @@ class SwiGLU(nnx.Module):
         mlp_width: int,
         *,
         rngs: nnx.Rngs,
-        dtype: str = "float32",
         init=jax.nn.initializers.lecun_normal(),
     ):
-        options = dict(rngs=rngs, use_bias=False, dtype=dtype, init=init)
+        options = dict(rngs=rngs, use_bias=False, init=init)
         self.gate = Linear(width, mlp_width, ("embed", "mlp"), **options)
         self.up = Linear(width, mlp_width, ("embed", "mlp"), **options)
         self.down = Linear(mlp_width, width, ("mlp", "embed"), **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] float32."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
+        """[..., D] -> [..., D] float32; products in `dtype`."""
+        return self.down(jax.nn.silu(self.gate(x, dtype)) * self.up(x, dtype), dtype)
 
 
 def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = False) -> jax.Array:

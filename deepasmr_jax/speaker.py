@@ -208,7 +208,7 @@ class Encoder(nnx.Module):
         for name in ("layer1", "layer2", "layer3", "layer4"):
             x, mask, stage = getattr(self, name)(cfg, x, mask, use_batch)
             setattr(used, name, stage)
-        return self.seg_1(pool(x, mask)), used
+        return self.seg_1(pool(x, mask), "float32"), used
 
 
 def init(cfg: Config, key: jax.Array) -> Encoder:

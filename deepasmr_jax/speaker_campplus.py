@@ -168,7 +168,7 @@ class DenseLayer(nnx.Module):
     """Bottleneck, then a convolution whose output is scaled by a mask computed from the context."""
 
     def __init__(self, cfg: Config, num_in: int, rngs: _Keys):
-        inner, options = cfg.bottleneck, dict(rngs=rngs, dtype=cfg.dtype)
+        inner, options = cfg.bottleneck, dict(rngs=rngs)
         self.norm1, self.linear1 = Norm(num_in), nn.Linear(num_in, inner, use_bias=False, **options)
         self.norm2, self.local = Norm(inner), TimeConv(3, inner, cfg.growth, rngs)
         self.context1 = nn.Linear(inner, inner // 2, **options)
@@ -176,10 +176,10 @@ class DenseLayer(nnx.Module):
 
     def __call__(self, cfg: Config, dilation: int, x: jax.Array, mask: jax.Array) -> jax.Array:
         """[B, T, C] and mask [B, T] to the layer's own [B, T, growth] float32."""
-        x = self.linear1(jax.nn.relu(self.norm1(x)))
+        x = self.linear1(jax.nn.relu(self.norm1(x)), cfg.dtype)
         x = jnp.where(mask[..., None], jax.nn.relu(self.norm2(x)), 0.0)
-        context = jax.nn.relu(self.context1(_context(x, mask, cfg.segment_frames)))
-        gate = jax.nn.sigmoid(self.context2(context))  # one for each segment
+        context = jax.nn.relu(self.context1(_context(x, mask, cfg.segment_frames), cfg.dtype))
+        gate = jax.nn.sigmoid(self.context2(context, cfg.dtype))  # one for each segment
         y = self.local(x, cfg.dtype, dilation=dilation)
         return y * _to_frames(gate, cfg.segment_frames, y.shape[1])
 
@@ -197,12 +197,12 @@ class Encoder(nnx.Module):
             widths = [width + i * cfg.growth for i in range(count)]
             blocks.append(nnx.List([DenseLayer(cfg, w, rngs) for w in widths]))
             width = full // 2
-            transits.append(nn.Linear(full, width, rngs=rngs, use_bias=False, dtype=cfg.dtype))
+            transits.append(nn.Linear(full, width, rngs=rngs, use_bias=False))
             transit_norms.append(Norm(full))
         self.blocks, self.transits = nnx.List(blocks), nnx.List(transits)
         self.transit_norms = nnx.List(transit_norms)
         self.out_norm = Norm(width)
-        self.dense = nn.Linear(2 * width, cfg.embedding_size, rngs=rngs, use_bias=False, dtype=cfg.dtype)
+        self.dense = nn.Linear(2 * width, cfg.embedding_size, rngs=rngs, use_bias=False)
         self.dense_norm = Norm(cfg.embedding_size, is_affine=False)
 
 
@@ -268,10 +268,10 @@ def layer_groups(model: Encoder, cfg: Config, fbank: jax.Array, lengths: jax.Arr
         for layer in block:
             x = jnp.concatenate([x, layer(cfg, dilation, x, mask)], axis=-1)
         found[f"block{b}"] = x
-        x = transit(jax.nn.relu(norm(x)))
+        x = transit(jax.nn.relu(norm(x)), cfg.dtype)
         found[f"transit{b}"] = x
     found["pooled"] = _pool(jax.nn.relu(model.out_norm(x)), mask)
-    found["embedding"] = model.dense_norm(model.dense(found["pooled"]))
+    found["embedding"] = model.dense_norm(model.dense(found["pooled"], cfg.dtype))
     return found
 
 

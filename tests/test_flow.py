@@ -80,7 +80,7 @@ def golden_forward(model, cfg, inputs):
     mask = jnp.ones_like(inputs["tokens"], bool)
     tokens = flow.embed_tokens(model, cfg, inputs["tokens"], mask)
     time = model.embed_time(inputs["t"])
-    x = model.embed_input(inputs["x"], inputs["condition"], tokens, mask)
+    x = model.embed_input(inputs["x"], inputs["condition"], tokens, mask, cfg)
     stream = jnp.concatenate([time[:, None], x], axis=1)
     longer = jnp.ones_like(stream[..., 0], bool)
     half, _ = jax.lax.scan(lambda x, layer: (layer(x, longer, cfg), None), stream, model.down)
