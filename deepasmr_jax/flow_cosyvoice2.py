@@ -22,9 +22,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import audio, nn, sharding
-from deepasmr_jax.flow import integrate, time_grid
-from deepasmr_jax.sharding import pick, spec
+from deepasmr_jax import audio, nn, ode, sharding
+from deepasmr_jax.sharding import spec, split_rows
 
 FRAMES_PER_TOKEN = 2
 NORM_EPS = 1e-5
@@ -222,10 +221,10 @@ class EncoderLayer(nnx.Module):
         """[B, N, D] -> [B, N, D] float32; see `RelativeAttention`."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         y = self.attention(self.attention_norm(x, LAYER_NORM_EPS), table, mask, cfg)
-        x = x + _dropout(y, cfg.dropout, keys[0])
+        x = x + nn.dropout(y, cfg.dropout, keys[0])
         y = jax.nn.silu(self.mlp_in(self.mlp_norm(x, LAYER_NORM_EPS), cfg.dtype))
-        y = self.mlp_out(_dropout(y, cfg.dropout, keys[1]), cfg.dtype)
-        return x + _dropout(y, cfg.dropout, keys[2])
+        y = self.mlp_out(nn.dropout(y, cfg.dropout, keys[1]), cfg.dtype)
+        return x + nn.dropout(y, cfg.dropout, keys[2])
 
 
 class Encoder(nnx.Module):
@@ -274,7 +273,7 @@ class Encoder(nnx.Module):
         keys = None
         if key is not None and cfg.dropout > 0:
             first, key = jax.random.split(key)
-            x = _dropout(x, cfg.dropout, first)
+            x = nn.dropout(x, cfg.dropout, first)
             keys = jax.random.split(key, layers.mlp_in.kernel.shape[0])
 
         def step(x, layer_and_key):
@@ -534,7 +533,7 @@ def loss(
 
     Source: CosyVoice (Du et al., 2024), section 2.3, and the public training code, with uniform times.
     """
-    batch = jax.tree.map(_split_rows, batch)
+    batch = jax.tree.map(split_rows, batch)
     mel, prompt, num_tokens = batch["mel"], batch["prompt_frames"], batch["num_tokens"]
     _check_inputs(cfg, batch["speech_tokens"], mel, "mel", batch["speaker"])
     num_rows, length, _ = mel.shape
@@ -640,7 +639,7 @@ def sample(
         num_steps: solver steps.
         guidance: w in v = v_cond + w (v_cond - v_null); 0 skips the second half of the work.
         method: "euler" or "midpoint".
-        schedule: see `flow.time_grid`.
+        schedule: see `ode.time_grid`.
         noise: None draws the start from `keys`; "reference" is `reference_noise` and an array [T or more, M] is itself,
             for all rows alike.
 
@@ -667,51 +666,34 @@ def sample(
         keys, noise = None, jnp.asarray(noise[:length], jnp.float32)
     elif keys is None:
         raise ValueError("keys are None; give one key a row, or noise='reference'")
-    grid = jnp.asarray(time_grid(num_steps, schedule))
-    guided = not (isinstance(guidance, int | float) and guidance == 0)
+    grid = jnp.asarray(ode.time_grid(num_steps, schedule))
     inputs = (speech_tokens, num_tokens, prompt_mel, prompt_frames, speaker)
-    return _sample(model, cfg, inputs, keys, noise, grid, jnp.float32(guidance), guided, method)
+    return _sample(
+        model, cfg, inputs, keys, noise, grid, jnp.float32(guidance), ode.is_guided(guidance), method
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "guided", "method"))
-def _sample(model, cfg, inputs, keys, noise, grid, guidance, guided, method):
-    speech_tokens, num_tokens, prompt_mel, prompt_frames, speaker = map(_split_rows, inputs)
-    num_rows, length, num_bins = prompt_mel.shape
+@functools.partial(jax.jit, static_argnames=("cfg", "is_guided", "method"))
+def _sample(model, cfg, inputs, keys, noise, grid, guidance, is_guided, method):
+    speech_tokens, num_tokens, prompt_mel, prompt_frames, speaker = map(split_rows, inputs)
+    length = prompt_mel.shape[1]
     frames = num_frames(cfg, num_tokens)
     known = nn.length_mask(jnp.minimum(prompt_frames, frames), length)
     condition = jnp.where(known[..., None], prompt_mel, 0.0)
 
-    def draw(keys):  # one key per frame: the noise of a frame does not depend on the padded length
-        each = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(length)))
-        return jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (num_bins,))))(each(keys))
-
-    if noise is None:  # shard_map, because folding into split keys fails for a single row (jax 0.10.2)
-        rows = spec("batch", "frames", "mel")
-        start = jax.shard_map(draw, in_specs=spec("batch"), out_specs=rows)(_split_rows(keys))
+    if noise is None:
+        start = ode.frame_noise(keys, length, cfg.mel_bins)
     else:
         start = jnp.zeros_like(condition) + noise
-
-    # Each row is followed by its unconditional twin: merging this way moves no data between devices
-    def twins(x, other):
-        pair = jnp.stack([x, other], axis=1)
-        return pair.reshape(2 * num_rows, *x.shape[1:], out_sharding=PartitionSpec(*nn.axes_of(x)))
-
     mu, voice = encode(model, cfg, speech_tokens, num_tokens), embed_speaker(model, speaker)
-    lengths = frames
-    if guided:
-        mu, voice, condition = (twins(x, jnp.zeros_like(x)) for x in (mu, voice, condition))
-        lengths = twins(frames, frames)
+    given, null = (mu, voice, condition, frames), None
+    if is_guided:
+        null = *(jnp.zeros_like(x) for x in (mu, voice, condition)), frames
 
-    def flow_velocity(x, t):
-        t = jnp.zeros_like(jnp.sum(x, axis=(1, 2))) + t  # x[:, 0, 0]: see sharding.pick
-        if not guided:
-            return velocity(model, cfg, x, mu, voice, condition, t, lengths)
-        v = velocity(model, cfg, twins(x, x), mu, voice, condition, twins(t, t), lengths)
-        v = v.reshape(num_rows, 2, length, num_bins, out_sharding=spec("batch", None, "frames", "mel"))
-        conditional, null = pick(v, 0, 1), pick(v, 1, 1)
-        return conditional + guidance * (conditional - null)
+    def of_state(x, t, mu, voice, condition, frames):
+        return velocity(model, cfg, x, mu, voice, condition, t, frames)
 
-    x = integrate(flow_velocity, start, grid, method)
+    x = ode.integrate(ode.guided(of_state, given, null, guidance), start, grid, method)
     return jnp.where(nn.length_mask(frames, length)[..., None], x, 0.0)
 
 
@@ -738,27 +720,11 @@ def _recomputed(step, cfg: Config):
     return step if cfg.remat == "none" else jax.checkpoint(step, policy=nn.REMAT[cfg.remat])
 
 
-def _split_rows(x) -> jax.Array:
-    """An array with its first axis split over `batch`; nothing moves if it is already."""
-    return jax.sharding.reshard(x, spec("batch", *[None] * (jnp.ndim(x) - 1)))
-
-
 def _check_inputs(cfg: Config, speech_tokens, mel, name: str, speaker) -> None:
-    wanted = num_frames(cfg, speech_tokens.shape[1])
-    if mel.shape[1:] != (wanted, cfg.mel_bins):
-        raise ValueError(
-            f"{name} is {tuple(mel.shape[1:])}, but {speech_tokens.shape[1]} tokens take "
-            f"{(wanted, cfg.mel_bins)} frames and bands; pad or cut it"
-        )
+    num_tokens = speech_tokens.shape[1]
+    ode.check_mel(mel, num_frames(cfg, num_tokens), cfg.mel_bins, num_tokens, name)
     if speaker.shape != (speech_tokens.shape[0], cfg.speaker_size):
         raise ValueError(
             f"speaker is {tuple(speaker.shape)}, but the model takes {(speech_tokens.shape[0], cfg.speaker_size)}; "
             "its vectors come from another speaker encoder"
         )
-
-
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    if key is None or rate == 0:
-        return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=PartitionSpec(*nn.axes_of(x)))
-    return jnp.where(kept, x / (1 - rate), 0.0)

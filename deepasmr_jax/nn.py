@@ -184,6 +184,14 @@ class LayerNorm(nnx.Module):
         return x * self.scale[...] + self.bias[...]
 
 
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """`x` with this share of its values at zero and the others raised to keep the mean; without a key `x` itself."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=PartitionSpec(*axes_of(x)))
+    return jnp.where(kept, x / (1 - rate), 0.0)
+
+
 class SwiGLU(nnx.Module):
     """Gated MLP `down(silu(gate(x)) * up(x))` without biases; the hidden axis is split over `model`."""
 
