@@ -184,6 +184,27 @@ class LayerNorm(nnx.Module):
         return x * self.scale[...] + self.bias[...]
 
 
+class BatchNorm(nnx.Module):
+    """Batch norm of the last axis by stored statistics: `(x - mean) / sqrt(var + eps) * scale + bias`, in float32.
+
+    Weights, all [C] float32: mean, var; and scale, bias if `is_affine`. They start as the identity.
+    """
+
+    def __init__(self, num_channels: int, is_affine: bool = True, eps: float = 1e-5):
+        self.mean, self.var = nnx.Param(jnp.zeros(num_channels)), nnx.Param(jnp.ones(num_channels))
+        if is_affine:
+            self.scale, self.bias = nnx.Param(jnp.ones(num_channels)), nnx.Param(jnp.zeros(num_channels))
+        self.is_affine = is_affine
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] float32 -> [..., C] float32."""
+        gain = jax.lax.rsqrt(self.var[...] + self.eps)
+        gain = gain * self.scale[...] if self.is_affine else gain
+        x = (x - self.mean[...]) * gain
+        return x + self.bias[...] if self.is_affine else x
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """`x` with this share of its values at zero and the others raised to keep the mean; without a key `x` itself."""
     if key is None or rate == 0:
@@ -397,6 +418,11 @@ _local_conv.defvjp(_local_conv_forward, _local_conv_backward)
 def length_mask(lengths: jax.Array, size: int) -> jax.Array:
     """[B] lengths -> [B, size] bool, True before each row's length."""
     return jnp.arange(size) < lengths[:, None]
+
+
+def zero_padding(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Image [B, F, T, C] with padded frames (False in the mask [B, T]) at zero, as a convolution sees a clip's end."""
+    return jnp.where(mask[:, None, :, None], x, 0.0)
 
 
 def ctc(logits: jax.Array, lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> jax.Array:

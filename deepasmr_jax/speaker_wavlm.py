@@ -178,23 +178,11 @@ def distance_bias(table: jax.Array, num: int, max_distance: int) -> jax.Array:
 # ---------------------------------------------------------------- ECAPA head
 
 
-class Norm(nnx.Module):
-    """Batch norm of the last axis with stored statistics: scale, bias, mean and var [C]."""
-
-    def __init__(self, num_channels: int):
-        self.scale, self.bias = nnx.Param(jnp.ones(num_channels)), nnx.Param(jnp.zeros(num_channels))
-        self.mean, self.var = nnx.Param(jnp.zeros(num_channels)), nnx.Param(jnp.ones(num_channels))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gain = jax.lax.rsqrt(self.var[...] + NORM_EPS) * self.scale[...]
-        return (x - self.mean[...]) * gain + self.bias[...]
-
-
 class ConvUnit(nnx.Module):
     """Convolution that keeps the length, ReLU, batch norm; the padding is zero before and after."""
 
     def __init__(self, size: int, num_in: int, num_out: int, rngs: nnx.Rngs):
-        self.conv, self.bn = Conv(size, num_in, num_out, rngs), Norm(num_out)
+        self.conv, self.bn = Conv(size, num_in, num_out, rngs), nn.BatchNorm(num_out)
 
     def __call__(self, x: jax.Array, mask: jax.Array, dtype: str, dilation: int = 1) -> jax.Array:
         pad = dilation * (self.conv.kernel.shape[0] // 2)
@@ -245,7 +233,7 @@ class Head(nnx.Module):
             nn.Linear(full, cfg.bottleneck, **options),
             nn.Linear(cfg.bottleneck, full, **options),
         )
-        self.bn = Norm(2 * full)
+        self.bn = nn.BatchNorm(2 * full)
         self.linear = nn.Linear(2 * full, cfg.embedding_size, **options)
 
     def __call__(self, cfg: Config, x: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

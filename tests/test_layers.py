@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "audio", "text_normalize", "weight_files", "public_names"},
     {"sharding", "metrics", "text", "page", "clip"},
     {"request", "nn", "pitch"},
-    {"ode"},
+    {"ode", "vocoder_parts"},
     {"speech_tokenizer", "lm", "flow", "flow_cosyvoice2", "vocoder", "vocoder_istft", "vocoder_hift"}
     | {"speaker", "speaker_campplus", "speaker_wavlm", "recognizer"},
     {"input_pipeline", "checkpoint", "pool"},
