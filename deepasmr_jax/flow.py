@@ -21,20 +21,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import audio, nn, sharding
-from deepasmr_jax.sharding import pick, spec
+from deepasmr_jax import audio, nn, ode, sharding
+from deepasmr_jax.sharding import spec, split_rows
 
 TIME_FEATURES = 256  # sinusoids of the flow time, E2 TTS
-METHODS = ("euler", "midpoint")
-# Steps kept for a small budget, in units of 1/32 and before the cosine warp (F5-TTS, "empirically pruned")
-PRUNED_STEPS = {
-    5: (0, 2, 4, 8, 16, 32),
-    6: (0, 2, 4, 6, 8, 16, 32),
-    7: (0, 2, 4, 6, 8, 16, 24, 32),
-    10: (0, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32),
-    12: (0, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32),
-    16: (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +182,7 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         inner = cfg.num_heads * cfg.head_dim
-        make = functools.partial(nn.Linear, rngs=rngs, dtype=cfg.dtype)
+        make = functools.partial(nn.Linear, rngs=rngs)
         self.query = make(cfg.width, inner, ("embed", "heads"))
         self.key = make(cfg.width, inner, ("embed", "heads"))
         self.value = make(cfg.width, inner, ("embed", "heads"))
@@ -203,7 +193,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
         """[B, P, D] and the valid positions [B, P] -> [B, P, D] float32."""
-        q, k, v = (nn.split_heads(f(x), cfg.num_heads) for f in (self.query, self.key, self.value))
+        q, k, v = (nn.split_heads(f(x, cfg.dtype), cfg.num_heads) for f in (self.query, self.key, self.value))
         if cfg.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         positions = jnp.arange(x.shape[1])[None]
@@ -215,7 +205,7 @@ class Attention(nnx.Module):
             return jnp.where((jnp.arange(cfg.num_heads) < cfg.rotary_heads)[:, None], turned, y)
 
         y = nn.attention(rotate(q), rotate(k), v, mask[:, None], dtype=cfg.attention_dtype)
-        return self.out(nn.merge_heads(y))
+        return self.out(nn.merge_heads(y), cfg.dtype)
 
 
 class Block(nnx.Module):
@@ -223,24 +213,22 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: Config, has_skip: bool, *, rngs: nnx.Rngs):
         if has_skip:
-            self.skip = nn.Linear(
-                2 * cfg.width, cfg.width, ("embed", None), rngs=rngs, use_bias=False, dtype=cfg.dtype
-            )
+            self.skip = nn.Linear(2 * cfg.width, cfg.width, ("embed", None), rngs=rngs, use_bias=False)
         self.attention_norm = ScaleNorm(cfg.width)
         self.attention = Attention(cfg, rngs=rngs)
         self.mlp_norm = ScaleNorm(cfg.width)
         hidden = cfg.mlp_ratio * cfg.width
-        self.mlp_in = nn.Linear(cfg.width, hidden, ("embed", "mlp"), rngs=rngs, dtype=cfg.dtype)
-        self.mlp_out = nn.Linear(hidden, cfg.width, ("mlp", "embed"), rngs=rngs, dtype=cfg.dtype)
+        self.mlp_in = nn.Linear(cfg.width, hidden, ("embed", "mlp"), rngs=rngs)
+        self.mlp_out = nn.Linear(hidden, cfg.width, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x, mask, cfg: Config, skip=None, key=None) -> jax.Array:
         """[B, P, D] (and the skip, same shape) -> [B, P, D] float32."""
         keys = (None, None) if key is None else jax.random.split(key)
         if skip is not None:
-            x = self.skip(jnp.concatenate([x, skip], axis=-1))
-        x = x + _dropout(self.attention(self.attention_norm(x), mask, cfg), cfg.dropout, keys[0])
-        hidden = jax.nn.gelu(self.mlp_in(self.mlp_norm(x)), approximate=True)
-        return x + self.mlp_out(_dropout(hidden, cfg.dropout, keys[1]))
+            x = self.skip(jnp.concatenate([x, skip], axis=-1), cfg.dtype)
+        x = x + nn.dropout(self.attention(self.attention_norm(x), mask, cfg), cfg.dropout, keys[0])
+        hidden = jax.nn.gelu(self.mlp_in(self.mlp_norm(x), cfg.dtype), approximate=True)
+        return x + self.mlp_out(nn.dropout(hidden, cfg.dropout, keys[1]), cfg.dtype)
 
 
 def _token_table(key: jax.Array, cfg: Config) -> jax.Array:
@@ -270,9 +258,7 @@ class Decoder(nnx.Module):
         # replicated: 6562 rows divide by no mesh, and the table is 1 % of the weights
         self.token_table = nnx.Param(_token_table(rngs.params(), cfg))
         frame = cfg.patch_frames * cfg.mel_bins
-        self.input = nn.Linear(
-            2 * frame + cfg.token_width, cfg.width, (None, "embed"), rngs=rngs, dtype=cfg.dtype
-        )
+        self.input = nn.Linear(2 * frame + cfg.token_width, cfg.width, (None, "embed"), rngs=rngs)
         self.conv_first = GroupedConv(cfg.width, cfg.conv_kernel, cfg.conv_groups, rngs=rngs)
         self.conv_second = GroupedConv(cfg.width, cfg.conv_kernel, cfg.conv_groups, rngs=rngs)
         self.time_in = nn.Linear(TIME_FEATURES, cfg.width, (None, "embed"), rngs=rngs)
@@ -281,21 +267,20 @@ class Decoder(nnx.Module):
         self.down = jax.vmap(lambda r: Block(cfg, False, rngs=r))(rngs.split(half))
         self.up = jax.vmap(lambda r: Block(cfg, True, rngs=r))(rngs.split(half))
         self.norm = ScaleNorm(cfg.width)
-        self.output = nn.Linear(
-            cfg.width, frame, ("embed", None), rngs=rngs, dtype=cfg.dtype, init=jax.nn.initializers.zeros
-        )
+        zeros = jax.nn.initializers.zeros
+        self.output = nn.Linear(cfg.width, frame, ("embed", None), rngs=rngs, init=zeros)
 
     def embed_time(self, t: jax.Array) -> jax.Array:
-        """Flow time [B] in [0, 1] -> [B, D] float32."""
+        """Flow time [B] in [0, 1] -> [B, D] float32; float32 products whatever cfg.dtype."""
         half = TIME_FEATURES // 2
         frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
         angles = 1000.0 * t[:, None] * frequencies
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        return self.time_out(jax.nn.silu(self.time_in(features)))
+        return self.time_out(jax.nn.silu(self.time_in(features, "float32")), "float32")
 
-    def embed_input(self, x, condition, tokens, mask) -> jax.Array:
+    def embed_input(self, x, condition, tokens, mask, cfg: Config) -> jax.Array:
         """Patched mels [B, P, F], token embeddings [B, P, token_width], mask [B, P] -> [B, P, D] float32."""
-        x = self.input(jnp.concatenate([x, condition, tokens], axis=-1))
+        x = self.input(jnp.concatenate([x, condition, tokens], axis=-1), cfg.dtype)
         valid = mask[..., None]
         y = _mish(self.conv_first(jnp.where(valid, x, 0.0)))
         y = _mish(self.conv_second(jnp.where(valid, y, 0.0)))
@@ -337,11 +322,11 @@ class Decoder(nnx.Module):
             [B, T, M] float32.
         """
         num_frames = x.shape[1]
-        x = self.embed_input(_patch(x, cfg), _patch(condition, cfg), tokens, mask)
+        x = self.embed_input(_patch(x, cfg), _patch(condition, cfg), tokens, mask, cfg)
         x = jnp.concatenate([self.embed_time(t)[:, None], x], axis=1)
         mask = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)  # the frame of the time
         x = self.layers(x, mask, cfg, key)
-        return _unpatch(self.output(self.norm(x)[:, 1:]), cfg)[:, :num_frames]
+        return _unpatch(self.output(self.norm(x)[:, 1:], cfg.dtype), cfg)[:, :num_frames]
 
 
 def init(cfg: Config, key: jax.Array) -> Decoder:
@@ -411,7 +396,7 @@ def loss(
     Source: Voicebox (Le et al., 2023), sections 3.1 and 4; spans and probabilities of F5-TTS, drawn per row
     instead of per batch.
     """
-    batch = jax.tree.map(_split_rows, batch)
+    batch = jax.tree.map(split_rows, batch)
     speech_tokens, mel = batch["speech_tokens"], batch["mel"]
     _check_frames(cfg, speech_tokens, mel, "mel")
     num_rows, length, _ = mel.shape
@@ -458,74 +443,6 @@ def loss(
     return jnp.sum(sums), jnp.sum(counts), {"prompt_mse": part(has_prompt), "infill_mse": part(~has_prompt)}
 
 
-def time_grid(num_steps: int, schedule: str | float = "cosine") -> np.ndarray:
-    """Solver times from 0 to 1.
-
-    Args:
-        num_steps: number of intervals.
-        schedule: "uniform"; "cosine", t' = 1 - cos(pi t / 2); "pruned", the cosine of published step lists
-            for 5, 6, 7, 10, 12 or 16 steps; or a sway coefficient c: t' = t + c (cos(pi t / 2) - 1 + t), of
-            which 0 is "uniform" and -1 is "cosine".
-
-    Returns:
-        [num_steps + 1] float32, strictly increasing.
-
-    Raises:
-        ValueError: on an unknown schedule, a number of steps below 1 or without a pruned list, or a
-            coefficient outside [-1, 2 / (pi - 2)], where time would run backwards.
-
-    Source: F5-TTS (Chen et al., 2024), section 3.3, and its released step lists.
-    """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
-    t = np.linspace(0.0, 1.0, num_steps + 1)
-    if schedule == "pruned":
-        if num_steps not in PRUNED_STEPS:
-            known = ", ".join(map(str, PRUNED_STEPS))
-            raise ValueError(f"no pruned schedule of {num_steps} steps; use one of {known}, or 'cosine'")
-        t, sway = np.array(PRUNED_STEPS[num_steps]) / 32.0, -1.0
-    elif isinstance(schedule, str):
-        if schedule not in ("uniform", "cosine"):
-            raise ValueError(f"schedule is {schedule!r}; use 'uniform', 'cosine', 'pruned' or a number")
-        sway = {"uniform": 0.0, "cosine": -1.0}[schedule]
-    else:
-        sway = float(schedule)
-        if not -1.0 <= sway <= 2 / (math.pi - 2):
-            raise ValueError(
-                f"sway coefficient {sway} makes time run backwards; use -1 to {2 / (math.pi - 2):.2f}"
-            )
-    return (t + sway * (np.cos(np.pi / 2 * t) - 1 + t)).astype(np.float32)
-
-
-def integrate(velocity, x: jax.Array, grid: np.ndarray | jax.Array, method: str = "euler") -> jax.Array:
-    """Solves dx/dt = velocity(x, t) over a fixed grid, in one `scan`.
-
-    Args:
-        velocity: function of the state and a float32 scalar time.
-        x: state at grid[0], float32.
-        grid: [num_steps + 1] times.
-        method: "euler" (order 1, one evaluation a step) or "midpoint" (order 2, two evaluations).
-
-    Returns:
-        the state at grid[-1].
-
-    Raises:
-        ValueError: on an unknown method.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; use one of {', '.join(METHODS)}")
-    grid = jnp.asarray(grid, jnp.float32)
-
-    def step(x, times):
-        t, dt = times
-        v = velocity(x, t)
-        if method == "midpoint":
-            v = velocity(x + 0.5 * dt * v, t + 0.5 * dt)
-        return x + dt * v, None
-
-    return jax.lax.scan(step, x, (grid[:-1], jnp.diff(grid)))[0]
-
-
 def sample(
     model: Decoder,
     cfg: Config,
@@ -553,7 +470,7 @@ def sample(
         num_steps: solver steps.
         guidance: w in v = v_cond + w (v_cond - v_null); 0 skips the second half of the work.
         method: "euler" or "midpoint".
-        schedule: see `time_grid`.
+        schedule: see `ode.time_grid`.
 
     Returns:
         [B, T, M] float32 log-mel; 0 beyond a row's num_frames(cfg, num_tokens).
@@ -565,16 +482,15 @@ def sample(
     the two settings worth keeping.
     """
     _check_frames(cfg, speech_tokens, prompt_mel, "prompt_mel")
-    grid = jnp.asarray(time_grid(num_steps, schedule))
-    guided = not (isinstance(guidance, int | float) and guidance == 0)
+    grid = jnp.asarray(ode.time_grid(num_steps, schedule))
     inputs = (speech_tokens, num_tokens, prompt_mel, prompt_frames, keys)
-    return _sample(model, cfg, inputs, grid, jnp.float32(guidance), guided, method)
+    return _sample(model, cfg, inputs, grid, jnp.float32(guidance), ode.is_guided(guidance), method)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "guided", "method"))
-def _sample(model, cfg, inputs, grid, guidance, guided, method):
-    speech_tokens, num_tokens, prompt_mel, prompt_frames, keys = map(_split_rows, inputs)
-    num_rows, length, num_bins = prompt_mel.shape
+@functools.partial(jax.jit, static_argnames=("cfg", "is_guided", "method"))
+def _sample(model, cfg, inputs, grid, guidance, is_guided, method):
+    speech_tokens, num_tokens, prompt_mel, prompt_frames, keys = map(split_rows, inputs)
+    length = prompt_mel.shape[1]
     frames = num_frames(cfg, num_tokens)
     frame = jnp.arange(length)
     has_prompt = frame[None] < jnp.minimum(prompt_frames, frames)[:, None]
@@ -582,51 +498,22 @@ def _sample(model, cfg, inputs, grid, guidance, guided, method):
     keep = jnp.arange(speech_tokens.shape[1])[None] < num_tokens[:, None]
     mask = _position_mask(cfg, frames, length)
 
-    def noise(keys):  # one key per frame: the noise of a frame does not depend on the padded length
-        frame_keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(length)))(
-            keys
-        )
-        return jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (num_bins,))))(frame_keys)
+    start = ode.frame_noise(keys, length, cfg.mel_bins)
+    given, null = (embed_tokens(model, cfg, speech_tokens, keep), mask, condition), None
+    if is_guided:
+        filler = embed_tokens(model, cfg, speech_tokens, jnp.zeros_like(keep))
+        null = filler, mask, jnp.zeros_like(condition)
 
-    # shard_map, because folding into split keys fails for a single row (jax 0.10.2)
-    start = jax.shard_map(noise, in_specs=spec("batch"), out_specs=spec("batch", "frames", "mel"))(keys)
+    def velocity(x, t, tokens, mask, condition):
+        return model(x, condition, tokens, t, mask, cfg)
 
-    # Each row is followed by its unconditional twin: merging this way moves no data between devices
-    def twins(x, other):
-        pair = jnp.stack([x, other], axis=1)
-        return pair.reshape(2 * num_rows, *x.shape[1:], out_sharding=PartitionSpec(*nn.axes_of(x)))
-
-    tokens = embed_tokens(model, cfg, speech_tokens, keep)
-    if guided:
-        null = embed_tokens(model, cfg, speech_tokens, jnp.zeros_like(keep))
-        tokens, mask = twins(tokens, null), twins(mask, mask)
-        condition = twins(condition, jnp.zeros_like(condition))
-
-    def velocity(x, t):
-        t = jnp.zeros_like(jnp.sum(x, axis=(1, 2))) + t  # x[:, 0, 0]: see sharding.pick
-        if not guided:
-            return model(x, condition, tokens, t, mask, cfg)
-        v = model(twins(x, x), condition, tokens, twins(t, t), mask, cfg)
-        v = v.reshape(num_rows, 2, length, num_bins, out_sharding=spec("batch", None, "frames", "mel"))
-        conditional, null = pick(v, 0, 1), pick(v, 1, 1)
-        return conditional + guidance * (conditional - null)
-
-    x = integrate(velocity, start, grid, method)
+    x = ode.integrate(ode.guided(velocity, given, null, guidance), start, grid, method)
     return jnp.where((frame[None] < frames[:, None])[..., None], x * cfg.mel_std + cfg.mel_mean, 0.0)
 
 
-def _split_rows(x) -> jax.Array:
-    """An array with its first axis split over `batch`; nothing moves if it is already."""
-    return jax.sharding.reshard(x, spec("batch", *[None] * (jnp.ndim(x) - 1)))
-
-
 def _check_frames(cfg: Config, speech_tokens, mel, name: str) -> None:
-    wanted = num_frames(cfg, speech_tokens.shape[1])
-    if mel.shape[1:] != (wanted, cfg.mel_bins):
-        raise ValueError(
-            f"{name} is {tuple(mel.shape[1:])}, but {speech_tokens.shape[1]} tokens take "
-            f"{(wanted, cfg.mel_bins)} frames and bands; pad or cut it"
-        )
+    num_tokens = speech_tokens.shape[1]
+    ode.check_mel(mel, num_frames(cfg, num_tokens), cfg.mel_bins, num_tokens, name)
 
 
 def _position_mask(cfg: Config, frames: jax.Array, length: int) -> jax.Array:
@@ -651,10 +538,3 @@ def _unpatch(x: jax.Array, cfg: Config) -> jax.Array:
 
 def _mish(x: jax.Array) -> jax.Array:
     return x * jnp.tanh(jax.nn.softplus(x))
-
-
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    if key is None or rate == 0:
-        return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=PartitionSpec(*nn.axes_of(x)))
-    return jnp.where(kept, x / (1 - rate), 0.0)

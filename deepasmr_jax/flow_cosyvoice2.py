@@ -22,9 +22,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import audio, nn, sharding
-from deepasmr_jax.flow import integrate, time_grid
-from deepasmr_jax.sharding import pick, spec
+from deepasmr_jax import audio, nn, ode, sharding
+from deepasmr_jax.sharding import spec, split_rows
 
 FRAMES_PER_TOKEN = 2
 NORM_EPS = 1e-5
@@ -127,33 +126,32 @@ class Conv(nnx.Module):
     Weights: kernel [taps, in, out], bias [out]; both replicated.
     """
 
-    def __init__(self, taps: int, num_in: int, num_out: int, *, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, taps: int, num_in: int, num_out: int, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
         shape = (taps, num_in, num_out)
         self.kernel = nnx.Param(init(rngs.params(), shape, jnp.float32, out_sharding=spec(None, None, None)))
         self.bias = nnx.Param(jnp.zeros(num_out, jnp.float32, out_sharding=spec(None)))
-        self.dtype = dtype
 
-    def __call__(self, x: jax.Array, before: int, after: int = 0) -> jax.Array:
+    def __call__(self, x: jax.Array, dtype: str, before: int, after: int = 0) -> jax.Array:
         """[B, N, in], padded with `before` and `after` zeros -> [B, N, out] for taps - 1 zeros; float32."""
         taps, num_in, num_out = self.kernel.shape
         size = x.shape[1] + before + after - taps + 1
-        x = jnp.pad(x.astype(self.dtype), ((0, 0), (before, after), (0, 0)))
+        x = jnp.pad(x.astype(dtype), ((0, 0), (before, after), (0, 0)))
         x = jnp.concatenate([x[:, i : i + size] for i in range(taps)], axis=-1)
         kernel = self.kernel[...].reshape(taps * num_in, num_out)
-        return nn.product("bni,io->bno", x, kernel, self.dtype, nn.like(x, None)) + self.bias[...]
+        return nn.product("bni,io->bno", x, kernel, dtype, nn.like(x, None)) + self.bias[...]
 
 
 class Embed(nnx.Module):
     """Linear map and norm in front of the encoder layers, scaled by the root of the width."""
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        self.linear = nn.Linear(cfg.width, cfg.width, (None, "embed"), rngs=rngs, dtype=cfg.dtype)
+        self.linear = nn.Linear(cfg.width, cfg.width, (None, "embed"), rngs=rngs)
         self.norm = nn.LayerNorm(cfg.width)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
         """[B, N, D] -> [B, N, D] float32."""
-        return self.norm(self.linear(x), NORM_EPS) * x.shape[-1] ** 0.5
+        return self.norm(self.linear(x, dtype), NORM_EPS) * x.shape[-1] ** 0.5
 
 
 class RelativeAttention(nnx.Module):
@@ -164,7 +162,7 @@ class RelativeAttention(nnx.Module):
     """
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        make = functools.partial(nn.Linear, cfg.width, cfg.width, rngs=rngs, dtype=cfg.dtype)
+        make = functools.partial(nn.Linear, cfg.width, cfg.width, rngs=rngs)
         self.q = make(("embed", "heads"))
         self.k = make(("embed", "heads"))
         self.v = make(("embed", "heads"))
@@ -177,8 +175,8 @@ class RelativeAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, table: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
         """[B, N, D], sinusoids [2N - 1, D] of `distances`, mask [B, 1 or N, N] -> [B, N, D] float32."""
-        q, k, v = (nn.split_heads(f(x), cfg.num_heads) for f in (self.q, self.k, self.v))
-        p = nn.split_heads(self.position(table), cfg.num_heads)
+        q, k, v = (nn.split_heads(f(x, cfg.dtype), cfg.num_heads) for f in (self.q, self.k, self.v))
+        p = nn.split_heads(self.position(table, cfg.dtype), cfg.num_heads)
         batch, _, heads, _ = nn.axes_of(q)
         split = PartitionSpec(batch, heads, None, None)
         dtype = cfg.attention_dtype
@@ -187,7 +185,7 @@ class RelativeAttention(nnx.Module):
         scores = (by_content + _by_key(by_distance)) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, nn.MASKED), axis=-1)
         y = nn.product("bhns,bshe->bnhe", weights, v, dtype, PartitionSpec(*nn.axes_of(q)))
-        return self.out(nn.merge_heads(y))
+        return self.out(nn.merge_heads(y), cfg.dtype)
 
 
 def _by_key(x: jax.Array) -> jax.Array:
@@ -216,23 +214,24 @@ class EncoderLayer(nnx.Module):
         self.attention_norm = nn.LayerNorm(cfg.width)
         self.attention = RelativeAttention(cfg, rngs=rngs)
         self.mlp_norm = nn.LayerNorm(cfg.width)
-        self.mlp_in = nn.Linear(cfg.width, cfg.mlp_width, ("embed", "mlp"), rngs=rngs, dtype=cfg.dtype)
-        self.mlp_out = nn.Linear(cfg.mlp_width, cfg.width, ("mlp", "embed"), rngs=rngs, dtype=cfg.dtype)
+        self.mlp_in = nn.Linear(cfg.width, cfg.mlp_width, ("embed", "mlp"), rngs=rngs)
+        self.mlp_out = nn.Linear(cfg.mlp_width, cfg.width, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x, table, mask, cfg: Config, key=None) -> jax.Array:
         """[B, N, D] -> [B, N, D] float32; see `RelativeAttention`."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
         y = self.attention(self.attention_norm(x, LAYER_NORM_EPS), table, mask, cfg)
-        x = x + _dropout(y, cfg.dropout, keys[0])
-        y = jax.nn.silu(self.mlp_in(self.mlp_norm(x, LAYER_NORM_EPS)))
-        return x + _dropout(self.mlp_out(_dropout(y, cfg.dropout, keys[1])), cfg.dropout, keys[2])
+        x = x + nn.dropout(y, cfg.dropout, keys[0])
+        y = jax.nn.silu(self.mlp_in(self.mlp_norm(x, LAYER_NORM_EPS), cfg.dtype))
+        y = self.mlp_out(nn.dropout(y, cfg.dropout, keys[1]), cfg.dtype)
+        return x + nn.dropout(y, cfg.dropout, keys[2])
 
 
 class Encoder(nnx.Module):
     """Speech tokens to the mean mel; `layers` and `up_layers` are stacks of equal layers."""
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        conv = functools.partial(Conv, num_in=cfg.width, num_out=cfg.width, rngs=rngs, dtype=cfg.dtype)
+        conv = functools.partial(Conv, num_in=cfg.width, num_out=cfg.width, rngs=rngs)
         # replicated, as in flow.py: 6561 rows divide by no mesh
         table = jax.random.normal(
             rngs.params(), (cfg.num_codes, cfg.width), out_sharding=spec(None, None), dtype=jnp.float32
@@ -246,26 +245,27 @@ class Encoder(nnx.Module):
         self.up_embed = Embed(cfg, rngs=rngs)
         self.up_layers = jax.vmap(lambda r: EncoderLayer(cfg, rngs=r))(rngs.split(cfg.num_up_layers))
         self.norm = nn.LayerNorm(cfg.width)
-        self.output = nn.Linear(cfg.width, cfg.mel_bins, ("embed", None), rngs=rngs, dtype=cfg.dtype)
+        self.output = nn.Linear(cfg.width, cfg.mel_bins, ("embed", None), rngs=rngs)
 
-    def embed_tokens(self, speech_tokens: jax.Array, valid: jax.Array) -> jax.Array:
+    def embed_tokens(self, speech_tokens: jax.Array, valid: jax.Array, dtype: str) -> jax.Array:
         """[B, N] int32 and the valid tokens [B, N] -> [B, N, D] float32, 0 where not valid."""
         ids = jnp.where(valid, speech_tokens, 0)
         x = self.token_table[...].at[ids].get(out_sharding=PartitionSpec(*nn.axes_of(ids), None))
-        return jnp.where(valid[..., None], self.embed(x), 0.0)  # after the bias and the norm of `embed`
+        # zero only after the bias and the norm of `embed`
+        return jnp.where(valid[..., None], self.embed(x, dtype), 0.0)
 
-    def look_ahead(self, x: jax.Array) -> jax.Array:
+    def look_ahead(self, x: jax.Array, dtype: str) -> jax.Array:
         """[B, N, D] -> [B, N, D] float32: adds to each token what the next three say."""
-        y = jax.nn.leaky_relu(self.ahead(x, 0, AHEAD_TAPS - 1), 0.01)
-        return x + self.ahead_back(y, AHEAD_BACK_TAPS - 1)
+        y = jax.nn.leaky_relu(self.ahead(x, dtype, 0, AHEAD_TAPS - 1), 0.01)
+        return x + self.ahead_back(y, dtype, AHEAD_BACK_TAPS - 1)
 
-    def to_frames(self, x: jax.Array) -> jax.Array:
+    def to_frames(self, x: jax.Array, dtype: str) -> jax.Array:
         """[B, N, D] -> [B, 2N, D] float32, each position twice, then a convolution that looks back."""
         num_rows, size, width = x.shape
         split = PartitionSpec(*nn.axes_of(x))
         x = jnp.stack([x, x], axis=2)
         x = jnp.reshape(x, (num_rows, FRAMES_PER_TOKEN * size, width), out_sharding=split)
-        return self.upsample(x, UPSAMPLE_TAPS - 1)
+        return self.upsample(x, dtype, UPSAMPLE_TAPS - 1)
 
     def run(self, layers: EncoderLayer, x, mask, cfg: Config, key=None) -> jax.Array:
         """A stack of layers: [B, N, D], mask [B, 1 or N, N] -> [B, N, D] float32."""
@@ -273,7 +273,7 @@ class Encoder(nnx.Module):
         keys = None
         if key is not None and cfg.dropout > 0:
             first, key = jax.random.split(key)
-            x = _dropout(x, cfg.dropout, first)
+            x = nn.dropout(x, cfg.dropout, first)
             keys = jax.random.split(key, layers.mlp_in.kernel.shape[0])
 
         def step(x, layer_and_key):
@@ -285,13 +285,13 @@ class Encoder(nnx.Module):
     def __call__(self, speech_tokens, valid, cfg: Config, key=None, is_chunked=None) -> jax.Array:
         """[B, N] int32 and the valid tokens [B, N] -> [B, 2N, M] float32; see `encode`."""
         keys = (None, None) if key is None else jax.random.split(key)
-        x = self.look_ahead(self.embed_tokens(speech_tokens, valid))
+        x = self.look_ahead(self.embed_tokens(speech_tokens, valid, cfg.dtype), cfg.dtype)
         x = self.run(self.layers, x, _attention_mask(valid, cfg.chunk_tokens, is_chunked), cfg, keys[0])
-        x = self.up_embed(self.to_frames(x))
+        x = self.up_embed(self.to_frames(x, cfg.dtype), cfg.dtype)
         valid = _frames_of(valid)
         mask = _attention_mask(valid, FRAMES_PER_TOKEN * cfg.chunk_tokens, is_chunked)
         x = self.run(self.up_layers, x, mask, cfg, keys[1])
-        return jnp.where(valid[..., None], self.output(self.norm(x, NORM_EPS)), 0.0)
+        return jnp.where(valid[..., None], self.output(self.norm(x, NORM_EPS), cfg.dtype), 0.0)
 
 
 class Resnet(nnx.Module):
@@ -299,22 +299,22 @@ class Resnet(nnx.Module):
 
     def __init__(self, cfg: Config, num_in: int, *, rngs: nnx.Rngs):
         size = cfg.channels
-        self.first = Conv(TAPS, num_in, size, rngs=rngs, dtype=cfg.dtype)
+        self.first = Conv(TAPS, num_in, size, rngs=rngs)
         self.first_norm = nn.LayerNorm(size)
         self.time = nn.Linear(cfg.time_width, size, ("embed", None), rngs=rngs)
-        self.second = Conv(TAPS, size, size, rngs=rngs, dtype=cfg.dtype)
+        self.second = Conv(TAPS, size, size, rngs=rngs)
         self.second_norm = nn.LayerNorm(size)
-        self.skip = nn.Linear(num_in, size, (None, "embed"), rngs=rngs, dtype=cfg.dtype)
+        self.skip = nn.Linear(num_in, size, (None, "embed"), rngs=rngs)
 
-    def __call__(self, x: jax.Array, time: jax.Array, valid: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, time: jax.Array, valid: jax.Array, dtype: str) -> jax.Array:
         """[B, T, in], embedded time [B, time_width], valid frames [B, T] -> [B, T, C] float32."""
         valid = valid[..., None]
         x = jnp.where(valid, x, 0.0)
-        y = jax.nn.mish(self.first_norm(self.first(x, TAPS - 1), NORM_EPS))
-        y = y + self.time(jax.nn.mish(time))[:, None]
-        y = self.second(jnp.where(valid, y, 0.0), TAPS - 1)
+        y = jax.nn.mish(self.first_norm(self.first(x, dtype, TAPS - 1), NORM_EPS))
+        y = y + self.time(jax.nn.mish(time), "float32")[:, None]
+        y = self.second(jnp.where(valid, y, 0.0), dtype, TAPS - 1)
         y = jnp.where(valid, jax.nn.mish(self.second_norm(y, NORM_EPS)), 0.0)
-        return y + self.skip(x)
+        return y + self.skip(x, dtype)
 
 
 class Block(nnx.Module):
@@ -322,7 +322,7 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         inner = cfg.block_heads * cfg.block_head_dim
-        make = functools.partial(nn.Linear, rngs=rngs, dtype=cfg.dtype)
+        make = functools.partial(nn.Linear, rngs=rngs)
         self.attention_norm = nn.LayerNorm(cfg.channels)
         self.q = make(cfg.channels, inner, ("embed", "heads"), use_bias=False)
         self.k = make(cfg.channels, inner, ("embed", "heads"), use_bias=False)
@@ -335,10 +335,11 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
         """[B, T, C], mask [B, 1 or T, T] -> [B, T, C] float32."""
         y = self.attention_norm(x, NORM_EPS)
-        q, k, v = (nn.split_heads(f(y), cfg.block_heads) for f in (self.q, self.k, self.v))
-        x = x + self.out(nn.merge_heads(nn.attention(q, k, v, mask, dtype=cfg.attention_dtype)))
-        y = jax.nn.gelu(self.mlp_in(self.mlp_norm(x, NORM_EPS)), approximate=False)
-        return x + self.mlp_out(y)
+        q, k, v = (nn.split_heads(f(y, cfg.dtype), cfg.block_heads) for f in (self.q, self.k, self.v))
+        y = nn.attention(q, k, v, mask, dtype=cfg.attention_dtype)
+        x = x + self.out(nn.merge_heads(y), cfg.dtype)
+        y = jax.nn.gelu(self.mlp_in(self.mlp_norm(x, NORM_EPS), cfg.dtype), approximate=False)
+        return x + self.mlp_out(y, cfg.dtype)
 
 
 class Estimator(nnx.Module):
@@ -357,23 +358,23 @@ class Estimator(nnx.Module):
         self.time_out = nn.Linear(cfg.time_width, cfg.time_width, ("embed", None), rngs=rngs)
         self.down_resnet = Resnet(cfg, 4 * cfg.mel_bins, rngs=rngs)
         self.down_blocks = blocks(num_blocks)
-        self.down_conv = Conv(TAPS, size, size, rngs=rngs, dtype=cfg.dtype)
+        self.down_conv = Conv(TAPS, size, size, rngs=rngs)
         self.mid_resnets = jax.vmap(lambda r: Resnet(cfg, size, rngs=r))(rngs.split(cfg.num_mid_levels))
         self.mid_blocks = blocks(cfg.num_mid_levels * num_blocks)
         self.up_resnet = Resnet(cfg, 2 * size, rngs=rngs)
         self.up_blocks = blocks(num_blocks)
-        self.up_conv = Conv(TAPS, size, size, rngs=rngs, dtype=cfg.dtype)
-        self.last_conv = Conv(TAPS, size, size, rngs=rngs, dtype=cfg.dtype)
+        self.up_conv = Conv(TAPS, size, size, rngs=rngs)
+        self.last_conv = Conv(TAPS, size, size, rngs=rngs)
         self.last_norm = nn.LayerNorm(size)
-        self.output = nn.Linear(size, cfg.mel_bins, ("embed", None), rngs=rngs, dtype=cfg.dtype)
+        self.output = nn.Linear(size, cfg.mel_bins, ("embed", None), rngs=rngs)
 
     def embed_time(self, t: jax.Array) -> jax.Array:
-        """Flow time [B] in [0, 1] -> [B, time_width] float32."""
+        """Flow time [B] in [0, 1] -> [B, time_width] float32; float32 products whatever cfg.dtype."""
         half = self.time_in.kernel.shape[0] // 2
         frequencies = np.exp(-math.log(10000.0) / (half - 1) * np.arange(half)).astype(np.float32)
         angles = 1000.0 * t[:, None] * frequencies
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        return self.time_out(jax.nn.silu(self.time_in(features)))
+        return self.time_out(jax.nn.silu(self.time_in(features, "float32")), "float32")
 
     def level(self, resnet: Resnet, blocks: Block, x, time, valid, mask, cfg: Config) -> jax.Array:
         """Convolutions, then a stack of blocks: [B, T, in] -> [B, T, C] float32."""
@@ -381,7 +382,7 @@ class Estimator(nnx.Module):
         def step(x, block):
             return block(x, mask, cfg), None
 
-        return jax.lax.scan(step, resnet(x, time, valid), blocks)[0]
+        return jax.lax.scan(step, resnet(x, time, valid, cfg.dtype), blocks)[0]
 
     def middle(self, x, time, valid, mask, cfg: Config) -> jax.Array:
         """All middle levels: [B, T, C] -> [B, T, C] float32."""
@@ -396,12 +397,12 @@ class Estimator(nnx.Module):
         levels = self.mid_resnets, jax.tree.map(by_level, self.mid_blocks)
         return jax.lax.scan(_recomputed(step, cfg), x, levels)[0]
 
-    def last(self, x: jax.Array, valid: jax.Array) -> jax.Array:
+    def last(self, x: jax.Array, valid: jax.Array, dtype: str) -> jax.Array:
         """[B, T, C], valid frames [B, T] -> [B, T, M] float32, 0 where not valid."""
         valid = valid[..., None]
-        x = self.last_conv(jnp.where(valid, x, 0.0), TAPS - 1)
+        x = self.last_conv(jnp.where(valid, x, 0.0), dtype, TAPS - 1)
         x = jax.nn.mish(self.last_norm(x, NORM_EPS))
-        return jnp.where(valid, self.output(x), 0.0)
+        return jnp.where(valid, self.output(x, dtype), 0.0)
 
     def __call__(self, x, mu, speaker, condition, t, valid, cfg: Config, is_chunked=None) -> jax.Array:
         """Shapes as in `velocity`, but valid frames [B, T] -> [B, T, M] float32."""
@@ -412,11 +413,11 @@ class Estimator(nnx.Module):
         edge = _recomputed(lambda resnet, blocks, x: level(resnet, blocks, x), cfg)
         x = jnp.concatenate([x, mu, speaker, condition], axis=-1)
         skip = edge(self.down_resnet, self.down_blocks, x)
-        x = self.down_conv(jnp.where(valid[..., None], skip, 0.0), TAPS - 1)
+        x = self.down_conv(jnp.where(valid[..., None], skip, 0.0), cfg.dtype, TAPS - 1)
         x = self.middle(x, time, valid, mask, cfg)
         x = edge(self.up_resnet, self.up_blocks, jnp.concatenate([x, skip], axis=-1))
-        x = self.up_conv(jnp.where(valid[..., None], x, 0.0), TAPS - 1)
-        return self.last(x, valid)
+        x = self.up_conv(jnp.where(valid[..., None], x, 0.0), cfg.dtype, TAPS - 1)
+        return self.last(x, valid, cfg.dtype)
 
 
 class Decoder(nnx.Module):
@@ -473,9 +474,9 @@ def encode(
 
 
 def embed_speaker(model: Decoder, speaker: jax.Array) -> jax.Array:
-    """Speaker vectors [B, S] of any length -> [B, M] float32 as `velocity` takes them."""
+    """Speaker vectors [B, S] of any length -> [B, M] float32 as `velocity` takes them; a float32 product."""
     square = jnp.sum(speaker * speaker, axis=-1, keepdims=True)
-    return model.speaker(speaker * jax.lax.rsqrt(jnp.maximum(square, 1e-24)))
+    return model.speaker(speaker * jax.lax.rsqrt(jnp.maximum(square, 1e-24)), "float32")
 
 
 def velocity(
@@ -532,7 +533,7 @@ def loss(
 
     Source: CosyVoice (Du et al., 2024), section 2.3, and the public training code, with uniform times.
     """
-    batch = jax.tree.map(_split_rows, batch)
+    batch = jax.tree.map(split_rows, batch)
     mel, prompt, num_tokens = batch["mel"], batch["prompt_frames"], batch["num_tokens"]
     _check_inputs(cfg, batch["speech_tokens"], mel, "mel", batch["speaker"])
     num_rows, length, _ = mel.shape
@@ -638,7 +639,7 @@ def sample(
         num_steps: solver steps.
         guidance: w in v = v_cond + w (v_cond - v_null); 0 skips the second half of the work.
         method: "euler" or "midpoint".
-        schedule: see `flow.time_grid`.
+        schedule: see `ode.time_grid`.
         noise: None draws the start from `keys`; "reference" is `reference_noise` and an array [T or more, M] is itself,
             for all rows alike.
 
@@ -665,51 +666,34 @@ def sample(
         keys, noise = None, jnp.asarray(noise[:length], jnp.float32)
     elif keys is None:
         raise ValueError("keys are None; give one key a row, or noise='reference'")
-    grid = jnp.asarray(time_grid(num_steps, schedule))
-    guided = not (isinstance(guidance, int | float) and guidance == 0)
+    grid = jnp.asarray(ode.time_grid(num_steps, schedule))
     inputs = (speech_tokens, num_tokens, prompt_mel, prompt_frames, speaker)
-    return _sample(model, cfg, inputs, keys, noise, grid, jnp.float32(guidance), guided, method)
+    return _sample(
+        model, cfg, inputs, keys, noise, grid, jnp.float32(guidance), ode.is_guided(guidance), method
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "guided", "method"))
-def _sample(model, cfg, inputs, keys, noise, grid, guidance, guided, method):
-    speech_tokens, num_tokens, prompt_mel, prompt_frames, speaker = map(_split_rows, inputs)
-    num_rows, length, num_bins = prompt_mel.shape
+@functools.partial(jax.jit, static_argnames=("cfg", "is_guided", "method"))
+def _sample(model, cfg, inputs, keys, noise, grid, guidance, is_guided, method):
+    speech_tokens, num_tokens, prompt_mel, prompt_frames, speaker = map(split_rows, inputs)
+    length = prompt_mel.shape[1]
     frames = num_frames(cfg, num_tokens)
     known = nn.length_mask(jnp.minimum(prompt_frames, frames), length)
     condition = jnp.where(known[..., None], prompt_mel, 0.0)
 
-    def draw(keys):  # one key per frame: the noise of a frame does not depend on the padded length
-        each = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(length)))
-        return jax.vmap(jax.vmap(lambda key: jax.random.normal(key, (num_bins,))))(each(keys))
-
-    if noise is None:  # shard_map, because folding into split keys fails for a single row (jax 0.10.2)
-        rows = spec("batch", "frames", "mel")
-        start = jax.shard_map(draw, in_specs=spec("batch"), out_specs=rows)(_split_rows(keys))
+    if noise is None:
+        start = ode.frame_noise(keys, length, cfg.mel_bins)
     else:
         start = jnp.zeros_like(condition) + noise
-
-    # Each row is followed by its unconditional twin: merging this way moves no data between devices
-    def twins(x, other):
-        pair = jnp.stack([x, other], axis=1)
-        return pair.reshape(2 * num_rows, *x.shape[1:], out_sharding=PartitionSpec(*nn.axes_of(x)))
-
     mu, voice = encode(model, cfg, speech_tokens, num_tokens), embed_speaker(model, speaker)
-    lengths = frames
-    if guided:
-        mu, voice, condition = (twins(x, jnp.zeros_like(x)) for x in (mu, voice, condition))
-        lengths = twins(frames, frames)
+    given, null = (mu, voice, condition, frames), None
+    if is_guided:
+        null = *(jnp.zeros_like(x) for x in (mu, voice, condition)), frames
 
-    def flow_velocity(x, t):
-        t = jnp.zeros_like(jnp.sum(x, axis=(1, 2))) + t  # x[:, 0, 0]: see sharding.pick
-        if not guided:
-            return velocity(model, cfg, x, mu, voice, condition, t, lengths)
-        v = velocity(model, cfg, twins(x, x), mu, voice, condition, twins(t, t), lengths)
-        v = v.reshape(num_rows, 2, length, num_bins, out_sharding=spec("batch", None, "frames", "mel"))
-        conditional, null = pick(v, 0, 1), pick(v, 1, 1)
-        return conditional + guidance * (conditional - null)
+    def of_state(x, t, mu, voice, condition, frames):
+        return velocity(model, cfg, x, mu, voice, condition, t, frames)
 
-    x = integrate(flow_velocity, start, grid, method)
+    x = ode.integrate(ode.guided(of_state, given, null, guidance), start, grid, method)
     return jnp.where(nn.length_mask(frames, length)[..., None], x, 0.0)
 
 
@@ -736,27 +720,11 @@ def _recomputed(step, cfg: Config):
     return step if cfg.remat == "none" else jax.checkpoint(step, policy=nn.REMAT[cfg.remat])
 
 
-def _split_rows(x) -> jax.Array:
-    """An array with its first axis split over `batch`; nothing moves if it is already."""
-    return jax.sharding.reshard(x, spec("batch", *[None] * (jnp.ndim(x) - 1)))
-
-
 def _check_inputs(cfg: Config, speech_tokens, mel, name: str, speaker) -> None:
-    wanted = num_frames(cfg, speech_tokens.shape[1])
-    if mel.shape[1:] != (wanted, cfg.mel_bins):
-        raise ValueError(
-            f"{name} is {tuple(mel.shape[1:])}, but {speech_tokens.shape[1]} tokens take "
-            f"{(wanted, cfg.mel_bins)} frames and bands; pad or cut it"
-        )
+    num_tokens = speech_tokens.shape[1]
+    ode.check_mel(mel, num_frames(cfg, num_tokens), cfg.mel_bins, num_tokens, name)
     if speaker.shape != (speech_tokens.shape[0], cfg.speaker_size):
         raise ValueError(
             f"speaker is {tuple(speaker.shape)}, but the model takes {(speech_tokens.shape[0], cfg.speaker_size)}; "
             "its vectors come from another speaker encoder"
         )
-
-
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    if key is None or rate == 0:
-        return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=PartitionSpec(*nn.axes_of(x)))
-    return jnp.where(kept, x / (1 - rate), 0.0)

@@ -190,22 +190,21 @@ class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions; q, k, v have biases, o has none."""
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
-        options = dict(rngs=rngs, dtype=cfg.dtype, init=jax.nn.initializers.normal(cfg.init_std))
+        options = dict(rngs=rngs, init=jax.nn.initializers.normal(cfg.init_std))
         inner, kv_inner = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         self.q = nn.Linear(cfg.width, inner, ("embed", "heads"), **options)
         self.k = nn.Linear(cfg.width, kv_inner, ("embed", "kv_heads"), **options)
         self.v = nn.Linear(cfg.width, kv_inner, ("embed", "kv_heads"), **options)
         self.o = nn.Linear(inner, cfg.width, ("heads", "embed"), use_bias=False, **options)
-        self.cfg = cfg
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
         """[B, N, D], positions [B, N], mask [B, N, N] (True = allowed) -> [B, N, D]."""
-        cfg = self.cfg
-        q = nn.rotary(nn.split_heads(self.q(x), cfg.num_heads), positions, cfg.rope_base)
-        k = nn.rotary(nn.split_heads(self.k(x), cfg.num_kv_heads, "kv_heads"), positions, cfg.rope_base)
-        v = nn.split_heads(self.v(x), cfg.num_kv_heads, "kv_heads")
+        q, k, v = (f(x, cfg.dtype) for f in (self.q, self.k, self.v))
+        q = nn.rotary(nn.split_heads(q, cfg.num_heads), positions, cfg.rope_base)
+        k = nn.rotary(nn.split_heads(k, cfg.num_kv_heads, "kv_heads"), positions, cfg.rope_base)
+        v = nn.split_heads(v, cfg.num_kv_heads, "kv_heads")
         y = nn.attention(q, k, v, mask, dtype=cfg.dtype, causal_chunk=CAUSAL_CHUNK)
-        return self.o(nn.merge_heads(y))
+        return self.o(nn.merge_heads(y), cfg.dtype)
 
 
 class Block(nnx.Module):
@@ -216,12 +215,12 @@ class Block(nnx.Module):
         self.attn_norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.attn = Attention(cfg, rngs=rngs)
         self.mlp_norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
-        self.mlp = nn.SwiGLU(cfg.width, cfg.mlp_width, rngs=rngs, dtype=cfg.dtype, init=init)
+        self.mlp = nn.SwiGLU(cfg.width, cfg.mlp_width, rngs=rngs, init=init)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
         """[B, N, D], positions [B, N], mask [B, N, N] -> [B, N, D]."""
-        x = x + self.attn(self.attn_norm(x), positions, mask)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn(self.attn_norm(x), positions, mask, cfg)
+        return x + self.mlp(self.mlp_norm(x), cfg.dtype)
 
 
 class SpeechLM(nnx.Module):
@@ -243,9 +242,7 @@ class SpeechLM(nnx.Module):
         self.layers = jax.vmap(lambda r: Block(cfg, rngs=r))(rngs.split(cfg.num_layers))
         self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         # rows are whole on every chip: codes + 3 has few divisors and the head is 1 % of the true-size model
-        self.head = nn.Linear(
-            cfg.width, cfg.num_speech_rows, ("embed", None), rngs=rngs, dtype=cfg.dtype, init=init
-        )
+        self.head = nn.Linear(cfg.width, cfg.num_speech_rows, ("embed", None), rngs=rngs, init=init)
 
 
 def init(cfg: Config, key: jax.Array) -> SpeechLM:
@@ -311,7 +308,7 @@ def _run(
     positions, mask = batch["positions"], _mask(batch)
 
     def body(x, layer):
-        return layer(x, positions, mask), x if keep else None
+        return layer(x, positions, mask, cfg), x if keep else None
 
     if cfg.remat != "none":
         body = jax.checkpoint(body, policy=nn.REMAT[cfg.remat])
@@ -327,7 +324,7 @@ def _mask(batch: dict[str, jax.Array]) -> jax.Array:
 
 def logits(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Array:
     """Speech logits [B, N, V] float32 of packed rows; arguments as in `hidden`."""
-    return model.head(hidden(model, cfg, batch))
+    return model.head(hidden(model, cfg, batch), cfg.dtype)
 
 
 def loss(
@@ -352,7 +349,7 @@ def loss(
     del key
     targets = batch["targets"]
     states, inputs = _run(model, cfg, batch, keep=bool(cfg.alignment_weight))
-    scores = model.head(states)
+    scores = model.head(states, cfg.dtype)
     valid = (targets >= 0).astype(jnp.float32)
     is_end = (targets == cfg.end_id).astype(jnp.float32)
     log_total = jax.nn.logsumexp(scores, axis=-1)
@@ -420,7 +417,7 @@ def alignment_loss(
         rows = nn.axes_of(x)[0]
 
         def heads(linear, count, rows=rows, x=x):
-            flat = jax.sharding.reshard(linear(x), PartitionSpec(rows, None, None))
+            flat = jax.sharding.reshard(linear(x, cfg.dtype), PartitionSpec(rows, None, None))
             split = flat.reshape(*flat.shape[:2], count, cfg.head_dim)
             return nn.rotary(split, positions, cfg.rope_base)
 

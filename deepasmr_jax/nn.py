@@ -2,7 +2,8 @@
 
 Mixed precision, in one place: weights and activations are float32; a product casts only its two operands to
 `dtype`, forward and backward, and accumulates in float32. Norms, softmax and rotary angles are float32
-whatever `dtype` is.
+whatever `dtype` is. No layer stores a `dtype`: the caller passes that of its config, or "float32" where a product
+stays exact, so one loaded model runs in either.
 Sharding: kernels are split as their axis names say (`sharding.AXES`); an activation keeps the split of its
 leading axes and has its last axis split only where the kernel's output axis is on `model`.
 
@@ -72,7 +73,6 @@ class Linear(nnx.Module):
         axes: logical names of the kernel's two axes, such as ("embed", "mlp"); None is an unsplit axis.
         rngs: source of the initial weights; the stream `params` is used.
         use_bias: adds a bias that starts at zero.
-        dtype: type of the operands of the product; the result is float32.
         init: initializer of the kernel.
     """
 
@@ -84,7 +84,6 @@ class Linear(nnx.Module):
         *,
         rngs: nnx.Rngs,
         use_bias: bool = True,
-        dtype: str = "float32",
         init=jax.nn.initializers.lecun_normal(),
     ):
         shape = (in_features, out_features)
@@ -93,12 +92,11 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32, out_sharding=like_vector(axes[1])))
         self.use_bias = use_bias
         self.out_axis = axes[1]
-        self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] any float type -> [..., out] float32; the leading axes keep their split."""
+    def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
+        """[..., in] any float type -> [..., out] float32 by a product in `dtype`; the leading axes keep their split."""
         out = like(x, self.out_axis)
-        y = product("...i,io->...o", x, self.kernel[...], self.dtype, out)
+        y = product("...i,io->...o", x, self.kernel[...], dtype, out)
         return y + self.bias[...] if self.use_bias else y
 
 
@@ -189,6 +187,35 @@ class LayerNorm(nnx.Module):
         return x * self.scale[...] + self.bias[...]
 
 
+class BatchNorm(nnx.Module):
+    """Batch norm of the last axis by stored statistics: `(x - mean) / sqrt(var + eps) * scale + bias`, in float32.
+
+    Weights, all [C] float32: mean, var; and scale, bias if `is_affine`. They start as the identity.
+    """
+
+    def __init__(self, num_channels: int, is_affine: bool = True, eps: float = 1e-5):
+        self.mean, self.var = nnx.Param(jnp.zeros(num_channels)), nnx.Param(jnp.ones(num_channels))
+        if is_affine:
+            self.scale, self.bias = nnx.Param(jnp.ones(num_channels)), nnx.Param(jnp.zeros(num_channels))
+        self.is_affine = is_affine
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] float32 -> [..., C] float32."""
+        gain = jax.lax.rsqrt(self.var[...] + self.eps)
+        gain = gain * self.scale[...] if self.is_affine else gain
+        x = (x - self.mean[...]) * gain
+        return x + self.bias[...] if self.is_affine else x
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """`x` with this share of its values at zero and the others raised to keep the mean; without a key `x` itself."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=PartitionSpec(*axes_of(x)))
+    return jnp.where(kept, x / (1 - rate), 0.0)
+
+
 class SwiGLU(nnx.Module):
     """Gated MLP `down(silu(gate(x)) * up(x))` without biases; the hidden axis is split over `model`."""
 
@@ -198,17 +225,16 @@ class SwiGLU(nnx.Module):
         mlp_width: int,
         *,
         rngs: nnx.Rngs,
-        dtype: str = "float32",
         init=jax.nn.initializers.lecun_normal(),
     ):
-        options = dict(rngs=rngs, use_bias=False, dtype=dtype, init=init)
+        options = dict(rngs=rngs, use_bias=False, init=init)
         self.gate = Linear(width, mlp_width, ("embed", "mlp"), **options)
         self.up = Linear(width, mlp_width, ("embed", "mlp"), **options)
         self.down = Linear(mlp_width, width, ("mlp", "embed"), **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] -> [..., D] float32."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
+        """[..., D] -> [..., D] float32; products in `dtype`."""
+        return self.down(jax.nn.silu(self.gate(x, dtype)) * self.up(x, dtype), dtype)
 
 
 def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = False) -> jax.Array:
@@ -463,6 +489,11 @@ _local_conv.defvjp(_local_conv_forward, _local_conv_backward)
 def length_mask(lengths: jax.Array, size: int) -> jax.Array:
     """[B] lengths -> [B, size] bool, True before each row's length."""
     return jnp.arange(size) < lengths[:, None]
+
+
+def zero_padding(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Image [B, F, T, C] with padded frames (False in the mask [B, T]) at zero, as a convolution sees a clip's end."""
+    return jnp.where(mask[:, None, :, None], x, 0.0)
 
 
 def ctc(logits: jax.Array, lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> jax.Array:

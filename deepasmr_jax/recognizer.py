@@ -67,7 +67,7 @@ class Block(nnx.Module):
     """Self-attention, gated depthwise convolution and SwiGLU, each behind an RMS norm, on a residual."""
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, options = cfg.width, dict(rngs=rngs, dtype=cfg.dtype)
+        d, options = cfg.width, dict(rngs=rngs)
         small = jax.nn.initializers.variance_scaling(1 / (3 * cfg.num_layers), "fan_in", "normal")
         self.attention_norm = nn.RMSNorm(d)
         self.query = nn.Linear(d, d, ("embed", "heads"), **options)
@@ -85,18 +85,18 @@ class Block(nnx.Module):
     def __call__(self, cfg: Config, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
         """[B, N, D], [1, N], [B, N] bool -> [B, N, D] float32."""
         h = self.attention_norm(x)
-        q, k, v = (nn.split_heads(f(h), cfg.num_heads) for f in (self.query, self.key, self.value))
+        q, k, v = (nn.split_heads(f(h, cfg.dtype), cfg.num_heads) for f in (self.query, self.key, self.value))
         q, k = (nn.rotary(y, positions, cfg.rotary_base) for y in (q, k))
         h = nn.attention(q, k, v, mask[:, None, :], dtype=cfg.dtype)
-        x = x + self.out(nn.merge_heads(h))
+        x = x + self.out(nn.merge_heads(h), cfg.dtype)
         h = self.conv_norm(x)
-        h = h * jax.nn.sigmoid(self.gate(h)) * mask[:, :, None]
+        h = h * jax.nn.sigmoid(self.gate(h, cfg.dtype)) * mask[:, :, None]
         half = cfg.kernel // 2
         padded = jnp.pad(h, ((0, 0), (half, half), (0, 0)))
         taps = self.taps[...]
         h = sum(padded[:, i : i + h.shape[1]] * taps[i] for i in range(cfg.kernel))
-        x = x + self.conv_out(jax.nn.silu(h))
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.conv_out(jax.nn.silu(h), cfg.dtype)
+        return x + self.mlp(self.mlp_norm(x), cfg.dtype)
 
 
 class Recognizer(nnx.Module):
@@ -104,11 +104,11 @@ class Recognizer(nnx.Module):
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         num_in = STRIDE * audio.MEL_PROFILES[MEL].num_mels
-        self.inlet = nn.Linear(num_in, cfg.width, (None, "embed"), rngs=rngs, dtype=cfg.dtype)
+        self.inlet = nn.Linear(num_in, cfg.width, (None, "embed"), rngs=rngs)
         keys = jax.random.split(rngs.params(), cfg.num_layers)
         self.layers = jax.vmap(lambda key: Block(cfg, nnx.Rngs(key)))(keys)
         self.norm = nn.RMSNorm(cfg.width)
-        self.outlet = nn.Linear(cfg.width, len(SYMBOLS), ("embed", None), rngs=rngs, dtype=cfg.dtype)
+        self.outlet = nn.Linear(cfg.width, len(SYMBOLS), ("embed", None), rngs=rngs)
 
 
 def init(cfg: Config, key: jax.Array) -> Recognizer:
@@ -151,7 +151,7 @@ def logits(
     x = x.reshape(x.shape[0], num, -1, out_sharding=nn.like(x, None))
     counts = frames // STRIDE
     mask = nn.length_mask(counts, num)
-    x = model.inlet(x)
+    x = model.inlet(x, cfg.dtype)
     positions = jnp.arange(num)[None]
 
     @jax.checkpoint
@@ -159,7 +159,7 @@ def logits(
         return block(cfg, x, positions, mask), None
 
     x, _ = jax.lax.scan(body, x, model.layers)
-    return model.outlet(model.norm(x)), counts
+    return model.outlet(model.norm(x), cfg.dtype), counts
 
 
 def loss(model: Recognizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | None):

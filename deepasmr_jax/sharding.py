@@ -115,6 +115,11 @@ def put(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: one(x) for name, x in batch.items()}
 
 
+def split_rows(x) -> jax.Array:
+    """An array with its first axis split over `batch`; nothing moves if it is already."""
+    return jax.sharding.reshard(x, spec("batch", *[None] * (jnp.ndim(x) - 1)))
+
+
 def replicate(tree):
     """A pytree of host or device arrays, copied whole to every device of the mesh."""
     return jax.device_put(tree, NamedSharding(ensure_mesh(), PartitionSpec()))

@@ -2,7 +2,7 @@
 
 Source: r-vectors (Zeinali et al., 2019) as released by WeSpeaker (Wang et al., 2023). `mini()` is the same
 code with 8 base channels, trained here with the additive angular margin loss (Deng et al., 2019).
-Batch norm: the loss uses the statistics of the valid frames of the whole batch. `mean` and `var` of a `Norm`
+Batch norm: the loss uses the statistics of the valid frames of the whole batch. `mean` and `var` of a norm
 are read by `embed` alone, receive no gradient, and are set once after training by `calibrate`; until then
 they are 0 and 1 and embeddings mean nothing. Keep leaves named mean, var and scale out of weight decay.
 Batch: wav [B, W] float32 16 kHz, lengths [B] int32 samples, speaker_index [B] int32 (-1: unknown, no loss).
@@ -20,7 +20,6 @@ from flax import nnx
 from deepasmr_jax import audio, nn
 
 NUM_BANDS = 80
-BATCH_NORM_EPS = 1e-5
 POOLING_EPS = 1e-7
 
 
@@ -83,29 +82,6 @@ def mini(num_speakers: int = 0) -> Config:
 # ---------------------------------------------------------------- modules
 
 
-class Norm(nnx.Module):
-    """Batch norm: scale and bias [C] are trained; mean and var [C] are set by `calibrate`."""
-
-    def __init__(self, num_channels: int):
-        self.scale = nnx.Param(jnp.ones(num_channels))
-        self.bias = nnx.Param(jnp.zeros(num_channels))
-        self.mean = nnx.Param(jnp.zeros(num_channels))
-        self.var = nnx.Param(jnp.ones(num_channels))
-
-    def __call__(self, x: jax.Array, mask: jax.Array, use_batch: bool) -> tuple[jax.Array, "Norm"]:
-        """Normalises [B, F, T, C]; also gives this module with the statistics that were used."""
-        mean, var = (jax.lax.stop_gradient(v[...]) for v in (self.mean, self.var))
-        if use_batch:
-            weight = mask[:, None, :, None].astype(jnp.float32)
-            count = jnp.maximum(jnp.sum(weight) * x.shape[1], 1.0)
-            mean = jnp.sum(x * weight, axis=(0, 1, 2)) / count
-            var = jnp.sum(jnp.square(x - mean) * weight, axis=(0, 1, 2)) / count
-        used = jax.tree.map(lambda v: v, self)  # a copy: the module itself is never changed
-        used.mean, used.var = nnx.Param(mean), nnx.Param(var)
-        gain = self.scale[...] * jax.lax.rsqrt(var + BATCH_NORM_EPS)
-        return (x - mean) * gain + self.bias[...], used
-
-
 class Conv(nnx.Module):
     """Convolution without bias, kernel [k, k, in, out] over (frequency, time), zero padding k // 2."""
 
@@ -122,6 +98,21 @@ class Conv(nnx.Module):
         return y.astype(jnp.float32)
 
 
+def _normalise(
+    norm: nn.BatchNorm, x: jax.Array, mask: jax.Array, use_batch: bool
+) -> tuple[jax.Array, nn.BatchNorm]:
+    """Normalises [B, F, T, C]; also gives the norm with the statistics that were used: stored, or of this batch."""
+    mean, var = (jax.lax.stop_gradient(v[...]) for v in (norm.mean, norm.var))
+    if use_batch:
+        weight = mask[:, None, :, None].astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(weight) * x.shape[1], 1.0)
+        mean = jnp.sum(x * weight, axis=(0, 1, 2)) / count
+        var = jnp.sum(jnp.square(x - mean) * weight, axis=(0, 1, 2)) / count
+    used = jax.tree.map(lambda v: v, norm)  # a copy: the module itself is never changed
+    used.mean, used.var = nnx.Param(mean), nnx.Param(var)
+    return used(x), used
+
+
 class Block(nnx.Module):
     """Residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1; the first 3x3 carries the stride."""
 
@@ -131,11 +122,11 @@ class Block(nnx.Module):
         widths = (num_in, *(num_inner for _ in sizes[1:]), num_out)
         for i, size in enumerate(sizes):
             setattr(self, f"conv{i + 1}", Conv(size, widths[i], widths[i + 1], rngs))
-            setattr(self, f"bn{i + 1}", Norm(widths[i + 1]))
+            setattr(self, f"bn{i + 1}", nn.BatchNorm(widths[i + 1]))
         self.has_shortcut = stride != 1 or num_in != num_out
         if self.has_shortcut:
             self.shortcut_conv = Conv(1, num_in, num_out, rngs)
-            self.shortcut_bn = Norm(num_out)
+            self.shortcut_bn = nn.BatchNorm(num_out)
         self.stride = stride
 
     def __call__(self, cfg: Config, x: jax.Array, mask: jax.Array, use_batch: bool):
@@ -148,14 +139,14 @@ class Block(nnx.Module):
             strided = i == (2 if cfg.bottleneck else 1)
             y_mask = out_mask if strided else y_mask
             y = getattr(self, f"conv{i}")(y, cfg.dtype, self.stride if strided else 1)
-            y, stats = getattr(self, f"bn{i}")(y, y_mask, use_batch)
+            y, stats = _normalise(getattr(self, f"bn{i}"), y, y_mask, use_batch)
             setattr(used, f"bn{i}", stats)
             if i < count:
-                y = _zero_padding(jax.nn.relu(y), y_mask)
+                y = nn.zero_padding(jax.nn.relu(y), y_mask)
         if self.has_shortcut:
             x = self.shortcut_conv(x, cfg.dtype, self.stride)
-            x, used.shortcut_bn = self.shortcut_bn(x, out_mask, use_batch)
-        return _zero_padding(jax.nn.relu(x + y), out_mask), out_mask, used
+            x, used.shortcut_bn = _normalise(self.shortcut_bn, x, out_mask, use_batch)
+        return nn.zero_padding(jax.nn.relu(x + y), out_mask), out_mask, used
 
 
 class Stage(nnx.Module):
@@ -187,7 +178,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
         self.conv1 = Conv(3, 1, cfg.channels[0], rngs)
-        self.bn1 = Norm(cfg.channels[0])
+        self.bn1 = nn.BatchNorm(cfg.channels[0])
         num_in = cfg.channels[0]
         for i, (num_inner, repeats) in enumerate(zip(cfg.channels, cfg.repeats, strict=True)):
             stage = Stage(cfg, num_in, num_inner, repeats, 1 if i == 0 else 2, rngs)
@@ -202,13 +193,13 @@ class Encoder(nnx.Module):
         """[B, T, 80] to [B, E], and the encoder with the batch-norm statistics that were used."""
         used = jax.tree.map(lambda v: v, self)
         mask = jnp.arange(fbank.shape[1])[None] < lengths[:, None]
-        x = _zero_padding(jnp.swapaxes(fbank, 1, 2)[..., None], mask)
-        x, used.bn1 = self.bn1(self.conv1(x, cfg.dtype), mask, use_batch)
-        x = _zero_padding(jax.nn.relu(x), mask)
+        x = nn.zero_padding(jnp.swapaxes(fbank, 1, 2)[..., None], mask)
+        x, used.bn1 = _normalise(self.bn1, self.conv1(x, cfg.dtype), mask, use_batch)
+        x = nn.zero_padding(jax.nn.relu(x), mask)
         for name in ("layer1", "layer2", "layer3", "layer4"):
             x, mask, stage = getattr(self, name)(cfg, x, mask, use_batch)
             setattr(used, name, stage)
-        return self.seg_1(pool(x, mask)), used
+        return self.seg_1(pool(x, mask), "float32"), used
 
 
 def init(cfg: Config, key: jax.Array) -> Encoder:
@@ -226,11 +217,6 @@ def without_head(model: Encoder, cfg: Config) -> tuple[Encoder, Config]:
 
 
 # ---------------------------------------------------------------- functions
-
-
-def _zero_padding(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, F, T, C] with padded frames at zero, as a convolution sees them beyond the end of a lone clip."""
-    return jnp.where(mask[:, None, :, None], x, 0.0)
 
 
 def pool(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -283,7 +269,7 @@ def calibrate(model: Encoder, cfg: Config, batches) -> Encoder:
         batches: iterable of training batches with `wav` and `lengths`; 20 or more give steady statistics.
 
     Returns:
-        The encoder with `mean` and `var` of every `Norm` replaced, all else unchanged.
+        The encoder with `mean` and `var` of every norm replaced, all else unchanged.
 
     Raises:
         ValueError: if there is no batch.

@@ -16,7 +16,6 @@ from flax import nnx
 from deepasmr_jax import nn
 
 NUM_BANDS = 80
-BATCH_NORM_EPS = 1e-5
 FBANK = dict(window="povey", scale=1.0)  # arguments of audio.fbank; the mean over time is removed there
 
 
@@ -75,22 +74,6 @@ class _Keys:
         return next(self.keys)
 
 
-class Norm(nnx.Module):
-    """Batch norm of the last axis with stored statistics: mean and var [C], and scale and bias [C] if affine."""
-
-    def __init__(self, num_channels: int, is_affine: bool = True):
-        self.mean, self.var = nnx.Param(jnp.zeros(num_channels)), nnx.Param(jnp.ones(num_channels))
-        if is_affine:
-            self.scale, self.bias = nnx.Param(jnp.ones(num_channels)), nnx.Param(jnp.zeros(num_channels))
-        self.is_affine = is_affine
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gain = jax.lax.rsqrt(self.var[...] + BATCH_NORM_EPS)
-        gain = gain * self.scale[...] if self.is_affine else gain
-        x = (x - self.mean[...]) * gain
-        return x + self.bias[...] if self.is_affine else x
-
-
 class ImageConv(nnx.Module):
     """Convolution without bias, kernel [k, k, in, out] over (frequency, time), zero padding k // 2."""
 
@@ -129,18 +112,19 @@ class ResidualBlock(nnx.Module):
     """Two 3x3 convolutions; the first may halve the frequencies, and then a 1x1 convolution is the shortcut."""
 
     def __init__(self, channels: int, stride: int, rngs: _Keys):
-        self.conv1, self.bn1 = ImageConv(3, channels, channels, rngs), Norm(channels)
-        self.conv2, self.bn2 = ImageConv(3, channels, channels, rngs), Norm(channels)
+        self.conv1, self.bn1 = ImageConv(3, channels, channels, rngs), nn.BatchNorm(channels)
+        self.conv2, self.bn2 = ImageConv(3, channels, channels, rngs), nn.BatchNorm(channels)
         if stride > 1:
-            self.shortcut_conv, self.shortcut_bn = ImageConv(1, channels, channels, rngs), Norm(channels)
+            self.shortcut_conv = ImageConv(1, channels, channels, rngs)
+            self.shortcut_bn = nn.BatchNorm(channels)
         self.stride = stride
 
     def __call__(self, x: jax.Array, mask: jax.Array, dtype: str) -> jax.Array:
-        y = _zero_padding(jax.nn.relu(self.bn1(self.conv1(x, dtype, self.stride))), mask)
+        y = nn.zero_padding(jax.nn.relu(self.bn1(self.conv1(x, dtype, self.stride))), mask)
         y = self.bn2(self.conv2(y, dtype))
         if self.stride > 1:
             x = self.shortcut_bn(self.shortcut_conv(x, dtype, self.stride))
-        return _zero_padding(jax.nn.relu(x + y), mask)
+        return nn.zero_padding(jax.nn.relu(x + y), mask)
 
 
 class Head(nnx.Module):
@@ -148,18 +132,18 @@ class Head(nnx.Module):
 
     def __init__(self, cfg: Config, rngs: _Keys):
         c = cfg.head_channels
-        self.conv1, self.bn1 = ImageConv(3, 1, c, rngs), Norm(c)
+        self.conv1, self.bn1 = ImageConv(3, 1, c, rngs), nn.BatchNorm(c)
         self.layer1 = nnx.List([ResidualBlock(c, 2, rngs), ResidualBlock(c, 1, rngs)])
         self.layer2 = nnx.List([ResidualBlock(c, 2, rngs), ResidualBlock(c, 1, rngs)])
-        self.conv2, self.bn2 = ImageConv(3, c, c, rngs), Norm(c)
+        self.conv2, self.bn2 = ImageConv(3, c, c, rngs), nn.BatchNorm(c)
 
     def __call__(self, fbank: jax.Array, mask: jax.Array, dtype: str) -> jax.Array:
         """[B, T, 80] and mask [B, T] to [B, T, 10 * C] float32, channel-major."""
-        x = _zero_padding(jnp.swapaxes(fbank, 1, 2)[..., None], mask)
-        x = _zero_padding(jax.nn.relu(self.bn1(self.conv1(x, dtype))), mask)
+        x = nn.zero_padding(jnp.swapaxes(fbank, 1, 2)[..., None], mask)
+        x = nn.zero_padding(jax.nn.relu(self.bn1(self.conv1(x, dtype))), mask)
         for block in (*self.layer1, *self.layer2):
             x = block(x, mask, dtype)
-        x = _zero_padding(jax.nn.relu(self.bn2(self.conv2(x, dtype, 2))), mask)
+        x = nn.zero_padding(jax.nn.relu(self.bn2(self.conv2(x, dtype, 2))), mask)
         x = jnp.einsum("bftc->btcf", x)
         return x.reshape(*x.shape[:2], -1, out_sharding=jax.P(*nn.axes_of(x)[:2], None))
 
@@ -168,18 +152,18 @@ class DenseLayer(nnx.Module):
     """Bottleneck, then a convolution whose output is scaled by a mask computed from the context."""
 
     def __init__(self, cfg: Config, num_in: int, rngs: _Keys):
-        inner, options = cfg.bottleneck, dict(rngs=rngs, dtype=cfg.dtype)
-        self.norm1, self.linear1 = Norm(num_in), nn.Linear(num_in, inner, use_bias=False, **options)
-        self.norm2, self.local = Norm(inner), TimeConv(3, inner, cfg.growth, rngs)
+        inner, options = cfg.bottleneck, dict(rngs=rngs)
+        self.norm1, self.linear1 = nn.BatchNorm(num_in), nn.Linear(num_in, inner, use_bias=False, **options)
+        self.norm2, self.local = nn.BatchNorm(inner), TimeConv(3, inner, cfg.growth, rngs)
         self.context1 = nn.Linear(inner, inner // 2, **options)
         self.context2 = nn.Linear(inner // 2, cfg.growth, **options)
 
     def __call__(self, cfg: Config, dilation: int, x: jax.Array, mask: jax.Array) -> jax.Array:
         """[B, T, C] and mask [B, T] to the layer's own [B, T, growth] float32."""
-        x = self.linear1(jax.nn.relu(self.norm1(x)))
+        x = self.linear1(jax.nn.relu(self.norm1(x)), cfg.dtype)
         x = jnp.where(mask[..., None], jax.nn.relu(self.norm2(x)), 0.0)
-        context = jax.nn.relu(self.context1(_context(x, mask, cfg.segment_frames)))
-        gate = jax.nn.sigmoid(self.context2(context))  # one for each segment
+        context = jax.nn.relu(self.context1(_context(x, mask, cfg.segment_frames), cfg.dtype))
+        gate = jax.nn.sigmoid(self.context2(context, cfg.dtype))  # one for each segment
         y = self.local(x, cfg.dtype, dilation=dilation)
         return y * _to_frames(gate, cfg.segment_frames, y.shape[1])
 
@@ -191,19 +175,19 @@ class Encoder(nnx.Module):
         self.head = Head(cfg, rngs)
         num_rows, width = NUM_BANDS // 8, cfg.initial_channels
         self.tdnn = TimeConv(5, num_rows * cfg.head_channels, width, rngs)
-        self.tdnn_norm = Norm(width)
+        self.tdnn_norm = nn.BatchNorm(width)
         blocks, transits, transit_norms = [], [], []
         for count, full in zip(cfg.repeats, cfg.block_widths, strict=True):
             widths = [width + i * cfg.growth for i in range(count)]
             blocks.append(nnx.List([DenseLayer(cfg, w, rngs) for w in widths]))
             width = full // 2
-            transits.append(nn.Linear(full, width, rngs=rngs, use_bias=False, dtype=cfg.dtype))
-            transit_norms.append(Norm(full))
+            transits.append(nn.Linear(full, width, rngs=rngs, use_bias=False))
+            transit_norms.append(nn.BatchNorm(full))
         self.blocks, self.transits = nnx.List(blocks), nnx.List(transits)
         self.transit_norms = nnx.List(transit_norms)
-        self.out_norm = Norm(width)
-        self.dense = nn.Linear(2 * width, cfg.embedding_size, rngs=rngs, use_bias=False, dtype=cfg.dtype)
-        self.dense_norm = Norm(cfg.embedding_size, is_affine=False)
+        self.out_norm = nn.BatchNorm(width)
+        self.dense = nn.Linear(2 * width, cfg.embedding_size, rngs=rngs, use_bias=False)
+        self.dense_norm = nn.BatchNorm(cfg.embedding_size, is_affine=False)
 
 
 def init(cfg: Config, key: jax.Array) -> Encoder:
@@ -212,11 +196,6 @@ def init(cfg: Config, key: jax.Array) -> Encoder:
 
 
 # ---------------------------------------------------------------- functions
-
-
-def _zero_padding(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, F, T, C] with padded frames at zero, as a convolution sees them beyond the end of a lone clip."""
-    return jnp.where(mask[:, None, :, None], x, 0.0)
 
 
 def _context(x: jax.Array, mask: jax.Array, size: int) -> jax.Array:
@@ -268,10 +247,10 @@ def layer_groups(model: Encoder, cfg: Config, fbank: jax.Array, lengths: jax.Arr
         for layer in block:
             x = jnp.concatenate([x, layer(cfg, dilation, x, mask)], axis=-1)
         found[f"block{b}"] = x
-        x = transit(jax.nn.relu(norm(x)))
+        x = transit(jax.nn.relu(norm(x)), cfg.dtype)
         found[f"transit{b}"] = x
     found["pooled"] = _pool(jax.nn.relu(model.out_norm(x)), mask)
-    found["embedding"] = model.dense_norm(model.dense(found["pooled"]))
+    found["embedding"] = model.dense_norm(model.dense(found["pooled"], cfg.dtype))
     return found
 
 

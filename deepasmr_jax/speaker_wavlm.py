@@ -133,7 +133,7 @@ class Layer(nnx.Module):
     """Self-attention with a gated distance bias and an MLP, each behind a layer norm on a residual."""
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        d, options = cfg.width, dict(rngs=rngs, dtype=cfg.dtype)
+        d, options = cfg.width, dict(rngs=rngs)
         self.attn_norm, self.mlp_norm = nn.LayerNorm(d), nn.LayerNorm(d)
         for name in "qkvo":
             setattr(self, name, nn.Linear(d, d, **options))
@@ -144,8 +144,9 @@ class Layer(nnx.Module):
     def __call__(self, cfg: Config, x: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
         """[B, N, D], distance bias [H, N, N] and mask [B, N] to [B, N, D] float32."""
         h = self.attn_norm(x, NORM_EPS)
-        q, k, v = (nn.split_heads(f(h), cfg.num_heads, None) for f in (self.q, self.k, self.v))
-        pair = self.gate(nn.split_heads(h, cfg.num_heads, None))  # [B, N, H, 8]: 4 and 4 are summed
+        q, k, v = (nn.split_heads(f(h, cfg.dtype), cfg.num_heads, None) for f in (self.q, self.k, self.v))
+        # [B, N, H, 8]: 4 and 4 are summed
+        pair = self.gate(nn.split_heads(h, cfg.num_heads, None), cfg.dtype)
         pair = pair.reshape(*pair.shape[:3], 2, 4, out_sharding=jax.P(*nn.axes_of(pair)[:3], None, None))
         pair = jax.nn.sigmoid(jnp.einsum("bnhgi->gbhn", pair))[..., None]
         factor = pair[0] * (pair[1] * self.gate_scale[...] - 1.0) + 2.0
@@ -154,9 +155,9 @@ class Layer(nnx.Module):
         scores = nn.product("bnhe,bshe->bhns", q * q.shape[-1] ** -0.5, k, cfg.dtype, rows)
         scores = jnp.where(mask[:, None, None], scores + factor * bias, nn.MASKED)
         h = nn.product("bhns,bshe->bnhe", jax.nn.softmax(scores, axis=-1), v, cfg.dtype, rows)
-        x = x + self.o(nn.merge_heads(h, None))
-        h = jax.nn.gelu(self.up(self.mlp_norm(x, NORM_EPS)), approximate=False)
-        return x + self.down(h)
+        x = x + self.o(nn.merge_heads(h, None), cfg.dtype)
+        h = jax.nn.gelu(self.up(self.mlp_norm(x, NORM_EPS), cfg.dtype), approximate=False)
+        return x + self.down(h, cfg.dtype)
 
 
 def distance_bias(table: jax.Array, num: int, max_distance: int) -> jax.Array:
@@ -177,23 +178,11 @@ def distance_bias(table: jax.Array, num: int, max_distance: int) -> jax.Array:
 # ---------------------------------------------------------------- ECAPA head
 
 
-class Norm(nnx.Module):
-    """Batch norm of the last axis with stored statistics: scale, bias, mean and var [C]."""
-
-    def __init__(self, num_channels: int):
-        self.scale, self.bias = nnx.Param(jnp.ones(num_channels)), nnx.Param(jnp.zeros(num_channels))
-        self.mean, self.var = nnx.Param(jnp.zeros(num_channels)), nnx.Param(jnp.ones(num_channels))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gain = jax.lax.rsqrt(self.var[...] + NORM_EPS) * self.scale[...]
-        return (x - self.mean[...]) * gain + self.bias[...]
-
-
 class ConvUnit(nnx.Module):
     """Convolution that keeps the length, ReLU, batch norm; the padding is zero before and after."""
 
     def __init__(self, size: int, num_in: int, num_out: int, rngs: nnx.Rngs):
-        self.conv, self.bn = Conv(size, num_in, num_out, rngs), Norm(num_out)
+        self.conv, self.bn = Conv(size, num_in, num_out, rngs), nn.BatchNorm(num_out)
 
     def __call__(self, x: jax.Array, mask: jax.Array, dtype: str, dilation: int = 1) -> jax.Array:
         pad = dilation * (self.conv.kernel.shape[0] // 2)
@@ -209,8 +198,8 @@ class Res2Block(nnx.Module):
         self.first, self.last = ConvUnit(1, c, c, rngs), ConvUnit(1, c, c, rngs)
         keys = jax.random.split(rngs.params(), cfg.res2_scale - 1)
         self.parts = jax.vmap(lambda key: ConvUnit(3, part, part, nnx.Rngs(key)))(keys)
-        self.gate1 = nn.Linear(c, cfg.bottleneck, rngs=rngs, dtype=cfg.dtype)
-        self.gate2 = nn.Linear(cfg.bottleneck, c, rngs=rngs, dtype=cfg.dtype)
+        self.gate1 = nn.Linear(c, cfg.bottleneck, rngs=rngs)
+        self.gate2 = nn.Linear(cfg.bottleneck, c, rngs=rngs)
 
     def __call__(self, cfg: Config, x: jax.Array, mask: jax.Array, dilation: int) -> jax.Array:
         """[B, N, C] to [B, N, C], zero in the padding."""
@@ -228,7 +217,7 @@ class Res2Block(nnx.Module):
         y = self.last(y, mask, cfg.dtype)
         weight = mask[..., None].astype(jnp.float32)
         mean = jnp.sum(y, axis=1) / jnp.maximum(jnp.sum(weight, axis=1), 1.0)
-        gate = jax.nn.sigmoid(self.gate2(jax.nn.relu(self.gate1(mean))))
+        gate = jax.nn.sigmoid(self.gate2(jax.nn.relu(self.gate1(mean, cfg.dtype)), cfg.dtype))
         return x + y * gate[:, None]
 
 
@@ -236,7 +225,7 @@ class Head(nnx.Module):
     """ECAPA-TDNN: layer1, three blocks, conv over all three, attentive statistics, bn, linear."""
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs):
-        options, full = dict(rngs=rngs, dtype=cfg.dtype), 3 * cfg.head_channels
+        options, full = dict(rngs=rngs), 3 * cfg.head_channels
         self.layer1 = ConvUnit(5, cfg.width, cfg.head_channels, rngs)
         self.blocks = nnx.List([Res2Block(cfg, rngs) for _ in range(3)])
         self.conv = nn.Linear(full, full, **options)
@@ -244,7 +233,7 @@ class Head(nnx.Module):
             nn.Linear(full, cfg.bottleneck, **options),
             nn.Linear(cfg.bottleneck, full, **options),
         )
-        self.bn = Norm(2 * full)
+        self.bn = nn.BatchNorm(2 * full)
         self.linear = nn.Linear(2 * full, cfg.embedding_size, **options)
 
     def __call__(self, cfg: Config, x: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
@@ -253,13 +242,13 @@ class Head(nnx.Module):
         for i, block in enumerate(self.blocks, 2):
             found[f"layer{i}"] = block(cfg, found[f"layer{i - 1}"], mask, dilation=i)
         x = jnp.concatenate([found[f"layer{i}"] for i in (2, 3, 4)], axis=-1)
-        x = jax.nn.relu(self.conv(x))
-        scores = self.pool2(jnp.tanh(self.pool1(x)))
+        x = jax.nn.relu(self.conv(x, cfg.dtype))
+        scores = self.pool2(jnp.tanh(self.pool1(x, cfg.dtype)), cfg.dtype)
         weight = jax.nn.softmax(jnp.where(mask[..., None], scores, nn.MASKED), axis=1)
         mean = jnp.sum(weight * x, axis=1)
         var = jnp.sum(weight * jnp.square(x), axis=1) - jnp.square(mean)
         found["pooled"] = jnp.concatenate([mean, jnp.sqrt(jnp.maximum(var, 1e-9))], axis=-1)
-        found["embedding"] = self.linear(self.bn(found["pooled"]))
+        found["embedding"] = self.linear(self.bn(found["pooled"]), cfg.dtype)
         return found
 
 
@@ -271,7 +260,7 @@ class Encoder(nnx.Module):
         each = zip(cfg.conv_kernels, sizes[:-1], sizes[1:], strict=True)
         self.features = nnx.List([FeatureLayer(k, i, o, rngs) for k, i, o in each])
         self.feature_norm = nn.LayerNorm(cfg.conv_channels)
-        self.projection = nn.Linear(cfg.conv_channels, cfg.width, rngs=rngs, dtype=cfg.dtype)
+        self.projection = nn.Linear(cfg.conv_channels, cfg.width, rngs=rngs)
         self.position = PositionConv(cfg, rngs)
         self.distance_table = nnx.Param(
             0.02 * jax.random.normal(rngs.params(), (cfg.num_buckets, cfg.num_heads))
@@ -319,7 +308,7 @@ def layer_groups(
         x = layer(x, cfg.dtype, stride)
     found = {"features": x}
     mask = nn.length_mask(num_frames(lengths, cfg), x.shape[1])
-    x = model.projection(model.feature_norm(x, NORM_EPS))
+    x = model.projection(model.feature_norm(x, NORM_EPS), cfg.dtype)
     x = jnp.where(mask[..., None], x, 0.0)
     x = x + model.position(x, cfg.dtype)
     bias = distance_bias(model.distance_table[...], x.shape[1], cfg.max_distance)

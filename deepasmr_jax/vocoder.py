@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from deepasmr_jax import audio, nn
+from deepasmr_jax import audio, nn, vocoder_parts
+from deepasmr_jax.vocoder_parts import Conv, Gan, Upsample
 
 SLOPE = 0.1  # of every leaky ReLU but the last of the generator
 LAST_SLOPE = 0.01  # the public code leaves the library's default there
@@ -101,62 +102,6 @@ def v3() -> Config:
         residual_dilations=((1, 2), (2, 6), (3, 12)),
         is_paired=False,
     )
-
-
-# --------------------------------------------------------------------------------------------- convolutions
-
-
-def _draw(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> tuple[nnx.Param, nnx.Param]:
-    """Kernel of this shape and bias of its last axis, uniform within 1 / sqrt(fan_in).
-
-    That is the library default from which the public models were trained. One draw for both: with over a
-    hundred convolutions, the generators of random numbers make most of the compile time.
-    """
-    limit, size = fan_in**-0.5, math.prod(shape)
-    x = jax.random.uniform(key, (size + shape[-1],), jnp.float32, -limit, limit)
-    return nnx.Param(x[:size].reshape(shape)), nnx.Param(x[size:])
-
-
-class Conv(nnx.Module):
-    """Convolution along axis 1 of [B, W, C] or [B, W, P, C]: kernel [k, in / groups, out], bias [out]."""
-
-    def __init__(self, key: jax.Array, size: int, num_in: int, num_out: int, groups: int = 1):
-        shape = (size, num_in // groups, num_out)
-        self.kernel, self.bias = _draw(key, shape, size * num_in // groups)
-
-    def __call__(self, x: jax.Array, dtype: str, stride: int = 1, dilation: int = 1) -> jax.Array:
-        """Zero padding of (k - 1) / 2 * dilation on each side; float32 out."""
-        kernel = self.kernel[...].astype(dtype)
-        pad = (kernel.shape[0] - 1) // 2 * dilation
-        if (groups := x.shape[-1] // kernel.shape[1]) > 1:
-            assert x.ndim == 3 and dilation == 1, "only the scale discriminators have groups"
-            y = nn.grouped_conv(x.astype(dtype), kernel, groups, stride)
-            return y.astype(jnp.float32) + self.bias[...]
-        if x.ndim == 3:
-            layout, pads = ("NWC", "WIO", "NWC"), [(pad, pad)]
-            strides, dilations = (stride,), (dilation,)
-        else:  # a second axis that is left alone
-            layout, pads = ("NHWC", "HWIO", "NHWC"), [(pad, pad), (0, 0)]
-            strides, dilations, kernel = (stride, 1), (dilation, 1), kernel[:, None]
-        y = jax.lax.conv_general_dilated(x.astype(dtype), kernel, strides, pads, None, dilations, layout)
-        return y.astype(jnp.float32) + self.bias[...]
-
-
-class Upsample(nnx.Module):
-    """Transposed convolution as an input-dilated one: kernel [k, in, out] (flipped along k), bias [out]."""
-
-    def __init__(self, key: jax.Array, size: int, num_in: int, num_out: int):
-        self.kernel, self.bias = _draw(key, (size, num_in, num_out), size * num_out)
-
-    def __call__(self, x: jax.Array, dtype: str, rate: int) -> jax.Array:
-        """[B, W, in] to [B, rate * W, out] float32."""
-        kernel = self.kernel[...].astype(dtype)
-        size = kernel.shape[0]
-        pad = size - 1 - (size - rate) // 2
-        y = jax.lax.conv_general_dilated(
-            x.astype(dtype), kernel, (1,), [(pad, pad)], (rate,), None, ("NWC", "WIO", "NWC")
-        )
-        return y.astype(jnp.float32) + self.bias[...]
 
 
 # ------------------------------------------------------------------------------------------------ generator
@@ -309,14 +254,6 @@ class Discriminators(nnx.Module):
         return outputs
 
 
-class Gan(nnx.Module):
-    """Both players: generator, and discriminators (None unless cfg.adversarial)."""
-
-    def __init__(self, generator: Generator, discriminators: Discriminators | None):
-        self.generator = generator
-        self.discriminators = discriminators
-
-
 def init(cfg: Config, key: jax.Array) -> Gan:
     """New weights for training."""
     generator_key, discriminator_key = jax.random.split(key)
@@ -389,13 +326,7 @@ def feature_loss(real: list[list[jax.Array]], fake: list[list[jax.Array]]) -> ja
     )
 
 
-def init_opt(tx: optax.GradientTransformation, model: Gan) -> dict:
-    """Optimizer states of both players: {"generator", "discriminators"} (the second None without them)."""
-    discriminators = model.discriminators
-    return {
-        "generator": tx.init(model.generator),
-        "discriminators": None if discriminators is None else tx.init(discriminators),
-    }
+init_opt = vocoder_parts.init_opt  # where train.py looks for it
 
 
 def train_step(

@@ -18,6 +18,7 @@ from flax import nnx
 
 from deepasmr_jax import audio, nn
 from deepasmr_jax.sharding import pick
+from deepasmr_jax.vocoder_parts import Conv, Upsample, draw
 
 SLOPE = 0.1  # of every leaky ReLU but the last
 LAST_SLOPE = 0.01  # the public code leaves the library's default there
@@ -112,46 +113,15 @@ def cosyvoice2() -> Config:
 # ------------------------------------------------------------------------------------------------- layers
 
 
-def _draw(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> tuple[nnx.Param, nnx.Param]:
-    """Kernel of this shape and bias of its last axis, uniform within 1 / sqrt(fan_in): PyTorch's default."""
-    limit, size = fan_in**-0.5, math.prod(shape)
-    x = jax.random.uniform(key, (size + shape[-1],), jnp.float32, -limit, limit)
-    return nnx.Param(x[:size].reshape(shape)), nnx.Param(x[size:])
-
-
-def _conv(x: jax.Array, kernel: jax.Array, pad: int, **options) -> jax.Array:
-    """Convolution of [B, W, C] with a kernel [k, in, out]; float32 out."""
-    stride = options.pop("stride", 1)
-    layout = ("NWC", "WIO", "NWC")
-    y = jax.lax.conv_general_dilated(
-        x.astype(kernel.dtype), kernel, (stride,), [(pad, pad)], dimension_numbers=layout, **options
-    )
-    return y.astype(jnp.float32)
-
-
 class Linear(nnx.Module):
     """kernel [in, out], bias [out]; float32 whatever the accelerator's default is."""
 
     def __init__(self, key: jax.Array, num_in: int, num_out: int):
-        self.kernel, self.bias = _draw(key, (num_in, num_out), num_in)
+        self.kernel, self.bias = draw(key, (num_in, num_out), num_in)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] to [..., out] float32."""
         return jnp.einsum("...i,io->...o", x, self.kernel[...], precision=EXACT) + self.bias[...]
-
-
-class Conv(nnx.Module):
-    """Convolution along axis 1: kernel [k, in, out], bias [out]."""
-
-    def __init__(self, key: jax.Array, size: int, num_in: int, num_out: int):
-        self.kernel, self.bias = _draw(key, (size, num_in, num_out), size * num_in)
-
-    def __call__(self, x: jax.Array, dtype: str, dilation: int = 1, precision=None) -> jax.Array:
-        """[B, W, in] to [B, W, out] float32; zero padding of (k - 1) / 2 * dilation on each side."""
-        kernel = self.kernel[...].astype(dtype)
-        pad = (kernel.shape[0] - 1) // 2 * dilation
-        y = _conv(x, kernel, pad, rhs_dilation=(dilation,), precision=precision)
-        return y + self.bias[...]
 
 
 class Downsample(nnx.Module):
@@ -159,24 +129,15 @@ class Downsample(nnx.Module):
 
     def __init__(self, key: jax.Array, rate: int, num_in: int, num_out: int):
         size = 2 * rate if rate > 1 else 1
-        self.kernel, self.bias = _draw(key, (size, num_in, num_out), size * num_in)
+        self.kernel, self.bias = draw(key, (size, num_in, num_out), size * num_in)
 
     def __call__(self, x: jax.Array, dtype: str, rate: int) -> jax.Array:
         """[B, rate * N + 1, in] to [B, N, out] float32 (N + 1 frames if the rate is 1)."""
-        return _conv(x, self.kernel[...].astype(dtype), rate // 2, stride=rate) + self.bias[...]
-
-
-class Upsample(nnx.Module):
-    """Transposed convolution as an input-dilated one: kernel [k, in, out] (flipped along k), bias [out]."""
-
-    def __init__(self, key: jax.Array, size: int, num_in: int, num_out: int):
-        self.kernel, self.bias = _draw(key, (size, num_in, num_out), size * num_out)
-
-    def __call__(self, x: jax.Array, dtype: str, rate: int) -> jax.Array:
-        """[B, W, in] to [B, rate * W, out] float32."""
-        kernel = self.kernel[...].astype(dtype)
-        pad = kernel.shape[0] - 1 - (kernel.shape[0] - rate) // 2
-        return _conv(x, kernel, pad, lhs_dilation=(rate,)) + self.bias[...]
+        kernel, pad, layout = self.kernel[...].astype(dtype), rate // 2, ("NWC", "WIO", "NWC")
+        y = jax.lax.conv_general_dilated(
+            x.astype(dtype), kernel, (rate,), [(pad, pad)], dimension_numbers=layout
+        )
+        return y.astype(jnp.float32) + self.bias[...]
 
 
 class Snake(nnx.Module):
@@ -204,7 +165,7 @@ class ResidualBlock(nnx.Module):
     def __call__(self, x: jax.Array, dtype: str, dilations: tuple[int, ...], keep) -> jax.Array:
         """[B, W, C] to [B, W, C]; `keep` zeroes what lies beyond a row's end."""
         for i, dilation in enumerate(dilations):
-            y = keep(self.convs1[i](self.snakes1[i](x), dtype, dilation))
+            y = keep(self.convs1[i](self.snakes1[i](x), dtype, dilation=dilation))
             x = x + keep(self.convs2[i](self.snakes2[i](y), dtype))
         return x
 

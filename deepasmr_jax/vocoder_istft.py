@@ -21,8 +21,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from deepasmr_jax import audio, nn, pitch
+from deepasmr_jax import audio, nn, pitch, vocoder_parts
 from deepasmr_jax.sharding import pick, spec
+from deepasmr_jax.vocoder_parts import Gan
 
 MAX_MAGNITUDE = 100.0  # Vocos: keeps an untrained head from overflowing
 WASH_BINS = 3.0  # standard deviation of the smoothing over mel bins in `_spoil`
@@ -463,14 +464,6 @@ class Discriminators(nnx.Module):
         return by_period + [d(wav, n, cfg.dtype) for d, n in pairs]
 
 
-class Gan(nnx.Module):
-    """Both players: generator, and discriminators (None unless cfg.adversarial)."""
-
-    def __init__(self, generator: Generator, discriminators: Discriminators | None):
-        self.generator = generator
-        self.discriminators = discriminators
-
-
 def init(cfg: Config, key: jax.Array) -> Gan:
     """New weights for training."""
     generator_key, discriminator_key = jax.random.split(key)
@@ -602,13 +595,7 @@ def _generator_losses(
     return adversarial, feature
 
 
-def init_opt(tx: optax.GradientTransformation, model: Gan) -> dict:
-    """Optimizer states of both players: {"generator", "discriminators"} (the second None without them)."""
-    discriminators = model.discriminators
-    return {
-        "generator": tx.init(model.generator),
-        "discriminators": None if discriminators is None else tx.init(discriminators),
-    }
+init_opt = vocoder_parts.init_opt  # where train.py looks for it
 
 
 def train_step(

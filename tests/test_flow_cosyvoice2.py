@@ -50,14 +50,14 @@ def make_batch(cfg, num_rows=8, num_tokens=6, seed=0):
 def encoder_groups(model, cfg, tokens, num_tokens):
     encoder, chunk = model.encoder, cfg.chunk_tokens
     valid = flow.nn.length_mask(num_tokens, tokens.shape[1])
-    out = {"embed": encoder.embed_tokens(tokens, valid)}
-    out["look_ahead"] = x = encoder.look_ahead(out["embed"])
+    out = {"embed": encoder.embed_tokens(tokens, valid, cfg.dtype)}
+    out["look_ahead"] = x = encoder.look_ahead(out["embed"], cfg.dtype)
     out["layers"] = x = encoder.run(encoder.layers, x, flow._attention_mask(valid, chunk, None), cfg)
-    out["frames"] = x = encoder.to_frames(x)
-    out["up_embed"] = x = encoder.up_embed(x)
+    out["frames"] = x = encoder.to_frames(x, cfg.dtype)
+    out["up_embed"] = x = encoder.up_embed(x, cfg.dtype)
     mask = flow._attention_mask(flow._frames_of(valid), 2 * chunk, None)
     out["up_layers"] = x = encoder.run(encoder.up_layers, x, mask, cfg)
-    return out | {"mu": encoder.output(encoder.norm(x, flow.NORM_EPS))}
+    return out | {"mu": encoder.output(encoder.norm(x, flow.NORM_EPS), cfg.dtype)}
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -67,14 +67,14 @@ def estimator_groups(model, cfg, x, mu, voice, condition, t, frames):
     mask = flow._attention_mask(valid, 2 * cfg.chunk_tokens, None)
     out = {"time": e.embed_time(t)}
     wide = jnp.concatenate([x, mu, jnp.zeros_like(mu) + voice[:, None], condition], axis=-1)
-    out["down_resnet"] = e.down_resnet(wide, out["time"], valid)
+    out["down_resnet"] = e.down_resnet(wide, out["time"], valid, cfg.dtype)
     out["down"] = y = e.level(e.down_resnet, e.down_blocks, wide, out["time"], valid, mask, cfg)
-    out["down_conv"] = y = e.down_conv(jnp.where(valid[..., None], y, 0.0), 2)
+    out["down_conv"] = y = e.down_conv(jnp.where(valid[..., None], y, 0.0), cfg.dtype, 2)
     out["middle"] = y = e.middle(y, out["time"], valid, mask, cfg)
     y = jnp.concatenate([y, out["down"]], axis=-1)
     y = e.level(e.up_resnet, e.up_blocks, y, out["time"], valid, mask, cfg)
-    out["up"] = e.up_conv(jnp.where(valid[..., None], y, 0.0), 2)
-    return out | {"velocity": e.last(out["up"], valid)}
+    out["up"] = e.up_conv(jnp.where(valid[..., None], y, 0.0), cfg.dtype, 2)
+    return out | {"velocity": e.last(out["up"], valid, cfg.dtype)}
 
 
 def run_sample(model, cfg, batch, **settings):

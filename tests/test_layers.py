@@ -12,9 +12,9 @@ LAYERS = [
     {"config", "audio", "text_normalize", "weight_files", "public_names"},
     {"sharding", "metrics", "text", "page", "clip"},
     {"request", "nn", "pitch"},
-    {"speech_tokenizer", "lm", "flow", "vocoder", "vocoder_istft", "vocoder_hift"}
+    {"ode", "vocoder_parts"},
+    {"speech_tokenizer", "lm", "flow", "flow_cosyvoice2", "vocoder", "vocoder_istft", "vocoder_hift"}
     | {"speaker", "speaker_campplus", "speaker_wavlm", "recognizer"},
-    {"flow_cosyvoice2"},
     {"input_pipeline", "checkpoint", "pool"},
     {"judges"},
     {"train", "synthesis", "evaluate"},

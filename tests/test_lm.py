@@ -101,7 +101,7 @@ def test_every_layer_equals_the_qwen2_reference():
     x = lm.embed(model, batch["tokens"], batch["kinds"])
     np.testing.assert_allclose(x, data["embedded"], atol=1e-6)
     order = np.arange(x.shape[1])
-    apply = jax.jit(lambda layer, x: layer(x, batch["positions"], (order[:, None] >= order)[None]))
+    apply = jax.jit(lambda layer, x: layer(x, batch["positions"], (order[:, None] >= order)[None], cfg))
     for i in range(cfg.num_layers):
         x = apply(jax.tree.map(lambda p, i=i: p[i], model.layers), x)
         np.testing.assert_allclose(x, data["layers"][i], atol=2e-5)  # float32, sums of up to 96 terms
@@ -271,7 +271,7 @@ def _layers(model, layers, cfg, batch):
     mask = (segments[:, :, None] == segments[:, None, :]) & (positions[:, :, None] >= positions[:, None, :])
     x = lm.embed(model, batch["tokens"], batch["kinds"])
     for number in range(cfg.num_layers):
-        x = jax.tree.map(lambda p: p[number], layers)(x, positions, mask)  # noqa: B023
+        x = jax.tree.map(lambda p: p[number], layers)(x, positions, mask, cfg)  # noqa: B023
     return x
 
 

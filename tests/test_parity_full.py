@@ -148,7 +148,7 @@ def layer_outputs(model, cfg, batch):
         mask = positions[:, :, None] >= positions[:, None]
 
         def body(x, layer):
-            x = layer(x, positions, mask)
+            x = layer(x, positions, mask, cfg)
             return x, x
 
         return jax.lax.scan(body, x, model.layers)[1]
@@ -444,7 +444,7 @@ def test_the_flow_gives_the_velocity_of_f5_tts(reference):
     def run(model, x, condition, tokens, t, mask):
         embedded = flow.embed_tokens(model, cfg, tokens, mask)
         time = model.embed_time(t)
-        stream = model.embed_input(x, condition, embedded, mask)
+        stream = model.embed_input(x, condition, embedded, mask, cfg)
         longer = jnp.concatenate([time[:, None], stream], axis=1)
         valid = jnp.ones_like(longer[..., 0], bool)
         half, _ = jax.lax.scan(lambda x, layer: (layer(x, valid, cfg), None), longer, model.down)

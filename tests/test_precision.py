@@ -1,4 +1,4 @@
-"""The built-in model in bfloat16 products: its language model and tokenizer choose almost the tokens of float32."""
+"""Products in bfloat16: the config of a call decides them, and the built-in model chooses almost the same tokens."""
 
 import dataclasses
 
@@ -6,7 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from deepasmr_jax import audio, checkpoint, lm, pool, request, sharding, speech_tokenizer, text
+from deepasmr_jax import (
+    audio,
+    checkpoint,
+    flow,
+    flow_cosyvoice2,
+    lm,
+    pool,
+    request,
+    sharding,
+    speech_tokenizer,
+    text,
+)
 
 AGREEMENT_LM, AGREEMENT_TOKENIZER = 0.97, 0.9  # of most probable next tokens; of codes, see the tests
 
@@ -21,12 +32,73 @@ def entries():
     ]
 
 
-def load(name: str, file, dtype: str):
-    """A component of the built-in model with products in `dtype`: layers keep the one they were made with."""
-    config = dataclasses.replace(checkpoint.component_config(request.BUILT_IN, name), dtype=dtype)
+def load(name: str, file):
+    """A component of the built-in model and its config."""
+    config = checkpoint.component_config(request.BUILT_IN, name)
     like = checkpoint.abstract(lambda key: file.init(config, key), jax.random.key(0))
     entry = checkpoint.read_config(request.BUILT_IN)["components"][name]
     return checkpoint.fill(like, checkpoint.component_arrays(request.BUILT_IN, entry), name), config
+
+
+def products(jaxpr) -> list[set[str]]:
+    """Types of the operands of every matrix product of a program, inner programs included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append({v.aval.dtype.name for v in equation.invars})
+        for value in jax.tree.leaves(dict(equation.params)):
+            found += products(value) if hasattr(value, "eqns") else []
+    return found
+
+
+ROWS, COUNTS = np.zeros((2, 8), np.int32), np.full(2, 8, np.int32)
+LM_BATCH = dict.fromkeys(("tokens", "kinds", "segment_ids", "positions"), ROWS)
+FLOW_BATCH = dict(speech_tokens=ROWS, num_tokens=COUNTS, mel=np.zeros((2, 16, 6), np.float32))
+FLOW_BATCH |= dict(prompt_frames=COUNTS, speaker=np.zeros((2, 10), np.float32))
+SIZES = dict(width=32, num_layers=2, num_heads=2)
+# the file, a config, a call, and how many products are float32 whatever the config says
+MODELS = {
+    "lm": (
+        lm,
+        lm.Config(text_vocab=20, num_codes=27, num_kv_heads=2, head_dim=16, mlp_width=48, **SIZES),
+        lambda m, c: lm.logits(m, c, LM_BATCH),
+        0,
+    ),
+    "flow": (
+        flow,
+        flow.Config(mel_bins=6, num_codes=20, token_width=16, head_dim=16, **SIZES),
+        lambda m, c: flow.loss(m, c, FLOW_BATCH, jax.random.key(0)),
+        6,  # two of the time, two in the attention of each half
+    ),
+    "flow_cosyvoice2": (
+        flow_cosyvoice2,
+        flow_cosyvoice2.Config(mel_bins=6, num_codes=20, speaker_size=10, width=32, num_heads=4, channels=24),
+        lambda m, c: flow_cosyvoice2.loss(m, c, FLOW_BATCH, jax.random.key(0)),
+        18,  # speaker; time: two, and one in each kind of level; attention: two in each kind, three in each encoder
+    ),
+    "speech_tokenizer": (
+        speech_tokenizer,
+        speech_tokenizer.Config(width=32, num_heads=2, num_blocks=2, mlp_width=64),
+        lambda m, c: speech_tokenizer.hidden(m, c, np.zeros((2, 16, 128), np.float32), COUNTS),
+        1,  # onto the eight digits
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_config_of_the_call_decides_the_products_of_one_module(name):
+    file, config, call, num_exact = MODELS[name]
+    made = {}
+    for built in ("float32", "bfloat16"):
+        config = dataclasses.replace(config, dtype=built)
+        model = jax.eval_shape(lambda key, c=config: file.init(c, key), jax.random.key(0))
+        for dtype in ("float32", "bfloat16"):
+            c = dataclasses.replace(config, dtype=dtype)
+            made[built, dtype] = products(jax.make_jaxpr(lambda m, c=c: call(m, c))(model).jaxpr)
+    for (built, dtype), found in made.items():
+        exact = len(found) if dtype == "float32" else num_exact
+        assert found.count({"float32"}) == exact and found.count({"bfloat16"}) == len(found) - exact, built
+    assert len(found) > num_exact
 
 
 def test_the_language_model_ranks_the_same_token_first(entries):
@@ -47,8 +119,9 @@ def test_the_language_model_ranks_the_same_token_first(entries):
     }
     batch = sharding.replicate(batch)
     best, logits = {}, {}
+    model, stored = load("lm", lm)
     for dtype in ("float32", "bfloat16"):
-        model, config = load("lm", lm, dtype)
+        config = dataclasses.replace(stored, dtype=dtype)
         logits[dtype] = np.asarray(jax.device_get(jax.jit(lm.logits, static_argnums=1)(model, config, batch)))
         best[dtype] = logits[dtype].argmax(-1)
     assert np.abs(logits["float32"] - logits["bfloat16"]).max() > 1e-3  # the products do differ
@@ -69,8 +142,9 @@ def test_the_tokenizer_gives_the_same_codes():
     wav = wav[: len(wav) // 640 * 640][None]
     mel, frames = audio.s3_log_mel(wav), np.array([wav.shape[1] // 160], np.int32)
     found = {}
+    model, stored = load("speech_tokenizer", speech_tokenizer)
     for dtype in ("float32", "bfloat16"):
-        model, config = load("speech_tokenizer", speech_tokenizer, dtype)
+        config = dataclasses.replace(stored, dtype=dtype)
         tokens, lengths = jax.jit(speech_tokenizer.encode, static_argnums=1)(model, config, mel, frames)
         found[dtype] = np.asarray(jax.device_get(tokens))[0, : int(lengths[0])]
     share = np.mean(found["float32"] == found["bfloat16"])
