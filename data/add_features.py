@@ -9,7 +9,6 @@ absent.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, checkpoint, config, input_pipeline, sharding, text  # noqa: E402
+from deepasmr_jax import audio, checkpoint, config, files, input_pipeline, sharding, text  # noqa: E402
 
 # ---------------------------------------------------------------- TFDS files without TensorFlow
 
@@ -38,15 +37,13 @@ def write_shard(path: Path, features, records) -> int:
     from tensorflow_datasets.core import example_serializer
 
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    writer, size = ArrayRecordWriter(str(temporary), "group_size:1"), 0
-    for record in records:
-        data = serializer.serialize_example(features.encode_example(record))
-        writer.write(data)
-        size += len(data)
-    writer.close()
-    os.replace(temporary, path)
+    with files.atomic_path(path) as part:
+        writer, size = ArrayRecordWriter(str(part), "group_size:1"), 0
+        for record in records:
+            data = serializer.serialize_example(features.encode_example(record))
+            writer.write(data)
+            size += len(data)
+        writer.close()
     return size
 
 

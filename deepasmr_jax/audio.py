@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepasmr_jax import files
+
 SAMPLE_RATE = 16000  # Hz of records, and of every front-end that listens
 TOKEN_RATE = 25  # Hz of S3 speech tokens
 NUM_CODES = 3**8  # of S3 speech tokens
@@ -284,14 +286,9 @@ def save(path, wav: np.ndarray, sample_rate: int) -> None:
     kind = path.suffix.lstrip(".").upper()
     if kind not in ("WAV", "FLAC"):
         raise ValueError(f"cannot write '{path.name}'; let its name end in .wav or .flac")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        pcm = np.clip(np.round(wav * 32768.0), -32768, 32767).astype(np.int16)
+    pcm = np.clip(np.round(wav * 32768.0), -32768, 32767).astype(np.int16)
+    with files.atomic_path(path) as part:
         soundfile.write(str(part), pcm, int(sample_rate), format=kind, subtype="PCM_16")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------- resampling

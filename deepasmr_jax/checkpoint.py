@@ -10,6 +10,7 @@ one `<name>.safetensors` per component with dotted parameter paths, written unde
 This file alone imports Orbax.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -23,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepasmr_jax import config as config_lib
-from deepasmr_jax import sharding, weight_files
+from deepasmr_jax import files, sharding, weight_files
 
 FORMAT = 1
 SHARD_BYTES = 2**30  # a weight file is split where it would grow beyond this
@@ -183,8 +184,8 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
         for i in range(1, len(shards) + 1)
     ]
     arrays = iter(arrays)
-    parts = [folder / f"{file}.tmp{os.getpid()}" for file in names]
-    try:
+    with contextlib.ExitStack() as stack:  # all shards take their names together
+        parts = [stack.enter_context(files.atomic_path(folder / file)) for file in names]
         sums = [
             _write_safetensors(
                 part,
@@ -194,11 +195,6 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
             )
             for part, keys in zip(parts, shards, strict=True)
         ]
-        for part, file in zip(parts, names, strict=True):
-            os.replace(part, folder / file)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
     values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
     values = {"format": FORMAT, "name": folder.name, "components": {}} | values
     for key, value in top.items():
@@ -233,16 +229,10 @@ def _finite(arrays, dtypes: dict, component: str):
 
 
 def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
-    """Writes a safetensors file under a temporary name first; the sha256 of it."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        entries = {k: (x.dtype, x.shape) for k, x in arrays.items()}
-        found = _write_safetensors(part, entries, iter(arrays.items()), metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return found
+    """Writes a safetensors file, whole or not at all; the sha256 of it."""
+    entries = {k: (x.dtype, x.shape) for k, x in arrays.items()}
+    with files.atomic_path(path) as part:
+        return _write_safetensors(part, entries, iter(arrays.items()), metadata)
 
 
 def _write_safetensors(path: Path, entries: dict[str, tuple], arrays, metadata: dict[str, str]) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from deepasmr_jax import files
+
 
 def load(path: str):
     """The config returned by the `get_config` of a Python file.
@@ -235,9 +237,5 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def write_json(path: str | os.PathLike, value: dict) -> None:
-    """Writes a dict as JSON, under a temporary name first, so that no reader sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    """Writes a dict as JSON, whole or not at all; missing folders are made."""
+    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -20,7 +20,6 @@ Batches, B rows each, all lengths static:
 import dataclasses
 import functools
 import hashlib
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Literal
 
 import numpy as np
 
-from deepasmr_jax import audio, lm, text
+from deepasmr_jax import audio, files, lm, text
 
 IGNORED = -1  # target or label that carries no loss
 LABEL_SAMPLES = 320  # one phone label each 20 ms
@@ -214,8 +213,8 @@ def read_index(cfg: Config) -> Index:
 
 @functools.lru_cache(maxsize=16)
 def _folder_index(folder: str, split: str) -> dict[str, np.ndarray]:
-    files = sorted(p for p in Path(folder).iterdir() if f"-{split}." in p.name)
-    mark = repr([(p.name, p.stat().st_size) for p in files])
+    shards = sorted(p for p in Path(folder).iterdir() if f"-{split}." in p.name)
+    mark = repr([(p.name, p.stat().st_size) for p in shards])
     path = Path(folder) / f"index_{split}_{hashlib.sha256(mark.encode()).hexdigest()[:12]}.npz"
     if path.exists():
         with np.load(path) as file:
@@ -235,10 +234,9 @@ def _folder_index(folder: str, split: str) -> dict[str, np.ndarray]:
         names["num_tokens"].append(len(record.get("speech_tokens", ())))
         names["num_text"].append(len(record.get("text_ids", ())))
     columns = {k: np.array(v, np.int32 if k.startswith("num_") else np.str_) for k, v in names.items()}
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
     try:
-        np.savez_compressed(temporary, **columns)
-        os.replace(temporary, path)
+        with files.atomic_path(path) as part:
+            np.savez_compressed(part, **columns)
     except OSError as error:  # a read-only folder costs one pass per start, nothing else
         print(f"index of {folder} is not kept: {error}", flush=True)
     return columns

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepasmr_jax import audio, request
+from deepasmr_jax import audio, files, request
 from deepasmr_jax import text as text_lib
 
 FORMAT = 1
@@ -197,16 +197,10 @@ class Pool:
             names = ("name", "style", "language", "transcript", "attributes", "provenance")
             facts.append({n: getattr(e, n) for n in names})
         head = {"format": FORMAT, "mel_profile": self.mel_profile, "speaker_model": self.speaker_model}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.{os.getpid()}.new")
-        try:
+        metadata = {"pool": json.dumps(head | {"entries": facts}, ensure_ascii=False)}
+        with files.atomic_path(path) as part:
             # bytes, as safetensors makes its own files readable by the owner only
-            metadata = {"pool": json.dumps(head | {"entries": facts}, ensure_ascii=False)}
-            new.write_bytes(save(tensors, metadata))
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+            part.write_bytes(save(tensors, metadata))
 
 
 def load(path: str | os.PathLike) -> Pool:
