@@ -94,7 +94,11 @@ def abstract(make, *args):
 
 
 def model_file(module: str):
-    """The Python module of the package that holds a model, by its name in config.json (`lm`, `flow`, ...)."""
+    """The Python module of the package that holds a model, by its name in config.json (`lm`, `flow`, ...).
+
+    Raises:
+        ValueError: if this version has no such module.
+    """
     try:
         return importlib.import_module(f"deepasmr_jax.{module}")
     except ModuleNotFoundError as error:
@@ -229,7 +233,16 @@ def _finite(arrays, dtypes: dict, component: str):
 
 
 def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
-    """Writes a safetensors file, whole or not at all; the sha256 of it."""
+    """Writes a safetensors file, whole or not at all.
+
+    Args:
+        path: the file.
+        arrays: name -> array of any shape; bfloat16 included.
+        metadata: text entries of the header.
+
+    Returns:
+        The sha256 of the file, in hexadecimal.
+    """
     entries = {k: (x.dtype, x.shape) for k, x in arrays.items()}
     with files.atomic_path(path) as part:
         return _write_safetensors(part, entries, iter(arrays.items()), metadata)
@@ -270,7 +283,15 @@ def files_of(entry: dict) -> list[tuple[str, str]]:
 
 
 def component_arrays(folder, entry: dict) -> dict[str, np.ndarray]:
-    """The arrays of a component of a model folder, by its entry in config.json; errors as `read_arrays`."""
+    """The arrays of a component of a model folder.
+
+    Args:
+        folder: the model folder.
+        entry: of the component in config.json: {"file", "sha256", ...}.
+
+    Raises:
+        ValueError: as `read_arrays`.
+    """
     arrays: dict[str, np.ndarray] = {}
     for file, sha256 in files_of(entry):
         arrays |= read_arrays(Path(folder) / file, sha256)

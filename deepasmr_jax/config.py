@@ -171,7 +171,11 @@ def _freeze(value):
 
 
 def to_dict(cfg) -> Any:
-    """The JSON form of a config: dataclasses to dicts, tuples to lists, dtypes to their names."""
+    """The JSON form of a config: dataclasses to dicts, tuples to lists, dtypes to their names.
+
+    Raises:
+        ValueError: on a value that has no JSON form, such as a function.
+    """
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         return {f.name: to_dict(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
     if isinstance(cfg, dict):

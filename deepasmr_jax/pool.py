@@ -90,6 +90,9 @@ class Pool:
         entries: the prompts, names unique.
         mel_profile: name of the mel recipe in `audio.MEL_PROFILES`.
         speaker_model: name of the encoder that made the embeddings.
+
+    Raises:
+        ValueError: if two entries have one name.
     """
 
     entries: tuple[Entry, ...]
@@ -186,7 +189,7 @@ class Pool:
         return entries[best], cosine[best]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the pool to one safetensors file; the old file stays until the new one is complete."""
+        """Writes the pool to one safetensors file, whole or not at all; missing folders are made."""
         from safetensors.numpy import save
 
         tensors, facts = {}, []
@@ -297,7 +300,7 @@ def read_recordings(
 
 
 def describe(entries: Iterable[Entry]) -> list[dict]:
-    """One flat dict of printable facts per entry, for tables."""
+    """One flat dict of printable facts per entry, for tables; "seconds" from the token count."""
     return [
         {
             "name": e.name,

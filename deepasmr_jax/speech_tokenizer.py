@@ -18,8 +18,6 @@ from flax import nnx
 from deepasmr_jax import audio, nn, text
 
 NUM_DIGITS = 8
-FRAMES_PER_TOKEN = 4
-HOP_SAMPLES = 160  # of audio.s3_log_mel
 FSQ_SCALE = 0.9990000128746033  # float32 constant of the released graph
 WINDOW_FRAMES = 3000  # 30 s at 100 Hz, the longest input the released model was trained on
 STRIDE_FRAMES = 2600  # 4 s overlap
@@ -346,7 +344,7 @@ def encode(
     if log_mel.shape[1] > WINDOW_FRAMES:
         raise ValueError(f"{log_mel.shape[1]} frames exceed the window of {WINDOW_FRAMES}; use encode_long")
     _, projection = hidden(model, cfg, log_mel, lengths)
-    counts = (lengths + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN
+    counts = -(-lengths // audio.S3_FRAMES_PER_TOKEN)
     tokens = tokens_of(jnp.round(projection))
     return jnp.where(nn.length_mask(counts, tokens.shape[1]), tokens, 0), counts
 
@@ -457,7 +455,7 @@ def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Ar
             f"batch has {sorted(batch)}, no {', '.join(sorted(missing))}; give frame labels of both"
         )
     log_mel = audio.s3_log_mel(batch["wav"], batch["lengths"])
-    lengths = batch["lengths"] // HOP_SAMPLES
+    lengths = batch["lengths"] // audio.S3_HOP_SAMPLES
     if key is not None:
         log_mel = _augment(cfg, log_mel, jax.random.fold_in(key, 0))
     states, projection = hidden(model, cfg, log_mel, lengths)
@@ -466,7 +464,7 @@ def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Ar
     if key is not None:  # the head also learns from unrounded rows, whose gradient is exact
         is_raw = jax.random.uniform(jax.random.fold_in(key, 1), (code.shape[0], 1, 1)) < cfg.raw_share
         code = jnp.where(is_raw, projection, code)
-    counts = (lengths + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN
+    counts = -(-lengths // audio.S3_FRAMES_PER_TOKEN)
     token_mask = nn.length_mask(counts, code.shape[1])
     aux = {"distinct_codes": (_num_distinct(tokens_of(digits), token_mask), jnp.ones(()))}
 

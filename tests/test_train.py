@@ -284,6 +284,31 @@ def test_start_weights_of_another_shape_are_refused(folder, tmp_path):
         train.train(cfg, tmp_path / "second")
 
 
+def test_a_flow_does_not_start_on_features_of_another_mel_profile(tmp_path):
+    features = fixture_data.write(tmp_path, {"train": 16})
+    tools = fixture_data.add_features_module()
+    tools._note_origin(Path(features), {"name": "mini", "vocab_size": 313, "mel_profile": "cv2"})
+    with pytest.raises(
+        ValueError, match="have mel profile 'cv2', data.mel_profile is 'mini'; make them again"
+    ):
+        train.train(tiny(features, "flow"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"component": "vocodr"},
+            "component 'vocodr' is unknown; use one of speech_tokenizer, speaker, lm, flow",
+        ),
+        ({"export_dtype": "fp16"}, "export_dtype 'fp16' is unknown; use one of float32, float16, bfloat16"),
+    ],
+)
+def test_a_name_that_only_the_export_would_miss_is_refused_when_built(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(config.load(f"{TINY}:flow"), **change)
+
+
 def test_text_ids_of_another_tokenizer_are_refused_with_the_way_out(tmp_path):
     features = fixture_data.write(tmp_path, {"train": 4})
     small = config.override(tiny(features, "lm"), "model.text_vocab=8")  # the ids of the noise reach 59
@@ -310,9 +335,12 @@ def test_features_of_two_tokenizers_or_mel_profiles_do_not_share_a_folder(tmp_pa
             ):
                 tools._note_origin(tmp_path / "new", made | {key: value})
     config.write_json(
-        tmp_path / "old" / input_pipeline.TEXT_TOKENIZER_FILE, {"name": "mini", "vocab_size": 313}
+        tmp_path / "old" / input_pipeline.OLD_MADE_WITH_FILE, {"name": "mini", "vocab_size": 313}
     )
     tools._note_origin(tmp_path / "old", made)
+    with pytest.raises(ValueError, match="begun with a text vocabulary of size 313, not 151936"):
+        tools._note_origin(tmp_path / "old", made | {"vocab_size": 151936})
+    assert not (tmp_path / "old" / input_pipeline.MADE_WITH_FILE).exists()
     features, out = fixture_data.write(tmp_path, {"train": 4}, has_features=False), tmp_path / "f" / "1.0.0"
     tools._note_origin(out, made | {"vocab_size": text.MiniTokenizer().vocab_size})
     with pytest.raises(ValueError, match="begun with the speech tokenizer of sha256 0a, not [0-9a-f]{64}"):
