@@ -203,8 +203,8 @@ def add_features(
         out: version folder to write, e.g. `FEATURES/1.0.0`.
         text_tokenizer: "mini", or the folder of a Qwen tokenizer; its name and vocabulary size are written beside
             the features (input_pipeline.MADE_WITH_FILE), for the language model to compare; so are the
-            checksum of the speech tokenizer, for an interrupted pass, and the mel profile, for that and the flow.
-        mel_profile: name of the mel recipe.
+            checksum of the speech tokenizer and the mel profile, for an interrupted pass.
+        mel_profile: name of the mel recipe; a flow refuses features of another one.
         batch_size: rows per compiled call.
         shard_size: records per output file.
 

@@ -415,7 +415,13 @@ class Checkpoints:
         """Saves `state` and the position of the Grain iterator `data`, in the background unless `wait`.
 
         On CPU it always waits: the host copy of an array may be the array itself, which the next step
-            overwrites.
+        overwrites.
+
+        Args:
+            step: number of the checkpoint's folder; one that exists is replaced.
+            state: any pytree of arrays.
+            data: the Grain iterator.
+            wait: block until the checkpoint is complete.
         """
         self.wait()
         self._pending = self._checkpointer.save_checkpointables_async(

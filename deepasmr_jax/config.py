@@ -230,7 +230,12 @@ def _thaw(value, hint):
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines `model.width: 256 -> 512`, one per field that differs between two JSON forms."""
+    """Lines `model.width: 256 -> 512`, one per field that differs between two JSON forms.
+
+    Args:
+        old, new: from `to_dict`; a field that one of them lacks counts as "(absent)".
+        path: put before the names of the fields.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in sorted(set(old) | set(new)):

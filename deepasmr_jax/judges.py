@@ -87,6 +87,9 @@ def word_errors(reference: str, hypothesis: str, language: str = "en") -> Errors
 def matrix_words(path: str | Path = MATRIX_FILE) -> list[list[str]]:
     """The word lists of the matrix sentences, one list per place in the sentence.
 
+    Args:
+        path: JSON file with a list of lists of words.
+
     Raises:
         ValueError: if the file is not a JSON list of lists of words.
     """

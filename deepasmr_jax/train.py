@@ -344,7 +344,16 @@ def _split(batch: dict, parts: int) -> tuple[dict, ...]:
 
 
 def start(cfg: TrainConfig, checkpoints: checkpoint.Checkpoints, data) -> tuple[int, TrainState]:
-    """The state to begin with, and its step; says in one line where it comes from."""
+    """The state to begin with, and its step; says in one line where it comes from.
+
+    Args:
+        cfg: the run.
+        checkpoints: of its working directory.
+        data: the Grain iterator, moved to the position of the checkpoint if there is one.
+
+    Raises:
+        ValueError: if no checkpoint can be read though some exist, or `cfg.init_from` does not fit (`initialized`).
+    """
     make = functools.partial(init, cfg)
     key = jax.random.key(cfg.seed)
     restored = checkpoints.restore(checkpoint.abstract(make, key), data)
@@ -635,6 +644,12 @@ def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int) -
 
     A model file with `calibrate` (batch-norm statistics) first sees the first training batches once more.
 
+    Args:
+        cfg: the run.
+        state: its last state.
+        folder: model folder, made if absent; other components in it stay.
+        step: updates done, for the provenance.
+
     Returns:
         The path of the weight file.
 
@@ -671,7 +686,11 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, argparse.Nam
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: joins the hosts, reads the config, trains."""
+    """Entry point: joins the hosts, reads the config, trains.
+
+    Raises:
+        SystemExit: with one sentence, on a ValueError or a loss that is not finite.
+    """
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
