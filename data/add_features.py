@@ -70,7 +70,7 @@ def write_metadata(folder: Path, features, shard_lengths: dict[str, list[int]], 
     )  # fmt: skip
     splits = []
     for split, lengths in shard_lengths.items():
-        size = sum(p.stat().st_size for p in folder.glob(f"*-{split}.array_record-*"))
+        size = sum(p.stat().st_size for p in folder.glob(f"[!.]*-{split}.array_record-*"))
         own = template.replace(split=split)
         splits.append(
             tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=own)

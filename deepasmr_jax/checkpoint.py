@@ -188,7 +188,9 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
         for i in range(1, len(shards) + 1)
     ]
     arrays = iter(arrays)
-    with contextlib.ExitStack() as stack:  # all shards take their names together
+    # files take their names from the last to the first: config.json after all others
+    with contextlib.ExitStack() as stack:
+        new = stack.enter_context(files.atomic_path(folder / "config.json"))
         parts = [stack.enter_context(files.atomic_path(folder / file)) for file in names]
         sums = [
             _write_safetensors(
@@ -199,20 +201,20 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
             )
             for part, keys in zip(parts, shards, strict=True)
         ]
-    values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    values = {"format": FORMAT, "name": folder.name, "components": {}} | values
-    for key, value in top.items():
-        values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
-    before = values["components"].get(name)
-    values["components"][name] = {
-        "module": type(config).__module__.rsplit(".", 1)[-1],
-        "config": config_lib.to_dict(config),
-        "file": names if many else names[0],
-        "sha256": sums if many else sums[0],
-        "dtype": dtype,
-        "num_params": sum(int(np.prod(x.shape)) for x in shapes.values()),
-    }
-    config_lib.write_json(folder / "config.json", values)
+        values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+        values = {"format": FORMAT, "name": folder.name, "components": {}} | values
+        for key, value in top.items():
+            values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        before = values["components"].get(name)
+        values["components"][name] = {
+            "module": type(config).__module__.rsplit(".", 1)[-1],
+            "config": config_lib.to_dict(config),
+            "file": names if many else names[0],
+            "sha256": sums if many else sums[0],
+            "dtype": dtype,
+            "num_params": sum(int(np.prod(x.shape)) for x in shapes.values()),
+        }
+        config_lib.write_json(new, values)  # on a full disk the weights before stay, as this is written first
     for old in (folder / file for file, _ in files_of(before) if file not in names) if before else ():
         old.unlink(missing_ok=True)  # of a component that was in another number of files
     return folder / names[0]

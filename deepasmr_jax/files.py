@@ -15,16 +15,16 @@ from pathlib import Path
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its name when the block ends.
 
-    The temporary name is hidden, has the same suffix (writers choose the format by it) and is used once, so that
-    two processes never write to one file. If the block fails, it is removed and `path` stays as it was; after a
-    kill, `.NAME.XXXXXXXX.part.SUFFIX` is left and may be deleted.
+    The temporary name is hidden, ends like `path` (writers choose the format by the suffix) and is used once, so
+    that two processes never write to one file. If the block fails, it is removed and `path` stays as it was; after
+    a kill, `.XXXXXXXX.part.NAME` is left and may be deleted.
 
     Args:
         path: the file to be; missing folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+    part = path.with_name(f".{secrets.token_hex(4)}.part.{path.name}")
     try:
         yield part
         os.replace(part, path)

@@ -232,7 +232,7 @@ def read_index(cfg: Config) -> Index:
 
 @functools.lru_cache(maxsize=16)
 def _folder_index(folder: str, split: str) -> dict[str, np.ndarray]:
-    shards = sorted(p for p in Path(folder).iterdir() if f"-{split}." in p.name)
+    shards = sorted(p for p in Path(folder).glob("[!.]*") if f"-{split}." in p.name)
     mark = repr([(p.name, p.stat().st_size) for p in shards])
     path = Path(folder) / f"index_{split}_{hashlib.sha256(mark.encode()).hexdigest()[:12]}.npz"
     if path.exists():
