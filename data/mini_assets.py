@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, input_pipeline  # noqa: E402
+from deepasmr_jax import audio, files, input_pipeline  # noqa: E402
 
 FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind", "engine")
 POOL_SIZE = {"en": 32, "zh": 18}  # 50, as in the paper
@@ -60,7 +60,7 @@ def write_settings(model: str | Path) -> None:
     path = Path(model) / "config.json"
     values = json.loads(path.read_text("utf-8"))
     values |= SETTINGS | {"provenance": values.get("provenance", {}) | SETTINGS["provenance"]}
-    _write(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    files.write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_records(data: str, split: str):
@@ -75,12 +75,6 @@ def read_records(data: str, split: str):
 
 def _lasts(record: dict, limits: tuple[float, float]) -> bool:
     return limits[0] <= len(record["wav"]) / audio.SAMPLE_RATE <= limits[1]
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(path)
 
 
 def pool_sources(data: str, out: str | Path) -> int:
@@ -120,7 +114,8 @@ def pool_sources(data: str, out: str | Path) -> int:
             })  # fmt: skip
         audio.save(out / f"asmr_{language}.wav", prompts[language]["wav"], audio.SAMPLE_RATE)
         (out / f"asmr_{language}.txt").write_text(prompts[language]["text"], encoding="utf-8")
-    _write(out / "manifest.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    manifest = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    files.write_text(out / "manifest.jsonl", manifest)
     return len(lines)
 
 
@@ -157,7 +152,7 @@ def demo_clips(data: str, out: str | Path) -> None:
         voices.append(
             {"voice": title, "language": language, "clips": clips, "sentences": SENTENCES[language]}
         )
-    _write(out / "demo.json", json.dumps({"voices": voices}, indent=1, ensure_ascii=False) + "\n")
+    files.write_text(out / "demo.json", json.dumps({"voices": voices}, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

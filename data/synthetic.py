@@ -29,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import synthetic_text  # noqa: E402
 import synthetic_voice  # noqa: E402
 
+from deepasmr_jax import files  # noqa: E402
 from deepasmr_jax.text import PHONES  # noqa: E402
 
 VERSION = "1.0.0"
@@ -155,16 +156,15 @@ def _write_shard(path, pairs):
             f0_class.append(r["f0_class"].astype(np.int8))
     if not records:
         raise ValueError(f"no pair of {path.name} could be made; first reason: {failed[0]}")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(
-        temporary,
-        records=json.dumps(records, ensure_ascii=False),
-        phone_names=np.asarray(PHONES),
-        audio=np.concatenate(audio),
-        phones=np.concatenate(phones),
-        f0_class=np.concatenate(f0_class),
-    )
-    os.replace(temporary, path)
+    with files.atomic_path(path) as part:
+        np.savez(
+            part,
+            records=json.dumps(records, ensure_ascii=False),
+            phone_names=np.asarray(PHONES),
+            audio=np.concatenate(audio),
+            phones=np.concatenate(phones),
+            f0_class=np.concatenate(f0_class),
+        )
     return path.name, len(records) // 2, sum(map(len, audio)) / synthetic_voice.SAMPLE_RATE, failed
 
 
@@ -197,7 +197,7 @@ def make(out: str | Path, workers: int = 2, limit: int | None = None, seed: int 
             f"{out} holds shards of another plan, {plan_path.read_text()} and not {identity}; "
             "use a new folder"
         )
-    plan_path.write_text(json.dumps(identity))
+    files.write_text(plan_path, json.dumps(identity))
     jobs = []
     for i, pairs in enumerate(shards):
         path = out / f"{pairs[0].split}-{i:05d}.npz"

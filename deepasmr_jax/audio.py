@@ -9,6 +9,7 @@ Letters: B rows, W waveform samples, T frames, M mel bands, F Fourier bins.
 """
 
 import dataclasses
+import fractions
 import math
 import os
 from pathlib import Path
@@ -17,8 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepasmr_jax import files
+
 SAMPLE_RATE = 16000  # Hz of records, and of every front-end that listens
 TOKEN_RATE = 25  # Hz of S3 speech tokens
+TOKEN_SAMPLES = SAMPLE_RATE // TOKEN_RATE  # of one S3 token
+S3_HOP_SAMPLES = 160  # of `s3_log_mel`
+S3_FRAMES_PER_TOKEN = TOKEN_SAMPLES // S3_HOP_SAMPLES
 NUM_CODES = 3**8  # of S3 speech tokens
 MIN_DURATION_S = 0.1  # below this no front-end has a useful number of frames
 MAX_DURATION_S = 600.0
@@ -35,6 +41,9 @@ class MelConfig:
     Fields: name; sample_rate (Hz); n_fft, win_samples, hop_samples (samples); num_mels; fmin_hz, fmax_hz;
     kind: "hifigan" (no centring, reflection of (n_fft - hop) / 2, Slaney bands, W // hop frames) or
     "vocos" (centred, HTK bands without normalisation, W // hop + 1 frames).
+
+    Raises:
+        ValueError: on an unknown kind, or sizes and bands that do not fit each other or the sample rate.
     """
 
     name: str
@@ -72,6 +81,11 @@ class MelConfig:
     def frame_rate(self) -> float:
         """Frames per second."""
         return self.sample_rate / self.hop_samples
+
+    @property
+    def frames_per_token(self) -> tuple[int, int]:
+        """Frames of one S3 token as the smallest (numerator, denominator)."""
+        return fractions.Fraction(self.sample_rate, self.hop_samples * TOKEN_RATE).as_integer_ratio()
 
     def full_band(self) -> "MelConfig":
         """The same recipe up to the Nyquist frequency, as vocoder losses use it."""
@@ -279,19 +293,17 @@ def save(path, wav: np.ndarray, sample_rate: int) -> None:
     path, wav = Path(path), np.asarray(wav, np.float32)
     if wav.ndim != 1 or wav.size == 0:
         raise ValueError(f"cannot write audio of shape {wav.shape} to '{path}'; give [W] with W > 0")
-    if not np.all(np.isfinite(wav)):
-        raise ValueError(f"audio for '{path}' holds NaN or infinite samples")
+    if bad := wav.size - int(np.count_nonzero(np.isfinite(wav))):
+        raise ValueError(
+            f"audio for '{path}' holds {bad} samples of {wav.size} that are NaN or infinite; use np.nan_to_num, or "
+            "look for the cause in what made them"
+        )
     kind = path.suffix.lstrip(".").upper()
     if kind not in ("WAV", "FLAC"):
         raise ValueError(f"cannot write '{path.name}'; let its name end in .wav or .flac")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        pcm = np.clip(np.round(wav * 32768.0), -32768, 32767).astype(np.int16)
+    pcm = np.clip(np.round(wav * 32768.0), -32768, 32767).astype(np.int16)
+    with files.atomic_path(path) as part:
         soundfile.write(str(part), pcm, int(sample_rate), format=kind, subtype="PCM_16")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------- resampling
@@ -544,12 +556,12 @@ def s3_log_mel(wav: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """
     wav = jnp.asarray(wav, jnp.float32)
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
-    num = wav.shape[1] // 160
-    power = power_spectrogram(_reflect(wav, lengths, 200), 400, 160)[:, :num]
+    num = wav.shape[1] // S3_HOP_SAMPLES
+    power = power_spectrogram(_reflect(wav, lengths, 200), 400, S3_HOP_SAMPLES)[:, :num]
     bank = mel_filters(16000, 400, 128, 0.0, 8000.0, "slaney")
     mel = jnp.einsum("btf,fm->btm", power, bank, precision=jax.lax.Precision.HIGHEST)
     mel = jnp.log10(jnp.maximum(mel, 1e-10))
-    valid = jnp.full(wav.shape[:1], num) if lengths is None else lengths // 160
+    valid = jnp.full(wav.shape[:1], num) if lengths is None else lengths // S3_HOP_SAMPLES
     inside = (jnp.arange(num) < valid[:, None])[..., None]
     peak = jnp.max(jnp.where(inside, mel, -10.0), axis=(1, 2), keepdims=True)
     mel = (jnp.maximum(mel, peak - 8.0) + 4.0) / 4.0

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deepasmr_jax import evaluate, request, synthesis
+from deepasmr_jax import evaluate, files, request, synthesis
 
 
 def to_folder(
@@ -46,9 +46,7 @@ def to_folder(
     folder.mkdir(parents=True, exist_ok=True)
     model = fingerprint(synthesizer)
     finished = _finished(folder, rows, model)
-    part = folder / (evaluate.RESULTS + ".part")
-    part.write_text("".join(map(_json_line, finished.values())), "utf-8")
-    part.replace(folder / evaluate.RESULTS)
+    files.write_text(folder / evaluate.RESULTS, "".join(map(_json_line, finished.values())))
     owners = {row.get("file"): i for i, row in reversed(list(enumerate(rows)))}
     left = [i for i in range(len(rows)) if i not in finished]
     counts = [0, 0]

@@ -10,6 +10,7 @@ one `<name>.safetensors` per component with dotted parameter paths, written unde
 This file alone imports Orbax.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -23,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepasmr_jax import config as config_lib
-from deepasmr_jax import sharding, weight_files
+from deepasmr_jax import files, sharding, weight_files
 
 FORMAT = 1
 SHARD_BYTES = 2**30  # a weight file is split where it would grow beyond this
@@ -96,7 +97,11 @@ def abstract(make, *args):
 
 
 def model_file(module: str):
-    """The Python module of the package that holds a model, by its name in config.json (`lm`, `flow`, ...)."""
+    """The Python module of the package that holds a model, by its name in config.json (`lm`, `flow`, ...).
+
+    Raises:
+        ValueError: if this version has no such module.
+    """
     try:
         return importlib.import_module(f"deepasmr_jax.{module}")
     except ModuleNotFoundError as error:
@@ -186,9 +191,10 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
         for i in range(1, len(shards) + 1)
     ]
     arrays = iter(arrays)
-    parts = [folder / f"{file}.tmp{os.getpid()}" for file in names]
-    new = folder / f"config.json.new{os.getpid()}"
-    try:
+    # files take their names from the last to the first: config.json after all others
+    with contextlib.ExitStack() as stack:
+        new = stack.enter_context(files.atomic_path(folder / "config.json"))
+        parts = [stack.enter_context(files.atomic_path(folder / file)) for file in names]
         sums = [
             _write_safetensors(
                 part,
@@ -212,12 +218,6 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
             "num_params": sum(int(np.prod(x.shape)) for x in shapes.values()),
         }
         config_lib.write_json(new, values)  # on a full disk the weights before stay, as this is written first
-        for part, file in zip(parts, names, strict=True):
-            os.replace(part, folder / file)
-        os.replace(new, folder / "config.json")
-    finally:
-        for part in (*parts, new):
-            part.unlink(missing_ok=True)
     for old in (folder / file for file, _ in files_of(before) if file not in names) if before else ():
         old.unlink(missing_ok=True)  # of a component that was in another number of files
     return folder / names[0]
@@ -238,16 +238,19 @@ def _finite(arrays, dtypes: dict, component: str):
 
 
 def write_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
-    """Writes a safetensors file under a temporary name first; the sha256 of it."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        entries = {k: (x.dtype, x.shape) for k, x in arrays.items()}
-        found = _write_safetensors(part, entries, iter(arrays.items()), metadata)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return found
+    """Writes a safetensors file, whole or not at all.
+
+    Args:
+        path: the file.
+        arrays: name -> array of any shape; bfloat16 included.
+        metadata: text entries of the header.
+
+    Returns:
+        The sha256 of the file, in hexadecimal.
+    """
+    entries = {k: (x.dtype, x.shape) for k, x in arrays.items()}
+    with files.atomic_path(path) as part:
+        return _write_safetensors(part, entries, iter(arrays.items()), metadata)
 
 
 def _write_safetensors(path: Path, entries: dict[str, tuple], arrays, metadata: dict[str, str]) -> str:
@@ -285,7 +288,15 @@ def files_of(entry: dict) -> list[tuple[str, str]]:
 
 
 def component_arrays(folder, entry: dict) -> dict[str, np.ndarray]:
-    """The arrays of a component of a model folder, by its entry in config.json; errors as `read_arrays`."""
+    """The arrays of a component of a model folder.
+
+    Args:
+        folder: the model folder.
+        entry: of the component in config.json: {"file", "sha256", ...}.
+
+    Raises:
+        ValueError: as `read_arrays`.
+    """
     arrays: dict[str, np.ndarray] = {}
     for file, sha256 in files_of(entry):
         arrays |= read_arrays(Path(folder) / file, sha256)
@@ -425,7 +436,13 @@ class Checkpoints:
         """Saves `state` and the position of the Grain iterator `data`, in the background unless `wait`.
 
         On CPU it always waits: the host copy of an array may be the array itself, which the next step
-            overwrites.
+        overwrites.
+
+        Args:
+            step: number of the checkpoint's folder; one that exists is replaced.
+            state: any pytree of arrays.
+            data: the Grain iterator.
+            wait: block until the checkpoint is complete.
         """
         self.wait()
         self._pending = self._checkpointer.save_checkpointables_async(

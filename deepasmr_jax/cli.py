@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from deepasmr_jax import request
+from deepasmr_jax import files, request
 from deepasmr_jax import text as text_lib
 
 _EXAMPLES = """examples:
@@ -220,7 +220,8 @@ def _say(args) -> None:
         raise ValueError(result.error)
     result.save(out)
     if picture:
-        _write(picture, result.picture())
+        with files.atomic_path(picture) as part:
+            part.write_bytes(result.picture())
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     if args.json:
@@ -251,13 +252,14 @@ def _demo(args) -> None:
         row = page.Row(s.label, s.caption, s.text, s.wav, synthesizer.sample_rate, cells, s.notes)
         sections.setdefault(s.voice, ([], []))[0 if s.is_clip else 1].append(row)
         audio.save(folder / f"{s.name}.wav", s.wav, synthesizer.sample_rate)
-        _write(folder / f"{s.name}.png", page.picture(s.wav, synthesizer.sample_rate))
+        with files.atomic_path(folder / f"{s.name}.png") as part:
+            part.write_bytes(page.picture(s.wav, synthesizer.sample_rate))
         noted = {"note": "; ".join(s.notes)} if s.notes else {}
         lines.append({"voice": s.voice, "sound": s.label} | cells | noted)
     parts = [page.Section(voice, intro, clips, made) for voice, (clips, made) in sections.items()]
     settings = f"Unvoiced: {evaluate.PitchSettings().describe()}. {_SETTINGS}"
     document = page.demo("DeepASMR in JAX: a demonstration", notice, parts, settings)
-    _write(folder / "index.html", document.encode())
+    files.write_text(folder / "index.html", document)
     print(_table(lines))
     print(f"\n{notice}\n\nListen: {(folder / 'index.html').resolve()}")
 
@@ -424,10 +426,10 @@ def _info(args) -> None:
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
 
 
-def _mebibytes(files: list[Path]) -> str:
-    if not all(file.is_file() for file in files):
+def _mebibytes(paths: list[Path]) -> str:
+    if not all(path.is_file() for path in paths):
         return "missing"
-    return f"{sum(file.stat().st_size for file in files) / 2**20:.1f}"
+    return f"{sum(path.stat().st_size for path in paths) / 2**20:.1f}"
 
 
 _VOICE_INTRO = "Training had neither this form of the voice nor these sentences."
@@ -482,16 +484,6 @@ def _check_model(args) -> Path:
     if getattr(args, "pool", None) and not Path(args.pool).is_file():
         raise ValueError(f"there is no pool file {args.pool}; check the path or leave --pool out")
     return folder
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _progress(sentence: str) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from deepasmr_jax import files
+
 
 def load(path: str):
     """The config returned by the `get_config` of a Python file.
@@ -169,7 +171,11 @@ def _freeze(value):
 
 
 def to_dict(cfg) -> Any:
-    """The JSON form of a config: dataclasses to dicts, tuples to lists, dtypes to their names."""
+    """The JSON form of a config: dataclasses to dicts, tuples to lists, dtypes to their names.
+
+    Raises:
+        ValueError: on a value that has no JSON form, such as a function.
+    """
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         return {f.name: to_dict(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
     if isinstance(cfg, dict):
@@ -224,7 +230,12 @@ def _thaw(value, hint):
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines `model.width: 256 -> 512`, one per field that differs between two JSON forms."""
+    """Lines `model.width: 256 -> 512`, one per field that differs between two JSON forms.
+
+    Args:
+        old, new: from `to_dict`; a field that one of them lacks counts as "(absent)".
+        path: put before the names of the fields.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in sorted(set(old) | set(new)):
@@ -235,12 +246,5 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def write_json(path: str | os.PathLike, value: dict) -> None:
-    """Writes a dict as JSON, under a temporary name first, so that no reader sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a dict as JSON, whole or not at all; missing folders are made."""
+    files.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

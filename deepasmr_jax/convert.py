@@ -45,7 +45,7 @@ LICENCES = ("MIT", "Apache-2.0", "CC BY 4.0", "CC BY-SA 3.0", "GPL-3.0", "CC BY-
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json")
 TEXT_FOLDER = "text_tokenizer"
 E2_TTS = "E2 TTS, start of a flow decoder"
-FRAMES_PER_TOKEN = {"cv2": (2, 1), "hifigan": (441, 128), "f5": (15, 4)}
+E2_PROFILES = ("cv2", "hifigan", "f5")  # mel profiles of flows that start from E2 TTS
 HEAD_DIM = 64
 
 
@@ -168,7 +168,7 @@ def _decoder_around(e2: flow.Config, profile: str) -> flow.Config:
     normalised = {} if profile != "f5" else dict(mel_mean=0.0, mel_std=1.0)
     return flow.deepasmr(
         mel_bins=audio.mel_profile(profile).num_mels,
-        frames_per_token=FRAMES_PER_TOKEN[profile],
+        frames_per_token=audio.mel_profile(profile).frames_per_token,
         width=e2.width,
         num_layers=e2.num_layers,
         num_heads=e2.num_heads,
@@ -782,10 +782,8 @@ def convert_file(
     if mel_profile is not None:
         if found.kind.name != E2_TTS:
             raise ValueError(f"{path} is a {found.kind.name}: its mel is given; leave the mel profile out")
-        if mel_profile not in FRAMES_PER_TOKEN:
-            raise ValueError(
-                f"mel profile {mel_profile!r} is unknown; use one of {', '.join(FRAMES_PER_TOKEN)}"
-            )
+        if mel_profile not in E2_PROFILES:
+            raise ValueError(f"mel profile {mel_profile!r} is unknown; use one of {', '.join(E2_PROFILES)}")
         found = dataclasses.replace(found, kind=dataclasses.replace(found.kind, mel_profile=mel_profile))
     if (out / "config.json").is_file():
         own = checkpoint.read_config(out)

@@ -320,7 +320,17 @@ def count_syllables(sentence: str, language: str) -> int:
 
 
 def speaking_rate(wav: np.ndarray, sample_rate: int, sentence: str, language: str) -> float:
-    """Syllables per second between the first and the last active frame (20 ms, 0.02 of the greatest RMS)."""
+    """Syllables per second between the first and the last active frame (20 ms, 0.02 of the greatest RMS).
+
+    Args:
+        wav: [W] float.
+        sample_rate: Hz.
+        sentence: what is said.
+        language: "en" or "zh".
+
+    Returns:
+        The rate; 0 for a clip without an active frame.
+    """
     size = int(0.02 * sample_rate)
     frames = np.asarray(wav[: len(wav) // size * size], np.float64).reshape(-1, size)
     rms = np.sqrt((frames**2).mean(1)) if len(frames) else np.zeros(1)
@@ -343,7 +353,17 @@ STYLE_PROXY_WEIGHTS = (0.6, 0.2, 0.2)  # voicing is what makes a whisper; the ot
 
 
 def style_features(wav: np.ndarray, sample_rate: int, sentence: str, language: str) -> StyleFeatures:
-    """Features of one clip for `style_proxy`."""
+    """Features of one clip for `style_proxy`.
+
+    Args:
+        wav: [W] float in [-1, 1], at 12 kHz or more.
+        sample_rate: Hz.
+        sentence: what is said.
+        language: "en" or "zh".
+
+    Raises:
+        ValueError: if the clip is silent or shorter than a frame, or the rate too low (`spectral_tilt`).
+    """
     return StyleFeatures(
         unvoiced_ratio([wav], sample_rate).ratio,
         spectral_tilt(wav, sample_rate),
@@ -429,9 +449,18 @@ def _matrix_judge() -> "judges.MatrixJudge | None":
 def judge_one(wav: np.ndarray, sample_rate: int, sentence: str, language: str) -> tuple[float, float | None]:
     """Measures of one clip that need nothing but the clip and its text.
 
+    Args:
+        wav: [W] float in [-1, 1].
+        sample_rate: Hz.
+        sentence: what it should say.
+        language: "en" or "zh".
+
     Returns:
         (unvoiced ratio, word error rate); the rate is None unless the text is a sentence of the built-in
         English matrix and pocketsphinx is installed.
+
+    Raises:
+        ValueError: if the clip is shorter than one frame of `PitchSettings`.
     """
     ratio = unvoiced_ratio([wav], sample_rate).ratio
     judge = _matrix_judge() if language == "en" else None

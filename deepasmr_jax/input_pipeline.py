@@ -21,6 +21,7 @@ Letters: B rows, N tokens (lm: positions of a row), T mel frames, M mel bins, W 
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from typing import Literal
 
 import numpy as np
 
-from deepasmr_jax import audio, lm, text
+from deepasmr_jax import audio, files, lm, text
 
 IGNORED = -1  # target or label that carries no loss
 LABEL_SAMPLES = 320  # one phone label each 20 ms
@@ -45,7 +46,12 @@ _OPEN_ROWS = 256  # rows that the packing fills at the same time
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a stage reads and how its rows are made. `batch_size` is the number of rows over all hosts."""
+    """What a stage reads and how its rows are made. `batch_size` is the number of rows over all hosts.
+
+    Raises:
+        ValueError: on an unknown stage or mel profile, weights that do not fit the styles, or a row length that is no
+            multiple of a token or has no room beside a prompt.
+    """
 
     stage: Literal["lm", "flow", "vocoder", "speech_tokenizer", "speaker"]
     batch_size: int
@@ -213,7 +219,11 @@ class _Source:
 
 
 def read_index(cfg: Config) -> Index:
-    """The index of the split, read from the .npz beside each dataset, or made by one pass and kept there."""
+    """The index of the split, read from the .npz beside each dataset, or made by one pass and kept there.
+
+    Raises:
+        ValueError: if no folder is given, one is no TFDS dataset, or lacks the split.
+    """
     parts = [_folder_index(folder, cfg.split) for folder in cfg.data_dirs]
     if not parts:
         raise ValueError("no data: give the dataset with --set data.data_dirs=FOLDER")
@@ -222,8 +232,8 @@ def read_index(cfg: Config) -> Index:
 
 @functools.lru_cache(maxsize=16)
 def _folder_index(folder: str, split: str) -> dict[str, np.ndarray]:
-    files = sorted(p for p in Path(folder).iterdir() if f"-{split}." in p.name)
-    mark = repr([(p.name, p.stat().st_size) for p in files])
+    shards = sorted(p for p in Path(folder).glob("[!.]*") if f"-{split}." in p.name)
+    mark = repr([(p.name, p.stat().st_size) for p in shards])
     path = Path(folder) / f"index_{split}_{hashlib.sha256(mark.encode()).hexdigest()[:12]}.npz"
     if path.exists():
         with np.load(path) as file:
@@ -243,10 +253,9 @@ def _folder_index(folder: str, split: str) -> dict[str, np.ndarray]:
         names["num_tokens"].append(len(record.get("speech_tokens", ())))
         names["num_text"].append(len(record.get("text_ids", ())))
     columns = {k: np.array(v, np.int32 if k.startswith("num_") else np.str_) for k, v in names.items()}
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
     try:
-        np.savez_compressed(temporary, **columns)
-        os.replace(temporary, path)
+        with files.atomic_path(path) as part:
+            np.savez_compressed(part, **columns)
     except OSError as error:  # a read-only folder costs one pass per start, nothing else
         print(f"index of {folder} is not kept: {error}", flush=True)
     return columns
@@ -257,7 +266,11 @@ def _str(value) -> str:
 
 
 def speakers(cfg: Config) -> list[str]:
-    """Speakers of the training split, sorted; the labels of the speaker stage are places in this list."""
+    """Speakers of the training split, sorted; the labels of the speaker stage are places in this list.
+
+    Raises:
+        ValueError: as `read_index`.
+    """
     return sorted(set(read_index(dataclasses.replace(cfg, split="train")).speaker))
 
 
@@ -438,6 +451,23 @@ def _phone_costs() -> np.ndarray:
     return cost
 
 
+def check_mel_profile(folder: str | os.PathLike, wanted: str) -> None:
+    """Compares the mel profile that made a feature folder with the wanted one; old folders do not say theirs.
+
+    Several profiles have 80 bands and 50 frames/s: a flow would train on the wrong mel without another sign.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    path = made_with_file(folder)
+    found = json.loads(path.read_text()).get("mel_profile", wanted) if path.exists() else wanted
+    if found != wanted:
+        raise ValueError(
+            f"features in {folder} have mel profile {found!r}, data.mel_profile is {wanted!r}; "
+            "make them again with --mel-profile"
+        )
+
+
 class _Lm:
     """Packed rows of whole segments; the packing of an epoch is planned from the index alone."""
 
@@ -561,11 +591,14 @@ class _Flow:
     def __init__(self, cfg: Config, index: Index):
         self.cfg, self.index = cfg, index
         self.records = Records(cfg, self.fields)
+        for folder in cfg.data_dirs:
+            check_mel_profile(folder, cfg.mel_profile)
         usable = (index.num_tokens > 0) & np.isin(index.style, cfg.styles)
         self.mixture = Mixture(cfg, index, usable)
         self.num_rows = len(self.mixture)
         profile = audio.mel_profile(cfg.mel_profile)
-        self._ratio = profile.sample_rate / profile.hop_samples / audio.TOKEN_RATE
+        numerator, denominator = profile.frames_per_token
+        self._ratio = numerator / denominator
         self._num_mels = profile.num_mels
         self._num_frames = int(cfg.num_tokens * self._ratio)
         enough = np.flatnonzero(usable & (index.num_tokens >= cfg.min_prompt_tokens))
@@ -695,7 +728,9 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1):
     import grain
 
     if cfg.batch_size % process_count:
-        raise ValueError(f"batch_size {cfg.batch_size} does not divide over {process_count} hosts")
+        raise ValueError(
+            f"batch_size {cfg.batch_size} does not divide over {process_count} hosts; use a multiple of them"
+        )
     rows = {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, read_index(cfg))
     dataset = grain.MapDataset.range(_EXAMPLES).random_map(rows.row, seed=cfg.seed)
     dataset = dataset[process_index::process_count].batch(cfg.batch_size // process_count)
@@ -709,6 +744,14 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1):
 
 
 def first_batches(cfg: Config, count: int, process_index: int = 0, process_count: int = 1) -> list[dict]:
-    """The first `count` batches of this process: the fixed set of an evaluation."""
+    """The first `count` batches of this process: the fixed set of an evaluation.
+
+    Args:
+        cfg, process_index, process_count: as for `make`, whose errors it has.
+        count: number of batches.
+
+    Returns:
+        Dicts of NumPy arrays, see the file docstring.
+    """
     batches: Iterator = iter(make(cfg, process_index, process_count))
     return [next(batches) for _ in range(count)]

@@ -88,6 +88,9 @@ def word_errors(reference: str, hypothesis: str, language: str = "en") -> Errors
 def matrix_words(path: str | Path = MATRIX_FILE) -> list[list[str]]:
     """The word lists of the matrix sentences, one list per place in the sentence.
 
+    Args:
+        path: JSON file with a list of lists of words.
+
     Raises:
         ValueError: if the file is not a JSON list of lists of words.
     """
@@ -179,6 +182,12 @@ class MatrixJudge:
     def errors(self, wav: np.ndarray, sample_rate: int, sentence: str, factor: float = 1.0) -> Errors:
         """Word errors of one clip.
 
+        Args:
+            wav: [W] float in [-1, 1]; its level does not matter.
+            sample_rate: Hz.
+            sentence: what it should say, one of the grammar.
+            factor: the clip is heard at this speed; see `enrol`.
+
         Raises:
             ValueError: if the sentence is not one of the grammar.
         """
@@ -254,6 +263,11 @@ class MandarinJudge:
 
     def errors(self, wav: np.ndarray, sample_rate: int, sentence: str) -> Errors:
         """Symbol errors of one clip against the pinyin of its sentence (Chinese characters only).
+
+        Args:
+            wav: [W] float in [-1, 1].
+            sample_rate: Hz.
+            sentence: what it should say; numbers and marks are written out first.
 
         Raises:
             ValueError: if pypinyin is missing.

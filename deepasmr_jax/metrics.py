@@ -13,6 +13,8 @@ from pathlib import Path
 
 import jax
 
+from deepasmr_jax import files
+
 
 class Writer:
     """Appends lines to `folder/metrics.jsonl`; on a resumed run the lines after `step` are dropped first.
@@ -29,7 +31,7 @@ class Writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 kept = [line for line in read(self.path) if line["step"] <= step]
-                self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line; values are rounded to 6 digits, numbers that are not finite become strings."""

@@ -279,7 +279,7 @@ def split_heads(x: jax.Array, num_heads: int, name: str = "heads") -> jax.Array:
         ValueError: if the last axis is not a multiple of `num_heads`.
     """
     if x.shape[-1] % num_heads:
-        raise ValueError(f"{num_heads} heads do not divide a width of {x.shape[-1]}")
+        raise ValueError(f"{num_heads} heads do not divide a width of {x.shape[-1]}; use a divisor of it")
     shape = (*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
     return jnp.reshape(x, shape, out_sharding=like(x, name, None))
 
@@ -331,7 +331,9 @@ def attention(
         return jnp.concatenate(chunks, axis=1)
     num_heads, num_kv_heads, size = q.shape[2], k.shape[2], q.shape[3]
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_kv_heads} key/value heads do not divide {num_heads} query heads")
+        raise ValueError(
+            f"{num_kv_heads} key/value heads do not divide {num_heads} query heads; use a divisor of {num_heads}"
+        )
     q = q * (size**-0.5 if scale is None else scale)
     tokens = axes_of(q)[1]
     num_scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepasmr_jax import audio, request
+from deepasmr_jax import audio, files, request
 from deepasmr_jax import text as text_lib
 
 FORMAT = 1
@@ -90,6 +90,9 @@ class Pool:
         entries: the prompts, names unique.
         mel_profile: name of the mel recipe in `audio.MEL_PROFILES`.
         speaker_model: name of the encoder that made the embeddings.
+
+    Raises:
+        ValueError: if two entries have one name.
     """
 
     entries: tuple[Entry, ...]
@@ -184,7 +187,7 @@ class Pool:
         return entries[best], cosine[best]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the pool to one safetensors file; the old file stays until the new one is complete."""
+        """Writes the pool to one safetensors file, whole or not at all; missing folders are made."""
         from safetensors.numpy import save
 
         tensors, facts = {}, []
@@ -195,16 +198,10 @@ class Pool:
             names = ("name", "style", "language", "transcript", "attributes", "provenance")
             facts.append({n: getattr(e, n) for n in names})
         head = {"format": FORMAT, "mel_profile": self.mel_profile, "speaker_model": self.speaker_model}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.{os.getpid()}.new")
-        try:
+        metadata = {"pool": json.dumps(head | {"entries": facts}, ensure_ascii=False)}
+        with files.atomic_path(path) as part:
             # bytes, as safetensors makes its own files readable by the owner only
-            metadata = {"pool": json.dumps(head | {"entries": facts}, ensure_ascii=False)}
-            new.write_bytes(save(tensors, metadata))
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
+            part.write_bytes(save(tensors, metadata))
 
 
 def load(path: str | os.PathLike) -> Pool:
@@ -301,7 +298,7 @@ def read_recordings(
 
 
 def describe(entries: Iterable[Entry]) -> list[dict]:
-    """One flat dict of printable facts per entry, for tables."""
+    """One flat dict of printable facts per entry, for tables; "seconds" from the token count."""
     return [
         {
             "name": e.name,

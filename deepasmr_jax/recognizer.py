@@ -4,9 +4,8 @@ No independent Mandarin recogniser works offline, so this one is trained here. I
 corpus: show its error on the ground truth beside every number. It learns from the Mandarin records of the split
 that the speech tokenizer learns from, so it knows the same voices; it has another seed, and reads the 80-band
 "mini" mel instead of the tokenizer's 128-band one.
-Batch: wav [B, W] float32 16 kHz, lengths [B] samples, and either phone_sequence [B, P] int32 (ids in
-text.PHONES, 0 = padding) with phone_lengths [B], or frame labels phones [B, W // 320] int32, whose runs give
-the sequence.
+Batch: wav [B, W] float32 16 kHz, lengths [B] samples, and frame labels phones [B, W // 320] int32 (ids in
+text.PHONES, -1 = padding), whose runs give the sequence.
 Letters: B rows, T mel frames, N = T // 2 positions, P phones of a row, D width, V symbols with the blank
 (id 0).
 """
@@ -40,7 +39,7 @@ class Config:
     kernel: int = 9  # of the depthwise convolution, in positions of 40 ms
     rotary_base: float = 10000.0
     dtype: str = "float32"  # of the matrix products
-    max_phones: int = 96  # P of sequences made from frame labels; longer rows carry no loss
+    max_phones: int = 96  # P: longer rows carry no loss
     # augmentation in training
     num_bands: int = 2
     band_mels: int = 12
@@ -178,24 +177,18 @@ def loss(model: Recognizer, cfg: Config, batch: dict[str, jax.Array], key: jax.A
         rows_used (of all rows), each (sum, count).
 
     Raises:
-        ValueError: if the batch has neither phone_sequence nor phones.
+        ValueError: if the batch has no phones.
 
     Source: Graves et al., 2006; the recursion is Optax's.
     """
-    if "phone_sequence" in batch:
-        ids, given = batch["phone_sequence"], batch["phone_lengths"]
-    elif "phones" in batch:
-        ids, given = sequence_of_frames(batch["phones"], cfg.max_phones)
-    else:
-        raise ValueError(
-            f"batch has {sorted(batch)}; it needs 'phone_sequence' with 'phone_lengths', or 'phones'"
-        )
+    if "phones" not in batch:
+        raise ValueError(f"batch has {sorted(batch)}, no phones; give frame labels")
+    ids, given = sequence_of_frames(batch["phones"], cfg.max_phones)
     scores, counts = logits(model, cfg, batch["wav"], batch["lengths"], key)
     labels = jnp.clip(ids - (FIRST - 1), 0, len(SYMBOLS) - 1)
     valid = nn.length_mask(given, labels.shape[1])
     repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & valid[:, 1:], axis=1)
-    mandarin = jnp.all((labels > 0) | ~valid, axis=1)
-    used = mandarin & (given > 0) & (given <= labels.shape[1]) & (given + repeats <= counts)
+    used = (given > 0) & (given <= labels.shape[1]) & (given + repeats <= counts)
     nats = nn.ctc(scores, counts, labels, given)
     total = jnp.sum(jnp.where(used, nats, 0.0))
     count = jnp.sum(jnp.where(used, given, 0)).astype(jnp.float32)

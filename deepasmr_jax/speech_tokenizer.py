@@ -3,8 +3,7 @@
 25 tokens/s from a 100 Hz Whisper-style log-mel of 16 kHz speech (`audio.s3_log_mel`). Network and `s3_v2()`
 follow the released S3 tokenizer V2 of CosyVoice 2 (Du et al., 2024); `mini()` is the same code at toy width,
 trained here by recognition: a head that sees only the quantised code of one token names its two 20 ms phones.
-Batch: wav [B, W] float32 16 kHz, lengths [B] samples, and either phones + f0_class [B, W // 320] int32 (-1 is
-padding) or phone_sequence [B, P] int32 + phone_lengths [B] (connectionist temporal classification).
+Batch: wav [B, W] float32 16 kHz, lengths [B] samples, phones and f0_class [B, W // 320] int32 (-1 is padding).
 Letters: B rows, T log-mel frames, N = ceil(T / 4) tokens, D width, H heads, E head size, M mel bins.
 """
 
@@ -19,8 +18,6 @@ from flax import nnx
 from deepasmr_jax import audio, nn, text
 
 NUM_DIGITS = 8
-FRAMES_PER_TOKEN = 4
-HOP_SAMPLES = 160  # of audio.s3_log_mel
 FSQ_SCALE = 0.9990000128746033  # float32 constant of the released graph
 WINDOW_FRAMES = 3000  # 30 s at 100 Hz, the longest input the released model was trained on
 STRIDE_FRAMES = 2600  # 4 s overlap
@@ -352,7 +349,7 @@ def encode(
     if log_mel.shape[1] > WINDOW_FRAMES:
         raise ValueError(f"{log_mel.shape[1]} frames exceed the window of {WINDOW_FRAMES}; use encode_long")
     _, projection = hidden(model, cfg, log_mel, lengths)
-    counts = (lengths + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN
+    counts = -(-lengths // audio.S3_FRAMES_PER_TOKEN)
     tokens = tokens_of(jnp.round(projection))
     return jnp.where(nn.length_mask(counts, tokens.shape[1]), tokens, 0), counts
 
@@ -434,13 +431,12 @@ def _labels(labels: jax.Array, num_slots: int, num_classes: int) -> tuple[jax.Ar
 def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | None):
     """Recognition loss of the quantised code, plus two mild terms that make codes follow from labels.
 
-    Frame labels (`phones`): cross-entropy of phone (weight 1) and F0 class (cfg.f0_weight) in both slots of a
-    token. Label sequences (`phone_sequence`): connectionist temporal classification over the slots, silence
-    is the blank. With cfg.f0_weight = 0 no style or pitch label reaches the encoder; the F0 head still learns
-    from detached codes; its accuracy tells how much of that information the codes keep.
-    The mild terms (only with frame labels): squared distance of the projection to the code that a small
-    network predicts from the token's labels, and to its own rounded value. They act on tokens whose predicted
-    code the head reads as the right labels, so that nothing is pulled to a code that means something else.
+    Recognition: cross-entropy of phone (weight 1) and F0 class (cfg.f0_weight) in both slots of a token. With
+    cfg.f0_weight = 0 no style or pitch label reaches the encoder; the F0 head still learns from detached codes;
+    its accuracy tells how much of that information the codes keep.
+    The mild terms: squared distance of the projection to the code that a small network predicts from the token's
+    labels, and to its own rounded value. They act on tokens whose predicted code the head reads as the right
+    labels, so that nothing is pulled to a code that means something else.
 
     Args:
         model: tokenizer with a head.
@@ -449,23 +445,22 @@ def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Ar
         key: for augmentation and raw rows; None: neither, as in validation.
 
     Returns:
-        (sum, count, aux): nats summed over valid slots (aligned) or over phones (sequence), their number, and
-        name -> (sum, count), each only where its labels are there: phone_accuracy and direct_phone_accuracy (from
-        the states), or ctc_nats (of the label sequences, unweighted); f0_accuracy, voicing_accuracy;
-        code_agreement (share of tokens that equal the code predicted from their labels), digit_agreement (the
-        same for single digits); and always distinct_codes (number of different tokens in this batch).
+        (sum, count, aux): nats summed over valid slots, their number, and name -> (sum, count): phone_accuracy
+        and direct_phone_accuracy (from the states); f0_accuracy, voicing_accuracy; code_agreement (share of tokens
+        that equal the code predicted from their labels), digit_agreement (the same for single digits);
+        distinct_codes (number of different tokens in this batch).
 
     Raises:
-        ValueError: if the model has no head, or the batch has neither kind of label.
+        ValueError: if the model has no head, or the batch no labels.
     """
     if model.head is None:
         raise ValueError("the tokenizer has no recognition head; train one built with Config(has_head=True)")
-    if "phones" not in batch and "phone_sequence" not in batch:
+    if missing := {"phones", "f0_class"} - set(batch):
         raise ValueError(
-            f"batch has {sorted(batch)}; it needs 'phones' or 'phone_sequence' with 'phone_lengths'"
+            f"batch has {sorted(batch)}, no {', '.join(sorted(missing))}; give frame labels of both"
         )
     log_mel = audio.s3_log_mel(batch["wav"], batch["lengths"])
-    lengths = batch["lengths"] // HOP_SAMPLES
+    lengths = batch["lengths"] // audio.S3_HOP_SAMPLES
     if key is not None:
         log_mel = _augment(cfg, log_mel, jax.random.fold_in(key, 0))
     states, projection = hidden(model, cfg, log_mel, lengths)
@@ -474,53 +469,45 @@ def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Ar
     if key is not None:  # the head also learns from unrounded rows, whose gradient is exact
         is_raw = jax.random.uniform(jax.random.fold_in(key, 1), (code.shape[0], 1, 1)) < cfg.raw_share
         code = jnp.where(is_raw, projection, code)
-    counts = (lengths + FRAMES_PER_TOKEN - 1) // FRAMES_PER_TOKEN
+    counts = -(-lengths // audio.S3_FRAMES_PER_TOKEN)
     token_mask = nn.length_mask(counts, code.shape[1])
     aux = {"distinct_codes": (_num_distinct(tokens_of(digits), token_mask), jnp.ones(()))}
 
     phone_log_probs = jax.nn.log_softmax(model.head.phone_logits(code))
     direct_phones, direct_f0 = (jax.nn.log_softmax(x) for x in model.head.direct_logits(states))
     num_slots = phone_log_probs.shape[1]
-    if "phones" in batch:
-        phones, slot_mask = _labels(batch["phones"], num_slots, cfg.num_phones)
-        total = -cfg.phone_weight * jnp.sum(phones * (phone_log_probs + cfg.direct_weight * direct_phones))
-        count = jnp.sum(slot_mask, dtype=jnp.float32)
-        aux["direct_phone_accuracy"] = _accuracy(direct_phones, phones, slot_mask)
-        aux["phone_accuracy"] = _accuracy(phone_log_probs, phones, slot_mask)
-    else:
-        nats = nn.ctc(phone_log_probs, 2 * counts, batch["phone_sequence"], batch["phone_lengths"])
-        total = cfg.phone_weight * jnp.sum(nats)
-        count = jnp.sum(batch["phone_lengths"], dtype=jnp.float32)
-        aux["ctc_nats"] = (jnp.sum(nats), count)
-    if "f0_class" in batch:
-        f0_class, f0_mask = _labels(batch["f0_class"], num_slots, cfg.num_f0_classes)
-        f0_code = code if cfg.f0_weight else jax.lax.stop_gradient(code)
-        f0_log_probs = jax.nn.log_softmax(model.head.f0_logits(f0_code))
-        total = total - (cfg.f0_weight or 1.0) * jnp.sum(f0_class * f0_log_probs)
-        total = total - cfg.f0_weight * cfg.direct_weight * jnp.sum(f0_class * direct_f0)
-        voiced = jnp.argmax(f0_log_probs, axis=-1) > 0
-        right = (voiced == (f0_class[..., 0] == 0)) & f0_mask
-        aux["f0_accuracy"] = _accuracy(f0_log_probs, f0_class, f0_mask)
-        aux["voicing_accuracy"] = (jnp.sum(right, dtype=jnp.float32), jnp.sum(f0_mask, dtype=jnp.float32))
-    if "phones" in batch and "f0_class" in batch:
-        called_for = model.head.code_of(phones, f0_class * (1.0 if cfg.f0_weight else 0.0))
-        pairs = (token_mask.shape[1], 2)
-        labelled = token_mask & jnp.all(_reshape(slot_mask, *pairs), axis=-1)
-        meant = jnp.round(called_for)
-        is_right = jnp.argmax(model.head.phone_logits(meant), axis=-1) == jnp.argmax(phones, axis=-1)
-        if cfg.f0_weight:
-            is_right &= jnp.argmax(model.head.f0_logits(meant), axis=-1) == jnp.argmax(f0_class, axis=-1)
-        settled = labelled & jnp.all(_reshape(is_right, *pairs), axis=-1)
-        stop = jax.lax.stop_gradient
-        total = total + 2 * (  # 2 slots
-            _squared_distance(stop(projection), called_for, labelled)
-            + cfg.predictability_weight * _squared_distance(projection, stop(called_for), settled)
-            + cfg.commit_weight * _squared_distance(projection, digits, settled)
-        )
-        same = (meant == digits) & labelled[:, :, None]
-        tokens_labelled = jnp.sum(labelled, dtype=jnp.float32)
-        aux["digit_agreement"] = (jnp.sum(same, dtype=jnp.float32), NUM_DIGITS * tokens_labelled)
-        aux["code_agreement"] = (jnp.sum(jnp.all(same, axis=-1), dtype=jnp.float32), tokens_labelled)
+    phones, slot_mask = _labels(batch["phones"], num_slots, cfg.num_phones)
+    total = -cfg.phone_weight * jnp.sum(phones * (phone_log_probs + cfg.direct_weight * direct_phones))
+    count = jnp.sum(slot_mask, dtype=jnp.float32)
+    aux["direct_phone_accuracy"] = _accuracy(direct_phones, phones, slot_mask)
+    aux["phone_accuracy"] = _accuracy(phone_log_probs, phones, slot_mask)
+    f0_class, f0_mask = _labels(batch["f0_class"], num_slots, cfg.num_f0_classes)
+    f0_code = code if cfg.f0_weight else jax.lax.stop_gradient(code)
+    f0_log_probs = jax.nn.log_softmax(model.head.f0_logits(f0_code))
+    total = total - (cfg.f0_weight or 1.0) * jnp.sum(f0_class * f0_log_probs)
+    total = total - cfg.f0_weight * cfg.direct_weight * jnp.sum(f0_class * direct_f0)
+    voiced = jnp.argmax(f0_log_probs, axis=-1) > 0
+    right = (voiced == (f0_class[..., 0] == 0)) & f0_mask
+    aux["f0_accuracy"] = _accuracy(f0_log_probs, f0_class, f0_mask)
+    aux["voicing_accuracy"] = (jnp.sum(right, dtype=jnp.float32), jnp.sum(f0_mask, dtype=jnp.float32))
+    called_for = model.head.code_of(phones, f0_class * (1.0 if cfg.f0_weight else 0.0))
+    pairs = (token_mask.shape[1], 2)
+    labelled = token_mask & jnp.all(_reshape(slot_mask, *pairs), axis=-1)
+    meant = jnp.round(called_for)
+    is_right = jnp.argmax(model.head.phone_logits(meant), axis=-1) == jnp.argmax(phones, axis=-1)
+    if cfg.f0_weight:
+        is_right &= jnp.argmax(model.head.f0_logits(meant), axis=-1) == jnp.argmax(f0_class, axis=-1)
+    settled = labelled & jnp.all(_reshape(is_right, *pairs), axis=-1)
+    stop = jax.lax.stop_gradient
+    total = total + 2 * (  # 2 slots
+        _squared_distance(stop(projection), called_for, labelled)
+        + cfg.predictability_weight * _squared_distance(projection, stop(called_for), settled)
+        + cfg.commit_weight * _squared_distance(projection, digits, settled)
+    )
+    same = (meant == digits) & labelled[:, :, None]
+    tokens_labelled = jnp.sum(labelled, dtype=jnp.float32)
+    aux["digit_agreement"] = (jnp.sum(same, dtype=jnp.float32), NUM_DIGITS * tokens_labelled)
+    aux["code_agreement"] = (jnp.sum(jnp.all(same, axis=-1), dtype=jnp.float32), tokens_labelled)
     return total, count, aux
 
 

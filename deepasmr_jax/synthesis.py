@@ -770,15 +770,12 @@ class Synthesizer:
         """Tokens [B, N], mel [B, T, M] and speaker embedding [B, E] of padded clips."""
         tokenizer, speaker = self._parts["speech_tokenizer"], self._parts["speaker"]
         num = batch["num_tokens"]
-        samples16 = num * (audio.SAMPLE_RATE // audio.TOKEN_RATE)
-        tokens, _ = tokenizer.file.encode(
-            models["speech_tokenizer"], tokenizer.config, audio.s3_log_mel(batch["wav16"], samples16), 4 * num
-        )
+        samples16 = num * audio.TOKEN_SAMPLES
+        log_mel = audio.s3_log_mel(batch["wav16"], samples16)
+        frames = num * audio.S3_FRAMES_PER_TOKEN
+        tokens, _ = tokenizer.file.encode(models["speech_tokenizer"], tokenizer.config, log_mel, frames)
         mel = audio.log_mel(batch["wav"], num * (self.sample_rate // audio.TOKEN_RATE), self.mel_config)
-        fbank = audio.fbank(batch["wav16"], samples16, **getattr(speaker.file, "FBANK", {}))
-        embedding = speaker.file.embed(
-            models["speaker"], speaker.config, fbank, audio.fbank_frames(samples16)
-        )
+        embedding = embed_speaker(speaker.file, models["speaker"], speaker.config, batch["wav16"], samples16)
         return tokens, mel, embedding
 
     def _num_frames(self, num_tokens: int) -> int:
@@ -794,6 +791,23 @@ class Synthesizer:
             group = by_size[key]
             for start in range(0, len(group), self.max_batch):
                 yield key, group[start : start + self.max_batch]
+
+
+def embed_speaker(file, model, cfg, wav: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Speaker embeddings of padded clips, through the front end that the encoder was trained with.
+
+    Args:
+        file: the Python module of the encoder; its `FBANK`, if it has one, are the arguments of `audio.fbank`.
+        model: its weights.
+        cfg: its Config; static under jit.
+        wav: [B, W] float32 in [-1, 1], 16 kHz.
+        lengths: [B] int32 valid samples.
+
+    Returns:
+        [B, E] float32.
+    """
+    fbank = audio.fbank(wav, lengths, **getattr(file, "FBANK", {}))
+    return file.embed(model, cfg, fbank, audio.fbank_frames(lengths))
 
 
 class _Part:

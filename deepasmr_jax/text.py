@@ -466,7 +466,9 @@ class MiniTokenizer:
         """
         ids = [int(i) for i in np.asarray(ids).reshape(-1)]
         if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise ValueError(f"ids {bad[:5]} are outside the vocabulary of {self.vocab_size}")
+            raise ValueError(
+                f"ids {bad[:5]} are outside the vocabulary of {self.vocab_size}; use the tokenizer that made them"
+            )
         return [self.symbols[i] for i in ids if i]
 
 

@@ -29,6 +29,7 @@ from deepasmr_jax import config as config_lib
 
 # last names of parameters that weight decay leaves alone: norms and biases; tables go by `is_decayed`
 NO_DECAY = ("scale", "gain", "mean", "var")
+COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder", "recognizer")  # that can be trained
 _CALIBRATION = 20  # training batches from which batch-norm statistics are taken
 # settings of model and data that may differ when a run is resumed. Other folders with other records do change the
 # order from there on; they are allowed because a corpus may be moved.
@@ -37,7 +38,12 @@ _FREE_ON_RESUME = ("data.data_dirs", "data.num_threads", "data.num_prefetch", "m
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """Optimizer and learning-rate schedule; each schedule first rises from 0 over `warmup_steps`."""
+    """Optimizer and learning-rate schedule; each schedule first rises from 0 over `warmup_steps`.
+
+    Raises:
+        ValueError: on an unknown name or schedule, no warm-up, an exponential schedule without an end, or weight decay
+            without adamw.
+    """
 
     name: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-3  # peak
@@ -74,9 +80,15 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `model` is the Config of a model file and decides which file is trained."""
+    """One training run. `model` is the Config of a model file and decides which file is trained.
 
-    component: str  # name in the exported folder: speech_tokenizer, speaker, lm, flow, vocoder or recognizer
+    Raises:
+        ValueError: on an unknown component or export dtype, a count below 1, a batch that the mesh and the accumulation
+            do not divide, data whose end id or mel profile is not the model's, or accumulation with a model file that
+            makes its own step.
+    """
+
+    component: str  # name in the exported folder, one of COMPONENTS
     model: Any
     data: input_pipeline.Config
     optim: Optim
@@ -101,6 +113,9 @@ class TrainConfig:
     data_note: str = ""  # what the training data is, for the provenance of the exported model
 
     def __post_init__(self):
+        for name, known in (("component", COMPONENTS), ("export_dtype", checkpoint.DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
         counts = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(self.mesh).items()}
         counts |= {k: getattr(self, k) for k in ("accumulation", "log_every", "save_every", "eval_every")}
         for name, count in counts.items():
@@ -329,7 +344,16 @@ def _split(batch: dict, parts: int) -> tuple[dict, ...]:
 
 
 def start(cfg: TrainConfig, checkpoints: checkpoint.Checkpoints, data) -> tuple[int, TrainState]:
-    """The state to begin with, and its step; says in one line where it comes from."""
+    """The state to begin with, and its step; says in one line where it comes from.
+
+    Args:
+        cfg: the run.
+        checkpoints: of its working directory.
+        data: the Grain iterator, moved to the position of the checkpoint if there is one.
+
+    Raises:
+        ValueError: if no checkpoint can be read though some exist, or `cfg.init_from` does not fit (`initialized`).
+    """
     make = functools.partial(init, cfg)
     key = jax.random.key(cfg.seed)
     restored = checkpoints.restore(checkpoint.abstract(make, key), data)
@@ -630,6 +654,18 @@ def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int) -
     """Writes the (averaged) weights of a state as one component of a model folder.
 
     A model file with `calibrate` (batch-norm statistics) first sees the first training batches once more.
+
+    Args:
+        cfg: the run.
+        state: its last state.
+        folder: model folder, made if absent; other components in it stay.
+        step: updates done, for the provenance.
+
+    Returns:
+        The path of the weight file.
+
+    Raises:
+        ValueError: if a weight is not finite in `cfg.export_dtype`.
     """
     file, model = _file(cfg.model), with_averaged(state.model, state.ema)
     if hasattr(file, "calibrate"):
@@ -645,7 +681,12 @@ def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int) -
 
 
 def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, argparse.Namespace]:
-    """Command line to config."""
+    """Command line to config.
+
+    Raises:
+        ValueError: as `config.load` and `config.override`.
+        SystemExit: of argparse, on an unknown option.
+    """
     parser = argparse.ArgumentParser(prog="python -m deepasmr_jax.train", description="Train one model.")
     parser.add_argument("--config", required=True, help="configs/NAME.py or configs/NAME.py:STAGE")
     parser.add_argument("--workdir", required=True, help="folder of the run; the same folder resumes it")
@@ -656,7 +697,11 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, argparse.Nam
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: joins the hosts, reads the config, trains."""
+    """Entry point: joins the hosts, reads the config, trains.
+
+    Raises:
+        SystemExit: with one sentence, on a ValueError or a loss that is not finite.
+    """
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -30,7 +30,7 @@ os.environ["DEEPASMR_CACHE"] = "off"
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from deepasmr_jax import config, flow, lm, sharding, vocoder, vocoder_istft  # noqa: E402
+from deepasmr_jax import config, files, flow, lm, sharding, vocoder, vocoder_istft  # noqa: E402
 from deepasmr_jax import speech_tokenizer as s3  # noqa: E402
 
 PARTS = ("say", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train")
@@ -457,7 +457,7 @@ def main(argv: list[str] | None = None) -> None:
         measure_train(bench)
     bench.add(f"- load average after: {os.getloadavg()[0]:.2f}")
     if args.out:
-        Path(args.out).write_text("\n".join(bench.lines) + "\n")
+        files.write_text(args.out, "\n".join(bench.lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, batch, evaluate, input_pipeline, judges, synthesis  # noqa: E402
+from deepasmr_jax import audio, batch, evaluate, files, input_pipeline, judges, synthesis  # noqa: E402
 
 STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
@@ -206,24 +206,18 @@ def row_table() -> dict[str, tuple]:
 def enrol(judge: judges.MatrixJudge, known: Known, path: Path) -> dict[str, dict[str, float]]:
     """Style -> speaker -> speed at which the judge hears them; kept in a file."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         found = {
             style: {speaker: judge.enrol(clips, audio.SAMPLE_RATE) for speaker, clips in own.items()}
             for style, own in known.enrolment.items()
         }
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(found, indent=1))
-        part.rename(path)
+        files.write_text(path, json.dumps(found, indent=1))
     return json.loads(path.read_text())
 
 
 def check_settings(path: Path, settings: dict, refuse) -> None:
     """Keeps what the rows of a folder are made with; a folder of other rows is refused."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(settings, indent=1) + "\n")
-        part.rename(path)
+        files.write_text(path, json.dumps(settings, indent=1) + "\n")
     before = json.loads(path.read_text())
     if changed := [key for key in settings if settings[key] != before.get(key)]:
         key = changed[0]
@@ -251,9 +245,8 @@ def make_row(rows: Rows, spec: tuple, items: dict[str, list[Item]], folder: Path
             if lent is not own:
                 line["token_speaker"] = item.speaker
             lines.append(line)
-    part = folder / "results.part"
-    part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    part.rename(folder / evaluate.RESULTS)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    files.write_text(folder / evaluate.RESULTS, text)
 
 
 def is_judged(report_file: Path, judging: dict) -> bool:
@@ -362,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
         reports[name] = json.loads(report_file.read_text())
         print(name, *(cell(reports[name], *column[1:]) for column in COLUMNS), sep=" | ", flush=True)
-    (out / "table.md").write_text(markdown(reports))
+    files.write_text(out / "table.md", markdown(reports))
     print("\n" + markdown(reports))
     return 0
 

@@ -6,7 +6,7 @@ import fixture_data
 import numpy as np
 import pytest
 
-from deepasmr_jax import audio, input_pipeline, lm, text
+from deepasmr_jax import audio, config, input_pipeline, lm, text
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_the_index_is_read_from_its_file_the_second_time(folder, monkeypatch):
         (dict(styles=("normal", "sung")), "no usable record of style 'sung'"),
         (dict(split="trian"), "no split 'trian'; it has train, valid"),
         (dict(data_dirs=()), "data.data_dirs=FOLDER"),
-        (dict(batch_size=3), "does not divide over 2 hosts"),
+        (dict(batch_size=3), "does not divide over 2 hosts; use a multiple"),
     ],
 )
 def test_data_that_does_not_fit_is_refused_with_the_way_out(folder, changes, words):
@@ -299,6 +299,22 @@ def test_a_corpus_without_features_is_sent_to_add_features(tmp_path):
     folder = fixture_data.write(tmp_path, {"train": 4}, has_features=False)
     with pytest.raises(ValueError, match="data/add_features.py"):
         input_pipeline.make(make_config(folder, "flow"))
+
+
+@pytest.mark.parametrize("name", [input_pipeline.MADE_WITH_FILE, input_pipeline.OLD_MADE_WITH_FILE])
+def test_features_of_another_mel_profile_are_refused_for_the_flow_only(tmp_path, name):
+    folder = fixture_data.write(tmp_path, {"train": 16})  # 80 bands, as of mini, cv2 and hifigan
+    made = {"name": "mini", "vocab_size": 313, "mel_profile": "mini"}
+    config.write_json(tmp_path / "noise" / "1.0.0" / name, made)
+    next(iter(input_pipeline.make(make_config(folder, "flow"))))
+    for stage in ("lm", "vocoder", "speaker"):  # read no mel, or make their own
+        next(iter(input_pipeline.make(make_config(folder, stage, mel_profile="cv2"))))
+    words = "have mel profile 'mini', data.mel_profile is 'cv2'; make them again with --mel-profile"
+    with pytest.raises(ValueError, match=words):
+        input_pipeline.make(make_config(folder, "flow", mel_profile="cv2"))
+    made.pop("mel_profile")  # a folder from before the profile was written down
+    config.write_json(tmp_path / "noise" / "1.0.0" / name, made)
+    next(iter(input_pipeline.make(make_config(folder, "flow", mel_profile="cv2"))))
 
 
 def test_a_corpus_without_labels_is_sent_to_the_description_of_records(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
+    {"files"},
     {"config", "audio", "text_normalize", "weight_files", "public_names"},
     {"sharding", "metrics", "text", "page", "clip"},
     {"request", "nn", "pitch"},
@@ -59,7 +60,7 @@ def test_heavy_libraries_are_imported_inside_functions(name):
 
 def test_only_checkpoint_imports_orbax():
     users = {name for name in MODULES if any(t.split(".")[0] == "orbax" for t in imports(name))}
-    assert users <= {"checkpoint"}
+    assert users == {"checkpoint"}
 
 
 def test_importing_the_language_model_does_not_import_data_or_audio_libraries():

@@ -143,7 +143,7 @@ def test_attention_of_a_row_without_allowed_keys_is_finite_also_in_the_gradient(
 
 
 def test_attention_refuses_heads_that_do_not_group():
-    with pytest.raises(ValueError, match="4 key/value heads do not divide 6"):
+    with pytest.raises(ValueError, match="4 key/value heads do not divide 6 query heads; use a divisor of 6"):
         nn.attention(normal(1, 2, 6, 4), normal(1, 2, 4, 4), normal(1, 2, 4, 4))
 
 

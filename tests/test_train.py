@@ -319,6 +319,31 @@ def test_start_weights_of_another_shape_are_refused(folder, tmp_path):
         train.train(cfg, tmp_path / "second")
 
 
+def test_a_flow_does_not_start_on_features_of_another_mel_profile(tmp_path):
+    features = fixture_data.write(tmp_path, {"train": 16})
+    tools = fixture_data.add_features_module()
+    tools._note_origin(Path(features), {"name": "mini", "vocab_size": 313, "mel_profile": "cv2"})
+    with pytest.raises(
+        ValueError, match="have mel profile 'cv2', data.mel_profile is 'mini'; make them again"
+    ):
+        train.train(tiny(features, "flow"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"component": "vocodr"},
+            "component 'vocodr' is unknown; use one of speech_tokenizer, speaker, lm, flow",
+        ),
+        ({"export_dtype": "fp16"}, "export_dtype 'fp16' is unknown; use one of float32, float16, bfloat16"),
+    ],
+)
+def test_a_name_that_only_the_export_would_miss_is_refused_when_built(change, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(config.load(f"{TINY}:flow"), **change)
+
+
 def test_text_ids_of_another_tokenizer_are_refused_with_the_way_out(tmp_path):
     features = fixture_data.write(tmp_path, {"train": 4})
     small = config.override(tiny(features, "lm"), "model.text_vocab=8")  # the ids of the noise reach 59
