@@ -412,9 +412,12 @@ def _attend_by_head(
         y = jax.lax.map(one, (q, k, v, row)).reshape(num_rows, num_kv_heads, group, length, size)
         return jnp.moveaxis(y, 3, 1).reshape(num_rows, length, num_heads, size)
 
-    masks = PartitionSpec(rows[0] if mask.shape[0] > 1 else None, None, None)
     keys = PartitionSpec(rows[0], None, rows[2], None)
-    return jax.shard_map(local, in_specs=(rows, keys, keys, masks), out_specs=rows)(q, k, v, mask)
+    masks = PartitionSpec(rows[0] if mask.shape[0] == q.shape[0] else None, None, None)
+    specs = rows, keys, keys, masks
+    return jax.shard_map(local, in_specs=specs, out_specs=rows)(
+        *(jax.sharding.reshard(x, s) for x, s in zip((q, k, v, mask), specs, strict=True))
+    )
 
 
 def grouped_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int = 1) -> jax.Array:
