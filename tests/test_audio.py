@@ -198,6 +198,13 @@ def test_saved_audio_is_read_back_exactly_and_leaves_no_temporary_file(tmp_path)
     assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["a.wav", "b.flac"]
 
 
+def test_the_sizes_of_tokens_and_frames_agree():
+    assert audio.TOKEN_SAMPLES == 640 and audio.S3_FRAMES_PER_TOKEN == 4
+    assert audio.S3_FRAMES_PER_TOKEN * audio.S3_HOP_SAMPLES == audio.TOKEN_SAMPLES
+    wanted = {"cv2": (2, 1), "hifigan": (441, 128), "f5": (15, 4), "mini": (2, 1)}
+    assert {name: p.frames_per_token for name, p in audio.MEL_PROFILES.items()} == wanted
+
+
 def test_save_clips_loud_samples_and_refuses_unusable_ones(tmp_path):
     wav = clip(4000)
     wav[:10] = 1.7

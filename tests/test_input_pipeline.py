@@ -301,6 +301,17 @@ def test_a_corpus_without_features_is_sent_to_add_features(tmp_path):
         input_pipeline.make(make_config(folder, "flow"))
 
 
+def test_what_a_kill_left_beside_the_records_is_no_record(tmp_path):
+    folder = fixture_data.write(tmp_path, {"train": 16})
+    before = input_pipeline.read_index(make_config(folder, "flow"))
+    [index] = (tmp_path / "noise" / "1.0.0").glob("index_train_*.npz")
+    (index.parent / ".0a1b2c3d.part.noise-train.array_record-00000-of-00002").write_bytes(b"half")
+    input_pipeline._folder_index.cache_clear()
+    after = input_pipeline.read_index(make_config(folder, "flow"))
+    assert np.array_equal(before.num_tokens, after.num_tokens)
+    assert list(index.parent.glob("index_train_*.npz")) == [index]  # read again, not made again
+
+
 @pytest.mark.parametrize("name", [input_pipeline.MADE_WITH_FILE, input_pipeline.OLD_MADE_WITH_FILE])
 def test_features_of_another_mel_profile_are_refused_for_the_flow_only(tmp_path, name):
     folder = fixture_data.write(tmp_path, {"train": 16})  # 80 bands, as of mini, cv2 and hifigan
