@@ -686,7 +686,8 @@ def decode_step(
 
 def _head(weights: DecodeWeights, cfg: Config, x: jax.Array) -> jax.Array:
     """Speech logits [B, V] of hidden states [B, D]."""
-    return nn.product("bd,dv->bv", x, weights.head, cfg.dtype, nn.like(x, None)) + weights.head_bias
+    x = x[:, None]
+    return nn.product("bnd,dv->bnv", x, weights.head, cfg.dtype, nn.like(x, None))[:, 0] + weights.head_bias
 
 
 def sample_token(scores: jax.Array, recent: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
