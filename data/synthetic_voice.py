@@ -33,6 +33,9 @@ NUM_BINS = 513  # WORLD's FFT of 1024 at 16 kHz
 WHISPER_STRETCH = 1.12  # whisper is slower by this factor
 WHISPER_VOICED_DB = -14.0  # level of formerly voiced frames beside unvoiced ones
 WHISPER_TILT_DB = 3.0  # per octave, about 6 dB per two octaves
+# espeak-ng's formants are narrower than a mouth's: noise through those of `marcelo` rings so that pYIN heard a pitch in
+# half of its whisper. Spread over this width (half maximum) it hears none; the other voices do not change.
+WHISPER_SPREAD_HZ = 150.0
 MAX_SECONDS = 8.0
 # f0_class: z-score of log F0 about the utterance's median, levels 1..5; the quintiles of a normal
 # distribution
@@ -493,6 +496,14 @@ def _warp(log_spectrum, source_hz):
     return log_spectrum[:, index] * (1 - w) + log_spectrum[:, index + 1] * w
 
 
+def _spread(power, width_hz):
+    """Power spectra [T, 513] smoothed over frequency with a bell of this width at half its height."""
+    from scipy.ndimage import gaussian_filter1d
+
+    bins = width_hz / (SAMPLE_RATE / 2) * (NUM_BINS - 1)
+    return gaussian_filter1d(power, bins / np.sqrt(8 * np.log(2)), axis=1, mode="nearest")
+
+
 def _noise_synthesis(log_amplitude, num_samples, frame_samples, rng):
     """White noise through a time-varying zero-phase filter, log_amplitude [T, 513] each frame_samples."""
     from scipy import fft  # stays in float32
@@ -608,6 +619,8 @@ def make_pair(wav: np.ndarray, segments: list[Segment], speaker: Speaker, seed: 
     log_whisper = log_whisper + db * 24.0 * np.minimum(np.log2(np.maximum(hz, 20.0) / 250.0), 0.0)
     # breath: a stationary floor under the power envelope, falling 3 dB an octave from 90 Hz to 8 kHz
     power = np.exp(log_whisper)
+    if speaker.engine == "espeak":
+        power = _spread(power, WHISPER_SPREAD_HZ)
     breath = 10 ** (-0.3 * np.clip(np.log2(np.maximum(hz, 50.0) / 700.0), -3.0, 3.5))
     power += breath / breath.mean() * power.mean() * 10 ** (rng.uniform(-40, -32) / 10)
     stretch = WHISPER_STRETCH / speaker.rate

@@ -17,6 +17,7 @@ import synthetic  # noqa: E402
 import synthetic_text  # noqa: E402
 import synthetic_voice  # noqa: E402
 
+from deepasmr_jax import evaluate  # noqa: E402
 from deepasmr_jax.text import PHONES, pinyin_parts  # noqa: E402
 
 
@@ -366,3 +367,27 @@ def test_building_from_an_empty_folder_says_what_to_run(tmp_path):
     _needs("tensorflow_datasets")
     with pytest.raises(FileNotFoundError, match="synthetic.py make"):
         synthetic.build(tmp_path, tmp_path / "out")
+
+
+def test_spread_keeps_power_and_has_its_width():
+    _needs("scipy")
+    power = np.full((2, synthetic_voice.NUM_BINS), 1e-9)
+    power[0, 256] = 1.0
+    power[1] = 3.0
+    found = synthetic_voice._spread(power, 150.0)
+    np.testing.assert_allclose(found.sum(axis=1), power.sum(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(found[1], 3.0, rtol=1e-9)
+    hz = (
+        np.arange(synthetic_voice.NUM_BINS) * synthetic_voice.SAMPLE_RATE / 2 / (synthetic_voice.NUM_BINS - 1)
+    )
+    above = hz[found[0] >= found[0].max() / 2]
+    assert 150.0 - 2 * hz[1] <= above[-1] - above[0] <= 150.0
+
+
+def test_whispers_of_espeak_have_no_pitch():
+    _needs("espeakng_loader", "scipy", "pyworld", "pypinyin")
+    speaker = next(s for s in synthetic_voice.speakers() if "marcelo" in s.name)
+    wav, segments = synthetic_voice.read_aloud("今天晚上外面下着小雨。", "zh", speaker)
+    whisper = synthetic_voice.make_pair(wav, segments, speaker, 5)["asmr"]["audio"]
+    found = evaluate.unvoiced_ratio([np.float32(whisper) / 32768], synthetic_voice.SAMPLE_RATE)
+    assert found.unvoiced.sum() >= 0.95 * found.active.sum()
