@@ -532,7 +532,6 @@ class DecodeWeights:
     head_bias: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
 def unstack(model: SpeechLM, cfg: Config) -> DecodeWeights:
     """Decode weights of a model; make them once when many requests follow.
 
@@ -540,6 +539,15 @@ def unstack(model: SpeechLM, cfg: Config) -> DecodeWeights:
         model: the module.
         cfg: its settings.
     """
+    tables, norm, head, head_bias = _unstack_ends(model, cfg)
+    # one small program for every layer: one for all of them took as long to compile as the decoding itself
+    layers = tuple(_unstack_layer(model.layers, index, cfg) for index in range(cfg.num_layers))
+    return DecodeWeights(*tables, layers=layers, norm=norm, head=head, head_bias=head_bias)
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _unstack_layer(layers: Block, index: jax.Array, cfg: Config) -> dict[str, jax.Array]:
+    """The weights of one layer, as an entry of `DecodeWeights.layers`."""
     group = cfg.num_heads // cfg.num_kv_heads
     kv, size, width = cfg.num_kv_heads, cfg.head_dim, cfg.width
 
@@ -548,37 +556,38 @@ def unstack(model: SpeechLM, cfg: Config) -> DecodeWeights:
         names = ["kv_heads" if at == x.ndim - 1 else None for at in range(len(shape))]
         return x.reshape(shape, out_sharding=spec(*names))
 
-    def layer(index: int) -> dict[str, jax.Array]:
-        block = jax.tree.map(lambda x: jax.sharding.reshard(x[index], _without_data(x, 1)), model.layers)
-        attn, mlp = block.attn, block.mlp
-        parts = ((attn.q, group), (attn.k, 1), (attn.v, 1))
-        kernels = [grouped(m.kernel[...], width, kv, n, size) for m, n in parts]
-        biases = [grouped(m.bias[...], kv, n, size) for m, n in parts]
-        out = attn.o.kernel[...].reshape(
-            (kv, group, size, width), out_sharding=spec("kv_heads", None, None, None)
-        )
-        return {
-            "attn_norm": block.attn_norm.scale[...],
-            "qkv": jnp.concatenate(kernels, axis=2).astype(cfg.dtype),
-            "qkv_bias": jnp.concatenate(biases, axis=1),
-            "o": out.astype(cfg.dtype),
-            "mlp_norm": block.mlp_norm.scale[...],
-            "gate_up": jnp.stack([mlp.gate.kernel[...], mlp.up.kernel[...]], axis=1).astype(cfg.dtype),
-            "down": mlp.down.kernel[...].astype(cfg.dtype),
-        }
+    def taken(x: jax.Array) -> jax.Array:
+        one = jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+        return jax.sharding.reshard(one, _without_data(x, 1))
+
+    block = jax.tree.map(taken, layers)
+    attn, mlp = block.attn, block.mlp
+    parts = ((attn.q, group), (attn.k, 1), (attn.v, 1))
+    kernels = [grouped(m.kernel[...], width, kv, n, size) for m, n in parts]
+    biases = [grouped(m.bias[...], kv, n, size) for m, n in parts]
+    out = attn.o.kernel[...].reshape(
+        (kv, group, size, width), out_sharding=spec("kv_heads", None, None, None)
+    )
+    return {
+        "attn_norm": block.attn_norm.scale[...],
+        "qkv": jnp.concatenate(kernels, axis=2).astype(cfg.dtype),
+        "qkv_bias": jnp.concatenate(biases, axis=1),
+        "o": out.astype(cfg.dtype),
+        "mlp_norm": block.mlp_norm.scale[...],
+        "gate_up": jnp.stack([mlp.gate.kernel[...], mlp.up.kernel[...]], axis=1).astype(cfg.dtype),
+        "down": mlp.down.kernel[...].astype(cfg.dtype),
+    }
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _unstack_ends(model: SpeechLM, cfg: Config):
+    """((text, marker and speech table), norm, head, bias of the head), as in `DecodeWeights`."""
 
     def whole(param: nnx.Param) -> jax.Array:
         return jax.sharding.reshard(param[...], _without_data(param[...], 0))
 
-    return DecodeWeights(
-        text_table=whole(model.text_table),
-        marker_table=whole(model.marker_table),
-        speech_table=whole(model.speech_table),
-        layers=tuple(layer(index) for index in range(cfg.num_layers)),
-        norm=whole(model.norm.scale),
-        head=whole(model.head.kernel).astype(cfg.dtype),
-        head_bias=whole(model.head.bias),
-    )
+    tables = tuple(map(whole, (model.text_table, model.marker_table, model.speech_table)))
+    return tables, whole(model.norm.scale), whole(model.head.kernel).astype(cfg.dtype), whole(model.head.bias)
 
 
 def _without_data(x: jax.Array, first: int) -> PartitionSpec:

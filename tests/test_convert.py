@@ -359,7 +359,7 @@ def test_the_second_player_goes_beside_the_generator_and_not_beside_another_mel(
         np.testing.assert_array_equal(found[name], x, name)
     assert run("doctor", tmp_path / "m") == 0 and run("doctor", tmp_path) == 0
     assert "discriminators, for training on" in capsys.readouterr().out
-    values = {"format": 1, "mel_profile": "cv2", "components": {"vocoder": {}}}
+    values = {"format": 1, "mel_profile": "cv2", "components": {"vocoder": config["components"]["vocoder"]}}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps(values))
     assert run("convert", "file", second, "--out", tmp_path / "other") == 2
