@@ -6,7 +6,8 @@
 
 Parts: say (`deepasmr say` with a cold and a warm compilation cache, then a loaded Synthesizer), lm, hifigan, vocoder,
 speech_tokenizer, flow (JAX and PyTorch in turn, A B A B), train (updates of each stage, JAX only); see docs/speed.md.
-Each timing waits for its result; the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows.
+Beside the rows with PyTorch stands the least time that the machine's ceilings allow. Each timing waits for its result;
+the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows.
 Needs: pip install torch einops s3tokenizer, and for flow the line in tests/golden/make_flow.py.
 """
 
@@ -135,6 +136,92 @@ class Bench:
                 )
                 table.append((row, name, *summary(own), *(summary(ratio) if ratio else ("", ""))))
         return table
+
+
+def ceilings() -> tuple[dict[str, float], float]:
+    """(FLOP/s of a large product in fp32 and bf16, with float32 sums; bytes/s of reading 256 MiB): medians of 7."""
+
+    def seconds(function, *arrays) -> float:
+        run, times = jax.jit(function), []
+        for _ in range(DROPPED + 7):
+            began = time.perf_counter()
+            jax.block_until_ready(run(*arrays))
+            times.append(time.perf_counter() - began)
+        return float(np.median(times[DROPPED:]))
+
+    x, y = (jax.random.normal(jax.random.key(0), shape) for shape in ((1024, 1024), (1024, 4096)))
+    product = lambda a, b: jax.numpy.matmul(a, b, preferred_element_type="float32")
+    peak = {
+        k: 2 * x.size * y.shape[1] / seconds(product, x.astype(d), y.astype(d)) for k, d in DTYPES.items()
+    }
+    values = jax.numpy.ones(2**26)
+    return peak, values.nbytes / seconds(lambda v: v.sum(), values)
+
+
+def phases(part: str, cfg) -> dict[str, list[tuple[float, float, int]]]:
+    """Per row of the table beside PyTorch: (FLOPs, values read, times) of its phases, matrix products and weights only.
+
+    Phases are what follows on each other: a prefill, then each token, which reads all weights again.
+    """
+    if part == "lm":
+        heads = cfg.num_heads + 2 * cfg.num_kv_heads
+        layer = cfg.width * (heads * cfg.head_dim + cfg.num_heads * cfg.head_dim + 3 * cfg.mlp_width)
+        layers, head = cfg.num_layers * layer, cfg.width * cfg.num_speech_rows
+        attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim
+        first = lambda n: (
+            n * (2 * layers * PREFILL + attention * PREFILL**2 / 2 + 2 * head),
+            layers + head,
+            1,
+        )
+        step = lambda n: (n * 2 * (layers + head) + n * attention * PREFILL, layers + head, NUM_NEW)
+        rows = {f"LM prefill {PREFILL}": [first(1)]}
+        return rows | {
+            f"LM prefill {PREFILL} + {NUM_NEW} tokens, batch {n}": [first(n), step(n)] for n in (1, 8)
+        }
+    if part == "flow":
+        inner, length = cfg.num_heads * cfg.head_dim, FLOW_FRAMES // cfg.patch_frames + 1
+        layer = (
+            4 * cfg.width * inner + 2 * cfg.mlp_ratio * cfg.width**2 + cfg.width**2
+        )  # half of them have a skip
+        values = cfg.num_layers * layer + 2 * cfg.conv_kernel * cfg.width**2 // cfg.conv_groups
+        flops = 2 * (2 * values * length + 4 * cfg.num_layers * inner * length**2)  # two rows
+        return {f"flow, guided step, {FLOW_FRAMES} frames": [(flops, values, 1)]}
+    if part == "speech_tokenizer":
+        length = TOKENIZER_S * 25
+        stem = 2 * length * 3 * cfg.num_mels * cfg.width + length * 3 * cfg.width**2
+        layer = 4 * cfg.width**2 + 2 * cfg.width * cfg.mlp_width
+        flops = 2 * (stem + cfg.num_blocks * layer * length) + 4 * cfg.num_blocks * cfg.width * length**2
+        return {f"S3 tokenizer, {TOKENIZER_S} s": [(flops, cfg.num_blocks * layer, 1)]}
+    if part == "hifigan":
+        frames, width = VOCODER_S * cfg.mel.sample_rate // cfg.mel.hop_samples, cfg.initial_channels
+        macs = frames * 7 * cfg.mel.num_mels * width
+        for rate, kernel in zip(cfg.upsample_rates, cfg.upsample_kernels, strict=True):
+            macs += frames * kernel * width * width // 2
+            frames, width = frames * rate, width // 2
+            kernels = sum(
+                k * len(d) for k, d in zip(cfg.residual_kernels, cfg.residual_dilations, strict=True)
+            )
+            macs += frames * 2 * kernels * width**2
+        return {f"HiFi-GAN, {VOCODER_S} s": [(2 * macs, 0, 1)]}
+    return {}
+
+
+def beside_ceilings(bench: "Bench", parts: list[str], rows: list[tuple]) -> None:
+    """Adds a table: the least time that the machine's ceilings allow each JAX row, and the share of it reached."""
+    peak, bandwidth = ceilings()
+    found = []
+    for part in parts:
+        for name, work in phases(part, model_config(part, bench.args.size)).items():
+            for kind, size in (("fp32", 4), ("bf16", 2)):
+                least = sum(
+                    n * max(flops / peak[kind], size * values / bandwidth) for flops, values, n in work
+                )
+                for own in (row[2] for row in rows if row[:2] == (name, f"JAX {kind}")):
+                    found.append((name, f"JAX {kind}", least, own, f"{100 * least / own:.0f} %"))
+    if found:
+        speeds = ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in peak.items())
+        bench.table("Beside the machine's ceilings", "work | side | least s | median s | reached", found)
+        bench.add(f"- ceilings: matrix products {speeds}; reading {bandwidth / 1e9:.0f} GB/s")
 
 
 def summary(values: list[float]) -> tuple[float, str]:
@@ -453,6 +540,7 @@ def main(argv: list[str] | None = None) -> None:
         bench.find_torch()
         rows = [row for p in chosen for row in measures[p](bench, model_config(p, args.size))]
         bench.table("Beside PyTorch", "work | side | median s | range | best PyTorch / this | range", rows)
+        beside_ceilings(bench, chosen, rows)
     if "train" in args.only:
         measure_train(bench)
     bench.add(f"- load average after: {os.getloadavg()[0]:.2f}")
