@@ -33,9 +33,9 @@ NUM_BINS = 513  # WORLD's FFT of 1024 at 16 kHz
 WHISPER_STRETCH = 1.12  # whisper is slower by this factor
 WHISPER_VOICED_DB = -14.0  # level of formerly voiced frames beside unvoiced ones
 WHISPER_TILT_DB = 3.0  # per octave, about 6 dB per two octaves
-# espeak-ng's formants are narrower than a mouth's: noise through those of `marcelo` rings so that pYIN heard a pitch in
-# half of its whisper. Spread over this width (half maximum) it hears none; the other voices do not change.
-WHISPER_SPREAD_HZ = 150.0
+# base voice -> width (half maximum) over which its formants are spread in the whisper: those of `marcelo` are narrower
+# than a mouth's, and noise through them rings so that pYIN heard a pitch in half of it
+WHISPER_SPREAD_HZ = {"marcelo": 150.0}
 MAX_SECONDS = 8.0
 # f0_class: z-score of log F0 about the utterance's median, levels 1..5; the quintiles of a normal
 # distribution
@@ -619,8 +619,8 @@ def make_pair(wav: np.ndarray, segments: list[Segment], speaker: Speaker, seed: 
     log_whisper = log_whisper + db * 24.0 * np.minimum(np.log2(np.maximum(hz, 20.0) / 250.0), 0.0)
     # breath: a stationary floor under the power envelope, falling 3 dB an octave from 90 Hz to 8 kHz
     power = np.exp(log_whisper)
-    if speaker.engine == "espeak":
-        power = _spread(power, WHISPER_SPREAD_HZ)
+    if speaker.voice in WHISPER_SPREAD_HZ:
+        power = _spread(power, WHISPER_SPREAD_HZ[speaker.voice])
     breath = 10 ** (-0.3 * np.clip(np.log2(np.maximum(hz, 50.0) / 700.0), -3.0, 3.5))
     power += breath / breath.mean() * power.mean() * 10 ** (rng.uniform(-40, -32) / 10)
     stretch = WHISPER_STRETCH / speaker.rate

@@ -384,7 +384,7 @@ def test_spread_keeps_power_and_has_its_width():
     assert 150.0 - 2 * hz[1] <= above[-1] - above[0] <= 150.0
 
 
-def test_whispers_of_espeak_have_no_pitch():
+def test_the_whisper_of_marcelo_has_no_pitch():
     _needs("espeakng_loader", "scipy", "pyworld", "pypinyin")
     speaker = next(s for s in synthetic_voice.speakers() if "marcelo" in s.name)
     wav, segments = synthetic_voice.read_aloud("今天晚上外面下着小雨。", "zh", speaker)
