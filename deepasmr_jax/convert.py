@@ -3,8 +3,8 @@
 `KINDS` is the one list of what is known. A file is recognised by the names of its tensors, never by its own name.
 Sizes are read off the shapes, so that a file of another width converts as well; what shapes do not tell (heads of
 64, rates of the vocoder) is as in the released models. Nothing is executed (`weight_files.py`), everything is checked
-before the first array is written (`public_names.py`), arrays go through memory one at a time, and a folder appears
-only when it is whole.
+before the first array is written (`public_names.py`), and arrays go through memory one at a time. A new folder
+appears only when it is whole; in a folder that is there a component is replaced only when the new one is whole.
 """
 
 import contextlib

@@ -519,6 +519,7 @@ def loss(
     A row with a prompt is conditioned on its first prompt_frames frames and pays for the rest, as in flow.py; a
     row without draws a prefix of up to prefix_max of its frames, or none, and pays for all frames, as the public model
     was trained. With `drop_condition` mean mel, speaker and condition are zeroed together; what is paid for stays.
+    Written and tested as a loss, but no stage or config uses it yet: the pipeline makes no batch["speaker"].
 
     Args:
         batch: see the top of this file.

@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec
 
 from deepasmr_jax.sharding import AXES, spec
 
-BY_HEAD_SCORES = (
-    2**20
-)  # from this many scores on (more than a core's cache), a CPU takes one head after the other
+# from this many scores of a row on, a CPU takes one head after the other; of a row, so that a batch computes as
+# its rows alone do
+BY_HEAD_SCORES = 2**18
 MASKED = -1e30  # score of a forbidden pair: finite, so that a row with no allowed key gives no NaN
 # what the backward pass computes anew of a layer: nothing, all but matrix products, everything
 REMAT = {
@@ -360,7 +360,7 @@ def attention(
         )
     q = q * (size**-0.5 if scale is None else scale)
     tokens = axes_of(q)[1]
-    num_scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
+    num_scores = q.shape[1] * q.shape[2] * k.shape[1]
     attend = _attend_at_once if tokens or num_scores < BY_HEAD_SCORES else _attend
     return attend(q, k, v, mask, dtype)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from deepasmr_jax import (
     flow,
@@ -235,3 +236,52 @@ def test_weights_are_split_as_their_axis_names_say():
     assert nn.axes_of(block.o.kernel[...]) == ("model", "data")
     assert nn.axes_of(block.q.bias[...]) == ("model",)
     assert nn.axes_of(block.o.bias[...]) == (None,)
+
+
+@pytest.mark.parametrize("mask_shape", [None, (2, 1, 40), (1, 24, 40), (2, 24, 40)])
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_attention_by_head_is_attention_at_once(mask_shape, num_kv_heads, monkeypatch):
+    sharding.ensure_mesh()
+    rng = np.random.default_rng(0)
+    q, k, v = (np.float32(rng.standard_normal(s)) for s in ((2, 24, 4, 8), *[(2, 40, num_kv_heads, 8)] * 2))
+    mask = None if mask_shape is None else jnp.asarray(rng.random(mask_shape) < 0.7).at[..., 0].set(True)
+
+    def run(limit):
+        monkeypatch.setattr(nn, "BY_HEAD_SCORES", limit)
+        attend = lambda q, k, v: nn.attention(q, k, v, mask)
+        text = str(jax.make_jaxpr(attend)(q, k, v))
+        return text, attend(q, k, v), jax.grad(lambda *x: jnp.sum(jnp.sin(attend(*x))), (0, 1, 2))(q, k, v)
+
+    (by_head, *found), (at_once, *wanted) = run(0), run(10**9)
+    assert "shard_map" in by_head and "shard_map" not in at_once  # the two forms do differ
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+def test_one_row_in_bfloat16_equals_that_row_of_two():
+    sharding.ensure_mesh()
+    rng = np.random.default_rng(1)
+    x, w = np.float32(rng.standard_normal((1, 2, 64))), np.float32(rng.standard_normal((64, 3, 16)))
+    run = lambda x: nn.product("bnd,dgf->bngf", x, w, "bfloat16", PartitionSpec())
+    assert nn._single_row("bnd,dgf->bngf", x[:, :1]) == 1 and nn._single_row("bnd,dgf->bngf", x) is None
+    assert nn._single_row("bnkge,bske->bkngs", np.zeros((1, 1, 1, 1, 8))) is None  # heads are no rows
+    one = run(x[:, :1])
+    assert one.shape == (1, 1, 3, 16)
+    np.testing.assert_allclose(one, run(x)[:, :1], atol=1e-5)
+
+
+def test_attention_by_head_is_the_same_on_every_mesh(monkeypatch):
+    monkeypatch.setattr(nn, "BY_HEAD_SCORES", 0)
+    q, k, v = normal(8, 12, 4, 8), normal(8, 12, 2, 8, seed=1), normal(8, 12, 2, 8, seed=2)
+    mask = np.arange(12)[None, None] < np.arange(5, 13)[:, None, None]
+    found = []
+    for shape in MESHES:
+        sharding.make_mesh(*shape)
+        placed = sharding.put({"q": q, "k": k, "v": v, "mask": mask})
+        if shape[2] > 1:  # heads over `model`, as a split projection leaves them
+            split = jax.jit(lambda x: jax.sharding.reshard(x, sharding.spec("batch", None, "heads", None)))
+            placed |= {name: split(placed[name]) for name in ("q", "k", "v")}
+        attend = jax.jit(lambda q, k, v, mask: nn.attention(q, k, v, mask))
+        found.append(np.asarray(jax.block_until_ready(attend(**placed))))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=2e-6)
