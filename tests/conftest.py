@@ -23,7 +23,11 @@ if not absl.flags.FLAGS.is_parsed():
 
 @pytest.fixture(autouse=True)
 def mesh():
-    """A 1x1x1 mesh, set before every test."""
+    """A 1x1x1 mesh, set before every test and after it.
+
+    After it too: a module's fixtures are made before this one, under the mesh that the last test of another module left.
+    """
     from deepasmr_jax import sharding
 
-    return sharding.make_mesh()
+    yield sharding.make_mesh()
+    sharding.make_mesh()
