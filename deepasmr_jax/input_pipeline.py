@@ -733,7 +733,8 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1):
         )
     rows = {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, read_index(cfg))
     dataset = grain.MapDataset.range(_EXAMPLES).random_map(rows.row, seed=cfg.seed)
-    dataset = dataset[process_index::process_count].batch(cfg.batch_size // process_count)
+    # blocks of following rows, so that the hosts' blocks side by side are the batch of one host, row by row
+    dataset = dataset.batch(cfg.batch_size // process_count)[process_index::process_count]
     if cfg.worker_count:
         chain = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         options = grain.MultiprocessingOptions(

@@ -40,14 +40,20 @@ def make_mesh(slice: int = 1, data: int = 1, model: int = 1, devices=None) -> Me
         devices: the devices to use; the first `slice * data * model` of `jax.devices()` if None.
 
     Raises:
-        ValueError: if fewer devices exist than the mesh needs.
+        ValueError: if fewer devices exist than the mesh needs; with several hosts also if it leaves devices out, or
+            if a host would have no rows of its own.
     """
-    count = slice * data * model
+    count, hosts = slice * data * model, jax.process_count()
     devices = list(jax.devices() if devices is None else devices)
     if len(devices) < count:
         raise ValueError(
             f"mesh {slice}x{data}x{model} needs {count} devices, found {len(devices)}; "
             "lower one of slice, data, model"
+        )
+    if hosts > 1 and (len(devices) > count or slice * data % hosts):
+        raise ValueError(
+            f"mesh {slice}x{data}x{model} does not use the {len(devices)} devices of {hosts} hosts evenly; slice x "
+            f"data x model has to be {len(devices)}, and slice x data a multiple of {hosts}"
         )
     mesh = jax.make_mesh((slice, data, model), MESH_AXES, (AxisType.Explicit,) * 3, devices=devices[:count])
     jax.set_mesh(mesh)
@@ -133,10 +139,37 @@ def pick(x: jax.Array, index: int, axis: int) -> jax.Array:
     return jnp.sum(jnp.where(place == index % x.shape[axis], x, 0), axis=axis)
 
 
+def greatest(number: int) -> jax.Array:
+    """The greatest of the numbers that the hosts give, on every host; each host has to call it, at the same place.
+
+    Returns:
+        int32 scalar; it is waited for when it is read, not here.
+    """
+    mesh = ensure_mesh()
+    own = np.full(len(mesh.local_devices), number, np.int32)
+    every = NamedSharding(mesh, PartitionSpec(MESH_AXES))
+    return jax.jit(jnp.max)(jax.make_array_from_process_local_data(every, own))
+
+
 def start_hosts() -> None:
-    """Joins the hosts of a multi-host job; does nothing on a single host. Call first thing in main."""
+    """Joins the hosts of a multi-host job; does nothing on a single host. Call first thing in main.
+
+    Cloud TPU, Slurm and Kubernetes jobs are known to JAX. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first
+    process), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set for each process.
+
+    Raises:
+        ValueError: if JAX_NUM_PROCESSES is set and one of the other two is not, or either is no number.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, count, number = found = [os.environ.get(name) for name in names]
+    if jax.distributed.is_initialized():
+        return
+    if count or number:
+        if not (address and (count or "").isdigit() and (number or "").isdigit()):
+            told = ", ".join(f"{k}={v!r}" for k, v in zip(names, found, strict=True))
+            raise ValueError(f"{told}: set all three, the last two to numbers, or leave the last two unset")
+        return jax.distributed.initialize(address, int(count), int(number))
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     several = len(hosts) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    several = several or any(m in os.environ for m in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES"))
-    if several and not jax.distributed.is_initialized():
+    if several or address or "MEGASCALE_NUM_SLICES" in os.environ:
         jax.distributed.initialize()

@@ -485,7 +485,8 @@ class _Stop:
     def __init__(self, max_seconds: float | None):
         self.reason: str | None = None
         self._end = None if max_seconds is None else time.monotonic() + max_seconds
-        self._old = {}
+        self.saves = False
+        self._gathered, self._old = None, {}
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -504,18 +505,24 @@ class _Stop:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
 
-    def due(self, step: int) -> bool:
-        """Whether to end before the next step; the same answer on every host."""
+    def due(self, step: int, is_old: bool = False) -> bool:
+        """Whether to end before step `step + 1`; `saves` is set where the checkpoint is too old on some host.
+
+        The same answers on every host, which several give one step late: they then wait for a gathering that the
+        devices did before the last step, and not for that step.
+        """
         if self._end is not None and time.monotonic() > self._end and self.reason is None:
             self.reason = "max_seconds"
+        wish = 2 if self.reason is not None else int(is_old)
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            flags = multihost_utils.process_allgather(jnp.array(self.reason is not None))
-            preempted = multihost_utils.reached_preemption_sync_point(step)
-            if self.reason is None and (bool(flags.any()) or preempted):
-                self.reason = "another host stopped, or preemption"
-        return self.reason is not None
+            gathered, self._gathered = self._gathered, sharding.greatest(wish)
+            if jax.default_backend() == "cpu":
+                jax.block_until_ready(self._gathered)
+            wish = 0 if gathered is None else int(gathered)
+            if wish == 2 and self.reason is None:
+                self.reason = "another host stopped"
+        self.saves = wish == 1
+        return wish == 2
 
 
 def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = None) -> TrainState:
@@ -618,9 +625,8 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
     # iterator moves only after the save, so that its saved position belongs to the saved state.
     measured_step = -1
     with _Stop(cfg.max_seconds) as stop:
-        while step < cfg.steps and not stop.due(step):
-            is_old = jax.process_count() == 1 and time.monotonic() - saved_at > 60 * cfg.save_minutes
-            if step > saved_step and (step % cfg.save_every == 0 or is_old):
+        while step < cfg.steps and not stop.due(step, time.monotonic() - saved_at > 60 * cfg.save_minutes):
+            if step > saved_step and (step % cfg.save_every == 0 or stop.saves):
                 flush()  # never save what has not been seen to be finite
                 save()
             before = time.perf_counter()

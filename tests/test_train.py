@@ -87,7 +87,7 @@ def fake(folder, model=Config(), **changes):
 
 def run_until(monkeypatch, step, cfg, workdir):
     with monkeypatch.context() as patch:
-        patch.setattr(train._Stop, "due", lambda self, now: now >= step)
+        patch.setattr(train._Stop, "due", lambda self, now, *_: now >= step)
         return train.train(cfg, workdir)
 
 
