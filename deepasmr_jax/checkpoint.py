@@ -443,19 +443,43 @@ class Checkpoints:
             state: any pytree of arrays.
             data: the Grain iterator.
             wait: block until the checkpoint is complete.
+
+        Raises:
+            OSError: if this checkpoint or the one in progress could not be written; older ones stay.
         """
         self.wait()
-        self._pending = self._checkpointer.save_checkpointables_async(
-            step, {"state": _flat(state), "data": data}, force=True, overwrite=True
-        )
+        with self._explained(step):
+            pending = self._checkpointer.save_checkpointables_async(
+                step, {"state": _flat(state), "data": data}, force=True, overwrite=True
+            )
+        self._pending = step, pending
         if wait or jax.default_backend() == "cpu":
             self.wait()
 
     def wait(self) -> None:
-        """Blocks until the save in progress is complete."""
+        """Blocks until the save in progress is complete.
+
+        Raises:
+            OSError: if it could not be written.
+        """
         if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+            (step, pending), self._pending = self._pending, None
+            with self._explained(step):
+                pending.result()
+
+    @contextlib.contextmanager
+    def _explained(self, step: int):
+        """Errors of a save (Orbax and TensorStore raise many kinds) as an OSError with the way out."""
+        try:
+            yield
+        except Exception as error:
+            whole = [s for s in steps(self.folder) if _problem(self.folder / str(s)) is None]
+            kept = f"that of step {whole[-1]} is kept" if whole else "there is none before it"
+            cause = " ".join(str(error).split())[:300] or type(error).__name__
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({cause}); {kept}; make room and "
+                "run the same command again"
+            ) from error
 
     def close(self) -> None:
         """Finishes the save in progress and releases the folder."""

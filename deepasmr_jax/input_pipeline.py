@@ -58,7 +58,7 @@ class Config:
     data_dirs: tuple[str, ...] = ()  # TFDS version folders; their records are joined
     split: str = "train"
     styles: tuple[str, ...] = ("normal", "asmr")
-    style_weights: tuple[float, ...] = (1.0, 1.0)  # share of utterances per style
+    style_weights: tuple[float, ...] = (1.0, 1.0)  # share of the hours per style
     languages: tuple[str, ...] = ()  # empty: all
     seed: int = 0
     # lm and flow
@@ -282,7 +282,7 @@ def _rng(*numbers: int) -> np.random.Generator:
 
 
 class Mixture:
-    """The order of the records in each epoch, styles in the wanted shares.
+    """The order of the records in each epoch, styles in the wanted shares of the hours.
 
     An epoch has as many examples as there are usable records. A style whose share is larger than its part of
     the records starts its next shuffled pass within the epoch; one whose share is smaller goes on in the next
@@ -308,7 +308,10 @@ class Mixture:
                     f"no usable record of style {style!r} in split {cfg.split!r}; styles there: {found}"
                 )
         total = sum(len(p) for p, w in zip(pools, cfg.style_weights, strict=True) if w > 0)
-        shares = np.array(cfg.style_weights) / sum(cfg.style_weights)
+        # a share of the hours is one of the utterances where these are equally long
+        hours = [index.num_samples[p].mean() if len(p) else 1.0 for p in pools]
+        shares = np.array(cfg.style_weights) / np.maximum(hours, 1.0)
+        shares /= shares.sum()
         self._pools, self._seed = pools, cfg.seed
         self._counts = [max(1, round(total * s)) if s > 0 else 0 for s in shares]
         self._order = functools.lru_cache(maxsize=3)(self._make_order)

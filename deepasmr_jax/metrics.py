@@ -1,9 +1,9 @@
-"""Metric writer and step timer.
+"""Metric writer, step timer, and the arithmetic of model FLOPs utilisation (MFU).
 
-Metrics go to `workdir/metrics.jsonl`, one JSON object per line, written by process 0 only. Names are
-`area/quantity_unit`: `train/loss`, `perf/step_s`, `data/wait_s`. Step time is measured between finished
-steps; the first two are dropped, because they hold compilation, and the seconds of the first are kept apart
-as `compile_s`.
+Metrics go to `workdir/metrics.jsonl`, one JSON object per line, written by process 0 only, and where it is asked for
+also to TensorBoard, with sounds and pictures. Names are `area/quantity_unit`: `train/loss`, `perf/step_s`,
+`data/wait_s`. Step time is measured between finished steps; the first two are dropped, because they hold compilation,
+and the seconds of the first are kept apart as `compile_s`.
 """
 
 import json
@@ -12,8 +12,17 @@ import time
 from pathlib import Path
 
 import jax
+from jax.extend import core
 
 from deepasmr_jax import files
+
+# greatest bfloat16 FLOP/s of one device (dense products), by the start of its name in JAX. TPUs: the numbers that come
+# with JAX (pallas/mosaic/tpu_info.py), per device; GPUs: the makers' data sheets, SXM where there are several forms
+PEAK_FLOPS = {
+    "TPU v4": 275e12, "TPU v4 lite": 137e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
+    "TPU v6 lite": 920e12, "TPU v6e": 920e12, "NVIDIA A100": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L4": 121e12,
+}  # fmt: skip
 
 
 class Writer:
@@ -22,16 +31,23 @@ class Writer:
     Args:
         folder: the run's working directory, made if absent.
         step: the step that the run starts from; lines of later steps belong to work that was lost.
+        tensorboard: write `folder/tensorboard` too; what TensorBoard has of later steps is hidden there.
+
+    Raises:
+        ValueError: if `tensorboard` is set and tensorboardX is not installed.
     """
 
-    def __init__(self, folder: str | Path, step: int = 0):
+    def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False):
         self.path = Path(folder) / "metrics.jsonl"
         self.is_writer = jax.process_index() == 0
+        self._events = None
         if self.is_writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 kept = [line for line in read(self.path) if line["step"] <= step]
                 files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            if tensorboard:
+                self._events = _event_writer(self.path.with_name("tensorboard"), step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line; values are rounded to 6 digits, numbers that are not finite become strings."""
@@ -39,6 +55,53 @@ class Writer:
             line = {"step": int(step)} | {k: _plain(v) for k, v in values.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, float(value), int(step))
+
+    def show(
+        self, step: int, name: str, png: bytes, wav: bytes | None, sample_rate: int, duration_s: float
+    ) -> None:
+        """A picture and, if there is one, the sound that it shows, for TensorBoard alone.
+
+        Args:
+            step: updates done.
+            name: the heading under which later ones of the same name replace it.
+            png: a PNG file.
+            wav: a WAV file, or None.
+            sample_rate: of the sound, in Hz.
+            duration_s: of the sound.
+        """
+        if self._events is None:
+            return
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))  # of the header chunk
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+        values = [Summary.Value(tag=f"picture/{name}", image=image)]
+        if wav is not None:
+            audio = Summary.Audio(
+                sample_rate=sample_rate, num_channels=1, length_frames=round(duration_s * sample_rate),
+                encoded_audio_string=wav, content_type="audio/wav",
+            )  # fmt: skip
+            values.append(Summary.Value(tag=f"sound/{name}", audio=audio))
+        self._events.file_writer.add_summary(Summary(value=values), int(step))
+        self._events.flush()
+
+    def close(self) -> None:
+        """Writes out what TensorBoard's file has not got yet."""
+        if self._events is not None:
+            self._events.close()
+
+
+def _event_writer(folder: Path, first_step: int):
+    try:
+        from tensorboardX import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"tensorboard=true needs {error.name}; pip install tensorboardX, or leave the setting out"
+        ) from None
+    return SummaryWriter(logdir=str(folder), purge_step=first_step)
 
 
 def _plain(value) -> float | str:
@@ -88,3 +151,50 @@ class StepTimer:
         mean = self._sum_s / self._count if self._count else None
         self._sum_s, self._count = 0.0, 0
         return mean
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+def peak_flops(device) -> float | None:
+    """Greatest bfloat16 FLOP/s of a device; None if it is not in `PEAK_FLOPS`, such as a CPU."""
+    found = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
+
+
+def flops(function, *args) -> float:
+    """Floating-point operations of the matrix products and convolutions of a function; nothing is run.
+
+    A multiplication with its addition counts as two, a scan as often as it runs, a `while` once, and of several
+    branches the greatest. Attention counts as it is computed, masked scores included.
+
+    Args:
+        function: of arrays.
+        args: its arguments, or their shapes.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape  # its output channels are those of the result
+            total += 2 * out * math.prod(kernel) / kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        else:
+            inner = [_count(j) for value in eqn.params.values() for j in _jaxprs(value)]
+            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            total += times * (max(inner, default=0) if eqn.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def _jaxprs(value) -> list:
+    if isinstance(value, core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, core.Jaxpr):
+        return [value]
+    return [j for x in value for j in _jaxprs(x)] if isinstance(value, tuple | list) else []

@@ -115,6 +115,11 @@ def picture(wav: np.ndarray, sample_rate: int) -> bytes:
     return _png(canvas)
 
 
+def image(levels: np.ndarray) -> bytes:
+    """PNG file of a matrix [F, T] of 0..1 without axes, row 0 at the bottom; values outside are clipped."""
+    return _png(np.round(np.clip(levels[::-1], 0, 1) * (_LEVELS - 1)).astype(np.uint8))
+
+
 def wav_bytes(wav: np.ndarray, sample_rate: int) -> bytes:
     """A 16-bit mono WAV file, in memory, of a waveform [W] in [-1, 1]."""
     buffer = io.BytesIO()

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepasmr_jax import checkpoint, input_pipeline, metrics, sharding
+from deepasmr_jax import checkpoint, input_pipeline, metrics, samples, sharding
 from deepasmr_jax import config as config_lib
 
 # last names of parameters that weight decay leaves alone: norms and biases; tables go by `is_decayed`
@@ -109,6 +109,11 @@ class TrainConfig:
     eval_every: int = 200
     eval_batches: int = 4
     eval_split: str = "valid"
+    tensorboard: bool = (
+        False  # RUN/tensorboard too, with sounds and pictures at evaluations; needs tensorboardX
+    )
+    listen_with: str | None = None  # model folder whose flow and vocoder make LM and flow heard there
+    peak_tflops: float | None = None  # bfloat16, of one device, for the MFU; None: metrics.PEAK_FLOPS
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     data_note: str = ""  # what the training data is, for the provenance of the exported model
 
@@ -335,6 +340,19 @@ def make_eval(cfg: TrainConfig):
     return evaluate
 
 
+def step_flops(cfg: TrainConfig, state: TrainState, batches: tuple[dict[str, jax.Array], ...]) -> float:
+    """Floating-point operations that a step needs on all devices, see `metrics.flops`; nothing is run.
+
+    Three times the loss, for the products of the forward pass and the two of the backward pass of each; what
+    rematerialisation computes again is not counted. Of a two-player model the step as it is.
+    """
+    file = _file(cfg.model)
+    if hasattr(file, "train_step"):
+        return metrics.flops(make_step(cfg), state, batches)
+    forward = lambda model, batch: file.loss(model, cfg.model, batch, state.key)[0]
+    return 3 * len(batches) * metrics.flops(forward, state.model, batches[0])
+
+
 def _split(batch: dict, parts: int) -> tuple[dict, ...]:
     """A host batch as `parts` batches of every parts-th row, each put on the mesh."""
     return tuple(sharding.put({k: v[i::parts] for k, v in batch.items()}) for i in range(parts))
@@ -537,9 +555,14 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         The last state.
 
     Raises:
-        ValueError: if the folder holds another run, or the data does not fit.
+        ValueError: if the folder holds another run, or the data or `listen_with` does not fit.
+        OSError: if a checkpoint cannot be written; those before it stay.
         FloatingPointError: if the loss or a gradient is not finite; the last good checkpoint stays.
     """
+    if "://" in str(workdir):
+        raise ValueError(
+            f"--workdir {workdir} is no folder: mount the bucket (launch/README.md) and name a folder in it"
+        )
     workdir = Path(workdir)
     sharding.make_mesh(cfg.mesh.slice, cfg.mesh.data, cfg.mesh.model)
     check_same_run(cfg, workdir)
@@ -562,12 +585,17 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         )  # fmt: skip
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep, cfg.keep_every)
     step, state = start(cfg, checkpoints, data)
-    writer = metrics.Writer(workdir, step)
+    writer = metrics.Writer(workdir, step, cfg.tensorboard)
+    sampler = None
+    if cfg.tensorboard and held_out:
+        sampler = samples.Sampler(cfg.model, cfg.data, held_out[0], cfg.listen_with, cfg.seed)
     num_params = sum(x.size for x in jax.tree.leaves(state.model))
     _say(f"{cfg.component} ({cfg.module}): {num_params / 1e6:.2f} M parameters, {jax.device_count()} devices")
     update, evaluate = make_step(cfg), make_eval(cfg)
     timer, waited_s, previous = metrics.StepTimer(), [], None
     is_cpu = jax.default_backend() == "cpu"
+    peak = 1e12 * cfg.peak_tflops if cfg.peak_tflops else metrics.peak_flops(jax.devices()[0])
+    flops = 0.0  # of a step, where the peak is known
     saved_step, saved_at = step, time.monotonic()
 
     def finish(number: int, out: dict) -> None:
@@ -589,7 +617,11 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         if step_s:
             line |= {"perf/step_s": step_s, f"perf/{cfg.data.item}_per_s": cfg.data.items_per_batch / step_s}
             left_h = (cfg.steps - number) * step_s / 3600
-            speed = f", {cfg.data.items_per_batch / step_s:.0f} {cfg.data.item}/s, {left_h:.2f} h left"
+            speed = f", {cfg.data.items_per_batch / step_s:.0f} {cfg.data.item}/s"
+            if flops:
+                line["perf/mfu"] = flops / (step_s * peak * sharding.ensure_mesh().size)
+                speed += f", MFU {100 * line['perf/mfu']:.3g} %"
+            speed += f", {left_h:.2f} h left"
         elif timer.compile_s:
             line["perf/compile_s"] = timer.compile_s
         writer.write(number, line)
@@ -613,6 +645,8 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         means = {f"eval/{name}": total / max(count, 1e-9) for name, (total, count) in sums.items()}
         writer.write(number, means)
         _say(f"step {number}, held out: " + ", ".join(f"{k[5:]} {v:.4f}" for k, v in means.items()))
+        for sample in sampler(with_averaged(state.model, state.ema)) if sampler is not None else ():
+            writer.show(number, sample.name, sample.png, sample.wav, sample.sample_rate, sample.duration_s)
         timer.pause()
 
     def save(wait: bool = False) -> None:
@@ -632,7 +666,10 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
             before = time.perf_counter()
             batch = next(data)
             waited_s.append(time.perf_counter() - before)
-            state, out = update(state, _split(batch, cfg.accumulation))
+            batches = _split(batch, cfg.accumulation)
+            if peak and not flops:
+                flops = step_flops(cfg, state, batches)
+            state, out = update(state, batches)
             step += 1
             if previous is not None:
                 finish(*previous)
@@ -652,6 +689,7 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
             measure(step)
         folder = Path(export) if export is not None else workdir / "export"
         export_state(cfg, state, folder, step)
+        writer.close()
         _say(f"stopped at step {step} ({stop.reason or 'all steps done'}); weights in {folder}")
     return state
 
@@ -706,7 +744,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: joins the hosts, reads the config, trains.
 
     Raises:
-        SystemExit: with one sentence, on a ValueError or a loss that is not finite.
+        SystemExit: with one sentence, on a ValueError, an OSError or a loss that is not finite.
     """
     from absl import flags
 
@@ -716,7 +754,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         cfg, options = parse(arguments)
         train(cfg, options.workdir, options.export)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

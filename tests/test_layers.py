@@ -17,7 +17,7 @@ LAYERS = [
     {"speech_tokenizer", "lm", "flow", "flow_cosyvoice2", "vocoder", "vocoder_istft", "vocoder_hift"}
     | {"speaker", "speaker_campplus", "speaker_wavlm", "recognizer"},
     {"input_pipeline", "checkpoint", "pool"},
-    {"judges"},
+    {"judges", "samples"},
     {"train", "synthesis", "evaluate"},
     {"batch", "demo", "convert"},
     {"cli"},

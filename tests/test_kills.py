@@ -1,0 +1,173 @@
+"""Training that is killed, or whose disk is full, ends with the weights and the batches of an undisturbed run.
+
+    python tests/test_kills.py --kills 20 --out FOLDER      the long form; a table of the kills and the verdict
+
+A third of the kills wait for a checkpoint that is being written; the others come at random moments of a run's life, from
+before its first step on.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import fixture_data
+import jax
+import numpy as np
+import pytest
+import runs
+
+from deepasmr_jax import checkpoint, metrics
+
+CONFIG = "tiny.py:lm"
+
+
+def settings(folder: str, steps: int) -> list[str]:
+    return [f"data.data_dirs={folder}", f"steps={steps}", "save_every=2", "eval_batches=0", "keep=2"]
+
+
+def is_saving(folder: Path) -> bool:
+    """Whether a checkpoint that is not whole yet is in the folder."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return any(not p.name.isdigit() or checkpoint._problem(p) is not None for p in found)
+
+
+def state_of(run: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its dotted path."""
+    from orbax.checkpoint import v1 as ocp
+
+    state = ocp.load_checkpointables(run / "checkpoints" / str(step), {"state": None})["state"]
+    keys = lambda x: jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return {name: np.asarray(keys(x)) for name, x in checkpoint.named_arrays(state).items()}
+
+
+def differences(whole: Path, parts: Path, steps: int) -> list[str]:
+    """What differs between an undisturbed run and a disturbed one: state, exported weights, batches, losses."""
+    found, states = [], [state_of(run, steps) for run in (whole, parts)]
+    if sorted(states[0]) != sorted(states[1]):
+        found.append("names in the state")
+    found += [name for name, x in states[0].items() if not np.array_equal(x, states[1].get(name))]
+    if len({(run / "export" / "lm.safetensors").read_bytes() for run in (whole, parts)}) > 1:
+        found.append("exported weights")
+    batches = [
+        {tuple(x.split()) for x in Path(f"{run}.batches").read_text().splitlines()} for run in (whole, parts)
+    ]
+    if batches[0] != batches[1] or len(batches[0]) != steps:
+        found.append(f"batches: {sorted(batches[0] ^ batches[1])}")
+    losses = [
+        [(x["step"], x["train/loss"]) for x in metrics.read(run / "metrics.jsonl") if "train/loss" in x]
+        for run in (whole, parts)
+    ]
+    if losses[0] != losses[1]:
+        found.append("losses in metrics.jsonl")
+    return found
+
+
+def kill_often(place: Path, kills: int, steps: int, seed: int = 0) -> tuple[list[dict], list[str]]:
+    """Runs a training undisturbed, then once more with SIGKILL so often.
+
+    Args:
+        place: a folder.
+        kills: how often.
+        steps: of the run; if it ends before the last kill, the disturbed run is made anew in another folder.
+        seed: of the moments.
+
+    Returns:
+        (facts of each kill, what differs in the end: nothing if all is well).
+    """
+    data = fixture_data.write(place / "data")
+    start = lambda run: runs.start(
+        run, CONFIG, *settings(data, steps), record=f"{run}.batches", cache=place / "cache"
+    )
+    whole, parts, draw, told = place / "whole", place / "parts", random.Random(seed), []
+    began = time.monotonic()
+    process = start(whole)
+    while not (whole / "metrics.jsonl").exists() and process.exitcode is None:
+        time.sleep(0.01)
+    first_s = time.monotonic() - began
+    assert runs.finish(process) == 0, Path(f"{whole}.log").read_text()[-2000:]
+    life_s = first_s + 0.5 * (time.monotonic() - began - first_s)
+    while len(told) < kills:
+        process, began = start(parts), time.monotonic()
+        if len(told) % 3 == 1:  # during a save
+            while process.exitcode is None and not is_saving(parts / "checkpoints"):
+                time.sleep(0.0005)
+            time.sleep(draw.uniform(0, 0.05))
+        else:
+            process.join(draw.uniform(0.1, life_s))
+        if process.exitcode is not None:  # it came to its end first
+            assert process.exitcode == 0, Path(f"{parts}.log").read_text()[-2000:]
+            assert not differences(whole, parts, steps)
+            shutil.rmtree(parts)
+            Path(f"{parts}.batches").unlink()
+            continue
+        process.kill()
+        assert runs.finish(process) == -9
+        done = len(metrics.read(parts / "metrics.jsonl")) if (parts / "metrics.jsonl").exists() else 0
+        told.append(
+            {
+                "after_s": round(time.monotonic() - began, 2),
+                "steps_seen": done,
+                "during_a_save": is_saving(parts / "checkpoints"),
+                "checkpoints": checkpoint.steps(parts / "checkpoints"),
+            }
+        )
+    assert runs.finish(start(parts)) == 0, Path(f"{parts}.log").read_text()[-2000:]
+    return told, differences(whole, parts, steps)
+
+
+def test_a_run_that_is_killed_three_times_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
+    kills, wrong = kill_often(tmp_path, 3, 6)
+    assert not wrong and len(kills) == 3
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing_older(tmp_path, keep):
+    data, run = fixture_data.write(tmp_path / "data", {"train": 16}), tmp_path / "parts"
+    start = lambda run, **options: runs.start(
+        run,
+        CONFIG,
+        *settings(data, 4),
+        f"keep={keep}",
+        record=f"{run}.batches",
+        cache=tmp_path / "cache",
+        **options,
+    )
+    broken = start(run, limit=(2, 20_000))  # checkpoints have files of 100 kB and more
+    whole = start(tmp_path / "whole")
+    assert runs.finish(broken) == 1 and runs.finish(whole) == 0
+    last = Path(f"{run}.log").read_text().splitlines()[-1]
+    assert (
+        last.startswith("error: the checkpoint of step 4 could not be written to ")
+        and "Traceback" not in last
+    )
+    assert "that of step 2 is kept; make room and run the same command again" in last
+    assert checkpoint._problem(run / "checkpoints" / "2") is None
+    assert runs.finish(start(run)) == 0
+    assert "start: checkpoint of step 2" in Path(f"{run}.log").read_text()
+    assert differences(tmp_path / "whole", run, 4) == []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, help="a folder that is not there yet")
+    args = parser.parse_args()
+    Path(args.out).mkdir(parents=True)
+    kills, wrong = kill_often(Path(args.out).absolute(), args.kills, args.steps, args.seed)
+    for number, kill in enumerate(kills, 1):
+        print(number, json.dumps(kill))
+    num_saves = sum(k["during_a_save"] for k in kills)
+    print(f"{len(kills)} kills, {num_saves} during a save; differs in the end: {wrong or 'nothing'}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
