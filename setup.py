@@ -45,6 +45,8 @@ setup(
         # judges that need no network: pocketsphinx for English; eval adds resemblyzer (torch) for speakers
         "judge": ["pocketsphinx>=5.1,<6"],
         "eval": ["pocketsphinx>=5.1,<6", "torch>=2.6", "resemblyzer>=0.1.4"],
+        # training with tensorboard=true; `pip install tensorboard` shows what it writes
+        "tensorboard": ["tensorboardX>=2.6,<3"],
         # the built-in model's corpus; also needs the programs flite and festival and the voice
         # festvox-us-slt-hts. pocketsphinx ranks its words, setuptools carries pkg_resources, which pyworld imports
         "corpus": [
@@ -59,7 +61,7 @@ setup(
         "web": [],
         # the tests use `zh` and `judge` too (launch/test.sh installs dev,zh,judge); those of the corpus and of the
         # speaker judge are skipped without `corpus` and `eval`
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "jiwer>=4,<5"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "jiwer>=4,<5", "tensorboardX>=2.6,<3"],
         # only to make tests/golden again
         "golden": ["torch>=2.6", "s3tokenizer>=0.3", "kaldi-native-fbank>=1.22"],
     },

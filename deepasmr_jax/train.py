@@ -736,6 +736,10 @@ def parse(arguments: list[str] | None = None) -> tuple[TrainConfig, argparse.Nam
     parser.add_argument("--workdir", required=True, help="folder of the run; the same folder resumes it")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field")
     parser.add_argument("--export", help="model folder for the weights at the end (default: WORKDIR/export)")
+    parser.add_argument(
+        "--stopped-exit", type=int, default=0, metavar="CODE",
+        help="exit code of a run that was stopped before its last step, for schedulers that then start it again",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     return config_lib.override(config_lib.load(options.config), *options.set), options
 
@@ -753,9 +757,11 @@ def main(arguments: list[str] | None = None) -> None:
     sharding.start_hosts()
     try:
         cfg, options = parse(arguments)
-        train(cfg, options.workdir, options.export)
+        state = train(cfg, options.workdir, options.export)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
+    if int(state.step) < cfg.steps and options.stopped_exit:
+        raise SystemExit(options.stopped_exit)
 
 
 if __name__ == "__main__":

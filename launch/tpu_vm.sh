@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM: create, install on all workers, run, logs, delete.
+# Trains on a Cloud TPU VM: create, install on all workers, mount a bucket, run, logs, stop, delete.
 # NOT RUN YET on a TPU VM; --dry-run has been, it prints the commands and needs neither gcloud nor an account.
 #
 #   bash launch/tpu_vm.sh [--dry-run] create NAME
 #   bash launch/tpu_vm.sh [--dry-run] install NAME          copies this checkout's HEAD and installs it on every worker
+#   bash launch/tpu_vm.sh [--dry-run] mount NAME            mounts the bucket BUCKET at ~/bucket on every worker
 #   bash launch/tpu_vm.sh [--dry-run] run NAME ARGUMENTS    python -m deepasmr_jax.train ARGUMENTS on every worker
-#   bash launch/tpu_vm.sh [--dry-run] logs NAME
+#   bash launch/tpu_vm.sh [--dry-run] logs NAME             follows the first worker, which alone prints steps
+#   bash launch/tpu_vm.sh [--dry-run] collect NAME FOLDER   every worker's log, as files
+#   bash launch/tpu_vm.sh [--dry-run] stop NAME             SIGTERM: all workers save and end
 #   bash launch/tpu_vm.sh [--dry-run] delete NAME
 #
-# ZONE, TYPE (such as v5litepod-16) and VERSION (the image, such as v2-alpha-tpuv5-lite) have to be set; PROJECT may be.
-# On several workers --workdir and data.data_dirs must be one shared place with the same path on all of them (a bucket
-# mounted with gcsfuse, or NFS). Set mesh.data to the number of chips.
+# ZONE, TYPE (such as v5litepod-16) and VERSION (the image, such as v2-alpha-tpuv5-lite) have to be set; PROJECT, BUCKET
+# and SPOT=1 (a cheaper machine that may be taken away; it saves then) may be. On several workers --workdir and
+# data.data_dirs must be one shared place with the same path on all of them: a folder of the mounted bucket, or NFS. Set
+# mesh.data to the number of chips.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,7 +24,7 @@ if [ "${1:-}" = "--dry-run" ]; then
   shift
 fi
 if [ $# -lt 2 ]; then
-  sed -n '2,13p' "$0" >&2
+  sed -n '2,17p' "$0" >&2
   exit 2
 fi
 what="$1" name="$2"
@@ -44,7 +48,16 @@ on_all() { tpu ssh "$name" --worker=all "--command=$1"; }
 case "$what" in
   create)
     : "${TYPE:?set TYPE, such as v5litepod-16}" "${VERSION:?set VERSION, such as v2-alpha-tpuv5-lite}"
-    tpu create "$name" "--accelerator-type=$TYPE" "--version=$VERSION"
+    tpu create "$name" "--accelerator-type=$TYPE" "--version=$VERSION" ${SPOT:+--spot}
+    ;;
+  mount)
+    : "${BUCKET:?set BUCKET, the name without gs://}"
+    keys=/usr/share/keyrings/cloud.google.asc source=https://packages.cloud.google.com/apt
+    on_all "command -v gcsfuse >/dev/null || {
+        curl -fsSL $source/doc/apt-key.gpg | sudo tee $keys >/dev/null &&
+        echo deb [signed-by=$keys] $source gcsfuse-\$(lsb_release -cs) main | sudo tee /etc/apt/sources.list.d/gcsfuse.list &&
+        sudo apt-get -q update && sudo apt-get -qy install gcsfuse; } &&
+      mkdir -p ~/bucket && { mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket; }"
     ;;
   install)
     archive="$(mktemp -d)/deepasmr.tar.gz"
@@ -52,7 +65,7 @@ case "$what" in
     tpu scp "$archive" "$name:deepasmr.tar.gz" --worker=all
     # the images may have an older Python than 3.11; uv brings one
     on_all "mkdir -p deepasmr && tar -xzf deepasmr.tar.gz -C deepasmr && cd deepasmr && pip install --user uv &&
-      ~/.local/bin/uv venv --python 3.12 .venv && ~/.local/bin/uv pip install --python .venv/bin/python -e '.[tpu]'"
+      ~/.local/bin/uv venv --python 3.12 .venv && ~/.local/bin/uv pip install --python .venv/bin/python -e '.[tpu,tensorboard]'"
     ;;
   run)
     if [ -n "$dry" ]; then
@@ -66,9 +79,22 @@ case "$what" in
 nohup .venv/bin/python -m deepasmr_jax.train $arguments >train.log 2>&1 </dev/null &"
     ;;
   logs) tpu ssh "$name" --worker=0 --command="tail -n 50 -f deepasmr/train.log" ;;
+  collect)
+    folder="${1:?name a folder for the logs}"
+    do_it mkdir -p "$folder"
+    workers="0"
+    if [ -z "$dry" ]; then
+      count="$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(networkEndpoints.len())')"
+      workers="$(seq 0 $((count - 1)))"
+    fi
+    for worker in $workers; do
+      tpu scp "$name:deepasmr/train.log" "$folder/worker-$worker.log" "--worker=$worker"
+    done
+    ;;
+  stop) on_all "pkill -TERM -f '[d]eepasmr_jax.train'" ;;
   delete) tpu delete "$name" ;;
   *)
-    echo "unknown command $what: create, install, run, logs or delete" >&2
+    echo "unknown command $what: create, install, mount, run, logs, collect, stop or delete" >&2
     exit 2
     ;;
 esac

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, to be killed, stopped or joined; forked from one that has the imports done."""
+"""Training runs in processes of their own, to be killed, stopped or joined; forked from one with the imports done."""
 
 import hashlib
 import multiprocessing
@@ -17,7 +17,7 @@ _processes.set_forkserver_preload(
 
 
 def start(workdir, config: str, *sets: str, **options) -> multiprocessing.Process:
-    """Starts `python -m deepasmr_jax.train --config=CONFIG --workdir=WORKDIR --set=...`; its output goes to WORKDIR.log.
+    """Starts `python -m deepasmr_jax.train --config=... --workdir=... --set=...`; its output goes to WORKDIR.log.
 
     Args:
         workdir, config, sets: as on the command line.

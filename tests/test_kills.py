@@ -2,8 +2,8 @@
 
     python tests/test_kills.py --kills 20 --out FOLDER      the long form; a table of the kills and the verdict
 
-A third of the kills wait for a checkpoint that is being written; the others come at random moments of a run's life, from
-before its first step on.
+A third of the kills wait for a checkpoint that is being written; the others come at random moments of a run's life,
+from before its first step on.
 """
 
 import argparse

@@ -1,8 +1,14 @@
 """The metric file and the step timer."""
 
+import struct
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from deepasmr_jax import metrics
+from deepasmr_jax import lm, metrics, page
 
 
 def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path):
@@ -24,3 +30,77 @@ def test_step_time_leaves_out_the_first_two_steps_and_pauses():
     timer.pause()
     timer.tick()
     assert timer.compile_s == 10.0 and timer.take() == pytest.approx(1.5) and timer.take() is None
+
+
+def events(folder):
+    """The events of a TensorBoard folder: records of length, its sum, data, its sum."""
+    proto = pytest.importorskip("tensorboardX.proto.event_pb2")
+    [path] = folder.iterdir()
+    data, found = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        found.append(proto.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_the_numbers_the_pictures_and_the_sounds(tmp_path):
+    pytest.importorskip("tensorboardX")
+    wav = np.sin(np.arange(8000) / 5).astype(np.float32)
+    writer = metrics.Writer(tmp_path, 4, tensorboard=True)
+    writer.write(5, {"train/loss": 2.5})
+    writer.show(5, "0/made", page.picture(wav, 16000), page.wav_bytes(wav, 16000), 16000, 0.5)
+    writer.close()
+    values = {v.tag: (e.step, v) for e in events(tmp_path / "tensorboard") for v in e.summary.value}
+    assert sorted(values) == ["picture/0/made", "sound/0/made", "train/loss"]
+    assert {step for step, _ in values.values()} == {5}
+    assert values["train/loss"][1].simple_value == 2.5
+    image, audio = values["picture/0/made"][1].image, values["sound/0/made"][1].audio
+    assert image.encoded_image_string == page.picture(wav, 16000) and image.width > 60 and image.height > 60
+    assert (audio.sample_rate, audio.length_frames) == (16000, 8000)
+    assert audio.encoded_audio_string[:4] == b"RIFF"
+    assert [x["step"] for x in metrics.read(tmp_path / "metrics.jsonl")] == [5]
+
+
+def test_without_tensorboardx_the_setting_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match="tensorboard=true needs tensorboardX; pip install"):
+        metrics.Writer(tmp_path, tensorboard=True)
+
+
+def test_flops_count_products_in_loops_branches_and_recomputed_layers_and_convolutions():
+    x, w = jnp.ones((2, 3)), jnp.ones((3, 3))
+    layer = jax.checkpoint(lambda c, _: (jnp.tanh(c @ w), None))
+    deep = lambda x: jax.lax.scan(layer, x, None, length=5)[0]
+    assert metrics.flops(deep, x) == 5 * 2 * 2 * 3 * 3
+    branch = lambda x: jax.lax.cond(x.sum() > 0, deep, lambda x: x, x)
+    assert metrics.flops(jax.jit(branch), jax.eval_shape(lambda: x)) == 180
+    conv = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
+    )
+    assert metrics.flops(conv, jnp.ones((1, 10, 4)), jnp.ones((3, 2, 6))) == 2 * 5 * 6 * 3 * 2
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_flops_of_the_language_model_are_two_for_each_weight_and_position_and_attention(remat):
+    cfg = lm.mini(
+        313, num_layers=2, width=64, num_heads=2, num_kv_heads=1, head_dim=32, mlp_width=96, remat=remat
+    )
+    shapes = jax.eval_shape(lambda: lm.init(cfg, jax.random.key(0)))
+    rows, length = 2, 256
+    batch = {
+        k: jnp.zeros((rows, length), jnp.int32)
+        for k in ("tokens", "kinds", "segment_ids", "positions", "targets")
+    }
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96  # queries and output, key and value, the three of the MLP
+    products = rows * length * (2 * layer + 64 * cfg.num_speech_rows)
+    found = metrics.flops(lambda model, batch: lm.loss(model, cfg, batch)[0], shapes, batch)
+    # scores and their sum over values, of the causal half in chunks or of all
+    attention = 2 * rows * 2 * 32 * length * length * 2
+    assert 2 * products + attention <= found <= 2 * products + 2 * attention
+
+
+def test_the_peak_of_a_device_goes_by_the_longest_name_that_fits():
+    kind = lambda name: metrics.peak_flops(types.SimpleNamespace(device_kind=name))
+    assert kind("TPU v5 lite") == 197e12 and kind("TPU v5p") == 459e12 and kind("NVIDIA H200") == 989e12
+    assert kind("cpu") is None

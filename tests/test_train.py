@@ -180,7 +180,7 @@ def test_a_step_gives_back_a_state_of_the_same_kind_so_that_nothing_compiles_twi
         assert kinds[0] == kinds[1], jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
 @pytest.mark.parametrize("stage", ["lm", "flow"])
 def test_another_mesh_gives_the_same_losses(folder, stage, sizes):
     cfg = tiny(folder, stage)
@@ -241,6 +241,41 @@ def test_sigterm_ends_a_run_with_a_checkpoint_that_the_next_run_continues(folder
     [step] = checkpoint.steps(tmp_path / "checkpoints")
     assert step >= 2 and metrics.read(path)[-1]["step"] == step
     assert f"stopped at step {step} " in out
+
+
+def test_a_checkpoint_is_saved_after_so_many_minutes(folder, tmp_path):
+    cfg = fake(folder, steps=3, save_every=100, save_minutes=0.0, keep=9)
+    train.train(cfg, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2, 3]
+
+
+def test_the_exit_code_of_a_stopped_run_is_the_one_that_was_asked_for(folder, tmp_path):
+    arguments = [f"--config={TINY}:lm", f"--workdir={tmp_path}", f"--set=data.data_dirs={folder}"]
+    arguments += ["--set=max_seconds=0", "--set=eval_batches=0"]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*arguments, "--stopped-exit=75"])
+    assert stopped.value.code == 75
+    train.main(arguments)
+
+
+def test_the_progress_line_and_the_metrics_have_the_mfu_where_the_peak_is_known(folder, tmp_path, capsys):
+    cfg = tiny(folder, "lm", peak_tflops=1e-3, eval_batches=0)
+    state = train.train(cfg, tmp_path)
+    lines = [x for x in metrics.read(tmp_path / "metrics.jsonl") if "perf/step_s" in x]
+    flops = train.step_flops(cfg, state, batches(cfg, 1)[0])
+    assert lines and all(
+        x["perf/mfu"] == pytest.approx(flops / x["perf/step_s"] / 1e9, rel=1e-4) for x in lines
+    )
+    assert " tokens/s, MFU " in capsys.readouterr().out
+    double = dataclasses.replace(cfg, accumulation=2)
+    assert train.step_flops(double, state, batches(double, 1)[0]) == flops  # the same rows in two parts
+    gan = tiny(folder, "vocoder_adversarial")
+    assert train.step_flops(gan, train.init(gan, jax.random.key(0)), batches(gan, 1)[0]) > 0
+
+
+def test_a_bucket_that_is_not_mounted_is_refused(folder):
+    with pytest.raises(ValueError, match="--workdir gs://bucket/run is no folder: mount the bucket"):
+        train.train(tiny(folder, "lm"), "gs://bucket/run")
 
 
 def test_max_seconds_stops_with_a_checkpoint(folder, tmp_path):

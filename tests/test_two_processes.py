@@ -59,9 +59,13 @@ def test_two_processes_end_with_the_weights_of_one(folder, tmp_path, stage, mesh
 
 
 def test_sigterm_to_one_of_two_processes_saves_on_both_and_the_next_start_goes_on(folder, tmp_path):
-    run, sets = (
-        tmp_path / "run",
-        (f"data.data_dirs={folder}", "eval_batches=0", "mesh.data=4", "save_every=1000"),
+    run = tmp_path / "run"
+    sets = (
+        f"data.data_dirs={folder}",
+        "eval_batches=0",
+        "mesh.data=4",
+        "save_every=1000",
+        "optim.schedule=constant",
     )
     both = start_two(run, "tiny.py:lm", *sets, "steps=1000")
     path = run / "metrics.jsonl"
@@ -76,13 +80,11 @@ def test_sigterm_to_one_of_two_processes_saves_on_both_and_the_next_start_goes_o
     both = start_two(run, "tiny.py:lm", *sets, f"steps={step + 2}")
     assert [runs.finish(p) for p in both] == [0, 0], logs(run)
     assert f"start: checkpoint of step {step}" in logs(run)
-    one = runs.start(
-        tmp_path / "one", "tiny.py:lm", *sets, f"steps={step + 2}", "optim.schedule=constant", devices=4
-    )
+    one = runs.start(tmp_path / "one", "tiny.py:lm", *sets, f"steps={step + 2}", devices=4)
     assert runs.finish(one) == 0
     a, b = losses(run), losses(tmp_path / "one")
     assert sorted(a) == sorted(b) == list(range(1, step + 3))
-    assert a[1] == pytest.approx(b[1], rel=1e-5)
+    assert list(a.values()) == pytest.approx(list(b.values()), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""The launch scripts' dry runs: what they would run, with arguments kept whole, and no tool of a platform needed."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+# the scripts run with nothing but a shell's tools: a command of a platform would not be found
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+ARGUMENTS = ["--config=configs/lm_asmr.py", '--set=data_note=two words, a "quote" and a \\ backslash']
+
+
+def dry(script, *arguments, **environment):
+    out = subprocess.run(
+        ["bash", str(LAUNCH / script), "--dry-run", *arguments],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | environment,
+    )
+    return out.returncode, out.stdout, out.stderr
+
+
+GKE = dict(
+    IMAGE="place/deepasmr:1", BUCKET="bucket", ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x8", SLICES="2"
+)
+
+
+def test_a_gke_run_is_a_job_set_with_a_pod_for_each_host():
+    code, out, err = dry("gke.sh", "run", "asmr", *ARGUMENTS, **GKE)
+    assert code == 0, err
+    job_set = yaml.safe_load(out.split("\n", 1)[1].rsplit("EOF", 1)[0])
+    assert (job_set["kind"], job_set["metadata"]["name"]) == ("JobSet", "asmr")
+    [job] = job_set["spec"]["replicatedJobs"]
+    inner = job["template"]["spec"]
+    assert (job["replicas"], inner["parallelism"], inner["completions"]) == (2, 8, 8)  # 32 chips, 4 a host
+    pod = inner["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["args"] == ARGUMENTS and container["command"][-1] == "--stopped-exit=75"
+    assert container["resources"]["limits"]["google.com/tpu"] == 4
+    values = {x["name"]: x["value"] for x in container["env"]}
+    assert values["JAX_COORDINATOR_ADDRESS"] == "asmr-slice-0-0.asmr:8476"
+    assert values["JAX_COMPILATION_CACHE_DIR"].startswith(container["volumeMounts"][0]["mountPath"])
+    assert "{{" not in out
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"IMAGE": ""}, "set IMAGE"),
+        ({"BUCKET": ""}, "set BUCKET"),
+        ({"TOPOLOGY": "1x3"}, "3 chips, no multiple of CHIPS=4"),
+    ],
+)
+def test_a_gke_run_that_cannot_be_says_what_to_set(changes, words):
+    code, out, err = dry("gke.sh", "run", "asmr", **(GKE | changes))
+    assert code and words in err and "kubectl" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["image"], "docker push place/deepasmr:1"),
+        (["list"], "kubectl get jobsets"),
+        (["logs", "asmr"], "jobset-name=asmr"),
+        (["collect", "asmr", "folder"], "folder/POD_OF_EVERY_HOST.log"),
+        (["delete", "asmr"], "kubectl delete jobset asmr"),
+    ],
+)
+def test_the_other_gke_commands_are_printed(arguments, words):
+    code, out, err = dry("gke.sh", *arguments, **GKE)
+    assert code == 0 and words in out, err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["create", "n"], ["--accelerator-type=t", "--spot"]),
+        (["install", "n"], ["git archive", "--worker=all", "[tpu"]),
+        (["mount", "n"], ["gcsfuse --implicit-dirs bucket"]),
+        (["logs", "n"], ["--worker=0", "train.log"]),
+        (["collect", "n", "folder"], ["folder/worker-0.log"]),
+        (["stop", "n"], ["--worker=all", "TERM"]),
+        (["delete", "n"], ["tpu-vm delete n --zone=z"]),
+    ],
+)
+def test_tpu_vm_commands_are_printed(arguments, words):
+    code, out, err = dry("tpu_vm.sh", *arguments, ZONE="z", TYPE="t", VERSION="v", SPOT="1", BUCKET="bucket")
+    unquoted = " ".join(shlex.split(out)) if "$'" not in out else out
+    assert code == 0 and all(word in unquoted for word in words), (unquoted, err)
+
+
+def test_arguments_with_spaces_and_quotes_reach_the_program_whole_on_a_tpu_vm_and_under_slurm():
+    code, out, _ = dry("tpu_vm.sh", "run", "n", *ARGUMENTS, ZONE="z")
+    remote = next(x for x in shlex.split(out) if x.startswith("--command=")).removeprefix("--command=")
+    assert code == 0 and shlex.split(remote)[-5:-4] == ARGUMENTS[1:] or ARGUMENTS[1] in shlex.split(remote)
+    assert "JAX_COMPILATION_CACHE_DIR" in remote and "JAX_COORDINATOR_ADDRESS" in remote
+    code, out, _ = dry("slurm.sbatch", *ARGUMENTS)
+    assert code == 0 and shlex.split(out)[-2:] == ARGUMENTS and "srun" in out
+    assert "JAX_COMPILATION_CACHE_DIR" in out and "nccl_termination_timeout" in out
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch")))
+def test_every_script_is_a_shell_script_that_bash_can_read(script):
+    assert subprocess.run(["bash", "-n", str(LAUNCH / script)]).returncode == 0
+    if script in ("gke.sh", "tpu_vm.sh"):
+        code, _, err = dry(script, "nonsense", **os.environ)
+        assert code == 2 and "NAME" in err or "unknown" in err or "set ZONE" in err
