@@ -4,8 +4,11 @@
     python launch/bench.py --size full --only lm flow           true sizes (several GB of memory)
     python launch/bench.py --size tiny --rounds 1               does the script work? (its numbers mean nothing)
 
+    python launch/bench.py --size full --only loader --seconds 60
+
 Parts: say (`deepasmr say` with a cold and a warm compilation cache, then a loaded Synthesizer), lm, hifigan, vocoder,
-speech_tokenizer, flow (JAX and PyTorch in turn, A B A B), train (updates of each stage, JAX only); see docs/speed.md.
+speech_tokenizer, flow (JAX and PyTorch in turn, A B A B), train (updates of each stage, JAX only), loader (batches of
+each stage, and whether memory grows); see docs/speed.md.
 Beside the rows with PyTorch stands the least time that the machine's ceilings allow. Each timing waits for its result;
 the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows.
 Needs: pip install torch einops s3tokenizer, and for flow the line in tests/golden/make_flow.py.
@@ -34,7 +37,7 @@ import numpy as np  # noqa: E402
 from deepasmr_jax import config, files, flow, lm, sharding, vocoder, vocoder_istft  # noqa: E402
 from deepasmr_jax import speech_tokenizer as s3  # noqa: E402
 
-PARTS = ("say", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train")
+PARTS = ("say", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train", "loader")
 DROPPED = 2  # rounds that compile and warm up
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 STAGES = ("clip_s", "lm_s", "flow_s", "vocoder_s")
@@ -484,6 +487,66 @@ def measure_train(bench: Bench) -> None:
     )
 
 
+def measure_loader(bench: Bench) -> None:
+    """Batches a second of each stage with threads and with processes, without a model; memory while they are read.
+
+    On the tests' noise dataset with records of 4 s, about the mean of a read-speech corpus; its sentences are short.
+    """
+    import fixture_data
+    from absl import flags
+
+    from deepasmr_jax import input_pipeline
+
+    flags.FLAGS.mark_as_parsed()
+    names = {"lm": "lm_pretrain.py", "flow": "flow_pretrain.py", "vocoder": "vocoder.py"}
+    if bench.args.size != "full":
+        stages = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
+        names = {stage: f"{bench.args.size}.py:{stage}" for stage in stages}
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        folder = fixture_data.write(Path(place), {"train": 400}, seconds=4.0)
+        for stage in [s for s in names if s in (bench.args.stages or names)]:
+            cfg = config.load(f"{ROOT}/configs/{names[stage]}").data
+            cfg = dataclasses.replace(cfg, data_dirs=(folder,), spell_probability=0.0)
+            for workers in (0, os.cpu_count() or 1):
+                print(f"loading {stage}, {workers} workers ...", file=sys.stderr, flush=True)
+                data = iter(input_pipeline.make(dataclasses.replace(cfg, worker_count=workers)))
+                for _ in range(
+                    cfg.num_prefetch * max(workers, 1) + DROPPED
+                ):  # what is made ahead is not measured
+                    next(data)
+                began, count, memory = time.perf_counter(), 0, []
+                while (now := time.perf_counter() - began) < bench.args.seconds or count < 3:
+                    if now >= len(memory) * bench.args.seconds / 8:
+                        memory.append(resident_mib())
+                    next(data)
+                    count += 1
+                memory.append(resident_mib())
+                per_s = count / (time.perf_counter() - began)
+                kind = f"{workers} processes" if workers else f"{cfg.num_threads} threads"
+                speed = f"{per_s * cfg.items_per_batch:,.0f} {cfg.item}"
+                growth = f"{memory[len(memory) // 4]:.0f}, {memory[-1]:.0f}"
+                rows.append((stage, str(cfg.batch_size), kind, per_s, speed, growth))
+                del data
+    bench.table(
+        f"Loader, {bench.args.size} configs, {bench.args.seconds:g} s each, {os.cpu_count()} host cores",
+        "stage | rows | read by | batches a second | items a second | MiB after a quarter, at the end", rows,
+    )  # fmt: skip
+
+
+def resident_mib() -> float:
+    """Memory of this process and its children, counted with what they share; 0 where there is no /proc."""
+    tasks, total = [os.getpid()], 0
+    while tasks:
+        task = Path(f"/proc/{tasks.pop()}")
+        try:
+            tasks += map(int, (task / f"task/{task.name}/children").read_text().split())
+            total += int((task / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:  # a child that has ended, or another system
+            continue
+    return total / 2**20
+
+
 def machine() -> str:
     """What the numbers depend on."""
     info = Path("/proc/cpuinfo")
@@ -515,6 +578,8 @@ def main(argv: list[str] | None = None) -> None:
         "--rounds", type=int, default=5, choices=range(1, 100), metavar="N", help="rounds that count"
     )
     parser.add_argument("--model", help="model folder with demo clips for `say`; the built-in one if absent")
+    parser.add_argument("--seconds", type=float, default=10, help="of reading, for each row of `loader`")
+    parser.add_argument("--stages", nargs="+", help="of `loader`; all if absent")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the CPU too")
     parser.add_argument("--out", help="also write the report here")
     args = parser.parse_args(argv)
@@ -543,6 +608,8 @@ def main(argv: list[str] | None = None) -> None:
         beside_ceilings(bench, chosen, rows)
     if "train" in args.only:
         measure_train(bench)
+    if "loader" in args.only:
+        measure_loader(bench)
     bench.add(f"- load average after: {os.getloadavg()[0]:.2f}")
     if args.out:
         files.write_text(args.out, "\n".join(bench.lines) + "\n")

@@ -17,10 +17,10 @@ def add_features_module():
     return sys.modules["add_features"]
 
 
-def record(i: int, split: str, num_speakers: int, has_features: bool) -> dict:
-    """Record i: speakers in turn, normal and ASMR alternating in pairs, 0.6 to 1.8 s of noise."""
+def record(i: int, split: str, num_speakers: int, has_features: bool, seconds: float = 1.2) -> dict:
+    """Record i: speakers in turn, normal and ASMR alternating in pairs, noise of half to one and a half `seconds`."""
     rng = np.random.default_rng([i, len(split)])
-    samples = int(rng.integers(9600, 28800))
+    samples = int(rng.integers(round(8000 * seconds), round(24000 * seconds)))
     frames = samples // 320
     out = {
         "id": f"{split}_{i}",
@@ -52,6 +52,7 @@ def write(
     num_speakers: int = 3,
     has_features: bool = True,
     has_labels: bool = True,
+    seconds: float = 1.2,
 ) -> str:
     """Writes the dataset into `folder/noise/1.0.0` and returns that path; two shards per split."""
     import tensorflow_datasets as tfds
@@ -70,7 +71,7 @@ def write(
     features = tfds.features.FeaturesDict(features)
     root, lengths = Path(folder) / "noise" / "1.0.0", {}
     for split, count in (counts or {"train": 48, "valid": 12}).items():
-        rows = [record(i, split, num_speakers, has_features) for i in range(count)]
+        rows = [record(i, split, num_speakers, has_features, seconds) for i in range(count)]
         rows = [{k: v for k, v in row.items() if k in features} for row in rows]
         halves = [rows[: count // 2], rows[count // 2 :]]
         lengths[split] = [len(h) for h in halves]

@@ -434,7 +434,7 @@ def test_every_config_builds_abstractly_on_its_own_mesh(name):
     cfg = config.load(str(ROOT / "configs" / name))
     sharding.make_mesh(cfg.mesh.slice, cfg.mesh.data, cfg.mesh.model)
     state = checkpoint.abstract(functools.partial(train.init, cfg), jax.random.key(0))
-    if cfg.mesh.data > 1:
+    if cfg.component in ("lm", "flow") and cfg.mesh.data > 1:  # the others are copied to every chip
         sizes = {True: 0, False: 0}  # numbers in arrays that are split over the chips, and in others
         for x in jax.tree.leaves(state.model):
             sizes["data" in x.sharding.spec] += x.size
@@ -449,7 +449,7 @@ def test_every_config_builds_abstractly_on_its_own_mesh(name):
 
 
 def abstract_batch(cfg):
-    """Shapes, dtypes and shardings of one part of a batch of the stages lm, flow and vocoder."""
+    """Shapes, dtypes and shardings of one part of a batch of the stages lm, flow, vocoder and speech_tokenizer."""
     data, rows, mesh = cfg.data, cfg.data.batch_size // cfg.accumulation, sharding.ensure_mesh()
     if data.stage == "lm":
         names = ("tokens", "kinds", "segment_ids", "positions", "targets")
@@ -465,6 +465,9 @@ def abstract_batch(cfg):
         }
     else:
         shapes = {"wav": ((data.num_samples,), jnp.float32), "lengths": ((), jnp.int32)}
+        labels = ("phones", "f0_class") if data.stage == "speech_tokenizer" else ()
+        size = (data.num_samples // input_pipeline.LABEL_SAMPLES,)
+        shapes |= {name: (size, jnp.int32) for name in labels}
 
     def one(shape, dtype):
         spec = sharding.spec("batch", *[None] * len(shape))
