@@ -4,7 +4,7 @@
 #
 #   bash launch/tpu_vm.sh [--dry-run] create NAME
 #   bash launch/tpu_vm.sh [--dry-run] install NAME          copies this checkout's HEAD and installs it on every worker
-#   bash launch/tpu_vm.sh [--dry-run] mount NAME            mounts the bucket BUCKET at ~/bucket on every worker
+#   bash launch/tpu_vm.sh [--dry-run] mount NAME            mounts the bucket BUCKET at /mnt/bucket on every worker
 #   bash launch/tpu_vm.sh [--dry-run] run NAME ARGUMENTS    python -m deepasmr_jax.train ARGUMENTS on every worker
 #   bash launch/tpu_vm.sh [--dry-run] logs NAME             follows the first worker, which alone prints steps
 #   bash launch/tpu_vm.sh [--dry-run] collect NAME FOLDER   every worker's log, as files
@@ -57,7 +57,7 @@ case "$what" in
         curl -fsSL $source/doc/apt-key.gpg | sudo tee $keys >/dev/null &&
         echo deb [signed-by=$keys] $source gcsfuse-\$(lsb_release -cs) main | sudo tee /etc/apt/sources.list.d/gcsfuse.list &&
         sudo apt-get -q update && sudo apt-get -qy install gcsfuse; } &&
-      mkdir -p ~/bucket && { mountpoint -q ~/bucket || gcsfuse --implicit-dirs $BUCKET ~/bucket; }"
+      sudo install -d -o \$USER /mnt/bucket && { mountpoint -q /mnt/bucket || gcsfuse --implicit-dirs $BUCKET /mnt/bucket; }"
     ;;
   install)
     archive="$(mktemp -d)/deepasmr.tar.gz"
