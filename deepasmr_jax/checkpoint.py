@@ -418,7 +418,8 @@ class Checkpoints:
     def __init__(self, folder, keep: int = 2, keep_every: int = 0):
         from orbax.checkpoint import v1 as ocp
 
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        # a save that fails logs some hundred lines of tracebacks; its error comes as one sentence, see `_explained`
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = Path(folder).absolute() / "checkpoints"
         policies = ocp.training.preservation_policies
         rules = [policies.LatestN(keep)]
@@ -568,13 +569,29 @@ def load_weights(folder) -> dict[str, np.ndarray]:
     Raises:
         ValueError: if `folder` holds no complete checkpoint.
     """
-    from orbax.checkpoint import v1 as ocp
-
     root = Path(folder).absolute() / "checkpoints"
     for step in reversed(steps(root)):
         if _problem(root / str(step)) is None:
-            state = named_arrays(ocp.load_checkpointables(root / str(step), {"state": None})["state"])
-            prefix = "ema." if any(name.startswith("ema.") for name in state) else "model."
-            wanted = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
-            return {name: np.asarray(_to_host(x)) for name, x in wanted.items()}
+            return read_state(root / str(step), "ema.") or read_state(root / str(step), "model.")
     raise ValueError(f"{folder} holds no complete checkpoint")
+
+
+def read_state(path, prefix: str = "") -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint in host memory, whatever devices and hosts wrote it; random keys as their numbers.
+
+    Args:
+        path: folder of one step.
+        prefix: arrays whose dotted path begins with it are read, under the rest of their path.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        found = ocp.pytree_metadata(path, checkpointable_name="state").metadata
+        # arrays as the target, not shapes: a shape without devices is put on those that wrote it
+        target = {k: np.empty(x.shape, x.dtype) for k, x in found.items() if k.startswith(prefix)}
+        if not target:
+            return {}
+        read = ocp.load_pytree(path, target, checkpointable_name="state")
+    return {name.removeprefix(prefix): x for name, x in read.items()}

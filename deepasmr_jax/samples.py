@@ -7,7 +7,6 @@ Rows are the first ones of every host, so that all hosts run the same programs; 
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -53,20 +52,18 @@ class Sampler:
         self._make = makers.get(kind)
         self._flow = self._vocoder = None
         if folder is not None and kind in ("lm", "flow"):
-            profile = data.mel_profile
+            profile, own = data.mel_profile, checkpoint.read_config(folder).get("mel_profile")
             if kind == "lm":
-                self._flow = _part(folder, "flow")
+                profile, self._flow = own, checkpoint.load_component(folder, "flow")
                 if not isinstance(self._flow[1], flow.Config):
                     raise ValueError(
-                        f"listen_with {folder}: its flow is not of flow.py; name another model folder"
+                        f"the flow of listen_with {folder} is not of flow.py; name another model folder"
                     )
-                profile = self._flow[1].mel_profile
-            self._vocoder = _part(folder, "vocoder")
-            if self._vocoder[1].mel_profile != profile:
+            if own != profile:
                 raise ValueError(
-                    f"listen_with {folder}: its vocoder reads the mel profile {self._vocoder[1].mel_profile!r}, not "
-                    f"{profile!r}; name another model folder"
+                    f"listen_with {folder} has the mel profile {own!r}, not {profile!r}; name another model folder"
                 )
+            self._vocoder = checkpoint.load_component(folder, "vocoder")
         elif kind == "lm":
             self._make = None
         mesh = sharding.ensure_mesh().shape
@@ -140,13 +137,6 @@ class Sampler:
             _sound(f"{i}/{name}", wavs[i, : lengths[i] * hop], own.mel.sample_rate)
             for i in range(self._count)
         ]
-
-
-def _part(folder: str, name: str):
-    """(module, config) of a component of a model folder."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"listen_with {folder} is no folder; name a model folder, such as deepasmr_jax/mini")
-    return checkpoint.load_component(folder, name)
 
 
 def _whole(x: jax.Array) -> np.ndarray:

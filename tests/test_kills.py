@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import fixture_data
-import jax
 import numpy as np
 import pytest
 import runs
@@ -36,12 +35,7 @@ def is_saving(folder: Path) -> bool:
 
 
 def state_of(run: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint by its dotted path."""
-    from orbax.checkpoint import v1 as ocp
-
-    state = ocp.load_checkpointables(run / "checkpoints" / str(step), {"state": None})["state"]
-    keys = lambda x: jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    return {name: np.asarray(keys(x)) for name, x in checkpoint.named_arrays(state).items()}
+    return checkpoint.read_state(run / "checkpoints" / str(step))
 
 
 def differences(whole: Path, parts: Path, steps: int) -> list[str]:
