@@ -588,10 +588,10 @@ def read_state(path, prefix: str = "") -> dict[str, np.ndarray]:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        found = ocp.pytree_metadata(path, checkpointable_name="state").metadata
+        found = ocp.metadata(path, checkpointable_name="state").metadata
         # arrays as the target, not shapes: a shape without devices is put on those that wrote it
         target = {k: np.empty(x.shape, x.dtype) for k, x in found.items() if k.startswith(prefix)}
         if not target:
             return {}
-        read = ocp.load_pytree(path, target, checkpointable_name="state")
+        read = ocp.load(path, target, checkpointable_name="state")
     return {name.removeprefix(prefix): x for name, x in read.items()}

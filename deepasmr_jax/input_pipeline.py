@@ -744,7 +744,8 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1):
             num_workers=cfg.worker_count, per_worker_buffer_size=cfg.num_prefetch
         )
         return chain.mp_prefetch(options)
-    return dataset.to_iter_dataset(grain.ReadOptions(cfg.num_threads, cfg.num_prefetch))
+    ahead = max(cfg.num_prefetch, cfg.num_threads)  # with fewer, Grain leaves threads idle
+    return dataset.to_iter_dataset(grain.ReadOptions(cfg.num_threads, ahead))
 
 
 def first_batches(cfg: Config, count: int, process_index: int = 0, process_count: int = 1) -> list[dict]:

@@ -72,6 +72,6 @@ def test_a_run_writes_its_samples_and_numbers_for_tensorboard(folder, tmp_path):
 def test_a_folder_that_cannot_make_it_heard_is_refused(folder):
     with pytest.raises(ValueError, match="nowhere is no model folder"):
         made(tiny(folder, "flow"), "nowhere")
-    cfg = config.override(tiny(folder, "flow"), "data.mel_profile=cv2", "model.mel_profile=cv2")
+    cfg = config.override(tiny(folder, "flow"), "data.mel_profile=cv2")
     with pytest.raises(ValueError, match="has the mel profile 'mini', not 'cv2'"):
         samples.Sampler(cfg.model, cfg.data, {"x": []}, str(tiny_model.shared()), 0)
