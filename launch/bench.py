@@ -4,7 +4,7 @@
     python launch/bench.py --size full --only lm flow           true sizes (several GB of memory)
     python launch/bench.py --size tiny --rounds 1               does the script work? (its numbers mean nothing)
 
-    python launch/bench.py --size full --only loader --seconds 60
+    python launch/bench.py --size full --only loader --seconds 60   threads, then processes
 
 Parts: say (`deepasmr say` with a cold and a warm compilation cache, then a loaded Synthesizer), lm, hifigan, vocoder,
 speech_tokenizer, flow (JAX and PyTorch in turn, A B A B), train (updates of each stage, JAX only), loader (batches of
@@ -508,7 +508,7 @@ def measure_loader(bench: Bench) -> None:
         for stage in [s for s in names if s in (bench.args.stages or names)]:
             cfg = config.load(f"{ROOT}/configs/{names[stage]}").data
             cfg = dataclasses.replace(cfg, data_dirs=(folder,), spell_probability=0.0)
-            for workers in (0, os.cpu_count() or 1):
+            for workers in bench.args.workers or (0, os.cpu_count() or 1):
                 print(f"loading {stage}, {workers} workers ...", file=sys.stderr, flush=True)
                 data = iter(input_pipeline.make(dataclasses.replace(cfg, worker_count=workers)))
                 for _ in range(
@@ -540,7 +540,8 @@ def resident_mib() -> float:
     while tasks:
         task = Path(f"/proc/{tasks.pop()}")
         try:
-            tasks += map(int, (task / f"task/{task.name}/children").read_text().split())
+            for thread in task.glob("task/*/children"):
+                tasks += map(int, thread.read_text().split())
             total += int((task / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         except OSError:  # a child that has ended, or another system
             continue
@@ -580,6 +581,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="model folder with demo clips for `say`; the built-in one if absent")
     parser.add_argument("--seconds", type=float, default=10, help="of reading, for each row of `loader`")
     parser.add_argument("--stages", nargs="+", help="of `loader`; all if absent")
+    parser.add_argument(
+        "--workers", nargs="+", type=int, help="of `loader`: processes; 0 and the cores if absent"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile on the CPU too")
     parser.add_argument("--out", help="also write the report here")
     args = parser.parse_args(argv)
