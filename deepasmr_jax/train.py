@@ -109,9 +109,7 @@ class TrainConfig:
     eval_every: int = 200
     eval_batches: int = 4
     eval_split: str = "valid"
-    tensorboard: bool = (
-        False  # RUN/tensorboard too, with sounds and pictures at evaluations; needs tensorboardX
-    )
+    tensorboard: bool = False  # RUN/tensorboard too, with sounds and pictures; needs tensorboardX
     listen_with: str | None = None  # model folder whose flow and vocoder make LM and flow heard there
     peak_tflops: float | None = None  # bfloat16, of one device, for the MFU; None: metrics.PEAK_FLOPS
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -533,10 +531,10 @@ class _Stop:
             self.reason = "max_seconds"
         wish = 2 if self.reason is not None else int(is_old)
         if jax.process_count() > 1:
-            gathered, self._gathered = self._gathered, sharding.greatest(wish)
+            before, self._gathered = self._gathered, sharding.greatest(wish)
             if jax.default_backend() == "cpu":
                 jax.block_until_ready(self._gathered)
-            wish = 0 if gathered is None else int(gathered)
+            wish = int(self._gathered if before is None else before)
             if wish == 2 and self.reason is None:
                 self.reason = "another host stopped"
         self.saves = wish == 1
@@ -754,8 +752,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
-    sharding.start_hosts()
     try:
+        sharding.start_hosts()
         cfg, options = parse(arguments)
         state = train(cfg, options.workdir, options.export)
     except (ValueError, OSError, FloatingPointError) as error:
