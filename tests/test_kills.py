@@ -28,19 +28,18 @@ def settings(folder: str, steps: int) -> list[str]:
     return [f"data.data_dirs={folder}", f"steps={steps}", "save_every=2", "eval_batches=0", "keep=2"]
 
 
-def is_saving(folder: Path) -> bool:
-    """Whether a checkpoint that is not whole yet is in the folder."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return any(not p.name.isdigit() or checkpoint._problem(p) is not None for p in found)
-
-
-def state_of(run: Path, step: int) -> dict[str, np.ndarray]:
-    return checkpoint.read_state(run / "checkpoints" / str(step))
+def is_saving(folder: Path, since: float) -> bool:
+    """Whether the folder has a checkpoint that is not whole and was begun after `since` (seconds of the clock)."""
+    try:
+        begun = [p for p in folder.iterdir() if p.stat().st_mtime > since]
+        return any(not p.name.isdigit() or checkpoint._problem(p) is not None for p in begun)
+    except FileNotFoundError:  # no folder yet, or a part that has just been renamed
+        return False
 
 
 def differences(whole: Path, parts: Path, steps: int) -> list[str]:
     """What differs between an undisturbed run and a disturbed one: state, exported weights, batches, losses."""
-    found, states = [], [state_of(run, steps) for run in (whole, parts)]
+    found, states = [], [checkpoint.read_state(run / "checkpoints" / str(steps)) for run in (whole, parts)]
     if sorted(states[0]) != sorted(states[1]):
         found.append("names in the state")
     found += [name for name, x in states[0].items() if not np.array_equal(x, states[1].get(name))]
@@ -85,9 +84,10 @@ def kill_often(place: Path, kills: int, steps: int, seed: int = 0) -> tuple[list
     assert runs.finish(process) == 0, Path(f"{whole}.log").read_text()[-2000:]
     life_s = first_s + 0.5 * (time.monotonic() - began - first_s)
     while len(told) < kills:
-        process, began = start(parts), time.monotonic()
+        clock, began = time.time(), time.monotonic()
+        process = start(parts)
         if len(told) % 3 == 1:  # during a save
-            while process.exitcode is None and not is_saving(parts / "checkpoints"):
+            while process.exitcode is None and not is_saving(parts / "checkpoints", clock):
                 time.sleep(0.0005)
             time.sleep(draw.uniform(0, 0.05))
         else:
@@ -105,7 +105,7 @@ def kill_often(place: Path, kills: int, steps: int, seed: int = 0) -> tuple[list
             {
                 "after_s": round(time.monotonic() - began, 2),
                 "steps_seen": done,
-                "during_a_save": is_saving(parts / "checkpoints"),
+                "during_a_save": is_saving(parts / "checkpoints", clock),
                 "checkpoints": checkpoint.steps(parts / "checkpoints"),
             }
         )

@@ -8,7 +8,6 @@ import fixture_data
 import numpy as np
 import pytest
 import runs
-from test_kills import state_of
 
 from deepasmr_jax import checkpoint, metrics, sharding
 
@@ -51,11 +50,14 @@ def test_two_processes_end_with_the_weights_of_one(folder, tmp_path, stage, mesh
         assert sorted(a) == sorted(b)
         for name in a:
             if name.startswith(("train/", "eval/")):
-                assert b[name] == pytest.approx(a[name], rel=1e-4), name  # sums over devices in another order
-    one, two = (state_of(tmp_path / name, 4) for name in ("one", "two"))
+                # sums over devices in another order; terms of a gradient cancel each other
+                near = 1e-3 if name == "train/grad_norm" else 1e-5
+                assert b[name] == pytest.approx(a[name], rel=near, abs=1e-6), name
+    one, two = (checkpoint.read_state(tmp_path / name / "checkpoints" / "4") for name in ("one", "two"))
+    assert sorted(one) == sorted(two)
     for name in one:
-        # Adam divides by the size of a gradient: where that is nearly nothing, rounding is seen
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=2e-4, err_msg=name)
+        # Adam divides by the size of a gradient: where that is nearly nothing, its rounding becomes a step
+        assert np.linalg.norm(two[name] - one[name]) <= 0.01 * np.linalg.norm(one[name]) + 1e-6, name
 
 
 def test_sigterm_to_one_of_two_processes_saves_on_both_and_the_next_start_goes_on(folder, tmp_path):
