@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
             styles=("normal",),
             style_weights=(1.0,),
             max_prompt_tokens=250,
-            num_threads=8,
+            worker_count=8,
         ),
         optim=Optim(name="adam", lr=1e-5, schedule="noam", warmup_steps=10_000, clip_norm=5.0),
         steps=250_000,

@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
             num_tokens=2048,
             styles=("normal",),
             style_weights=(1.0,),
-            num_threads=8,
+            worker_count=8,
         ),
         optim=Optim(name="adam", lr=1e-4, schedule="noam", warmup_steps=10_000, clip_norm=5.0),
         steps=250_000,

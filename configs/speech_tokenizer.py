@@ -22,7 +22,7 @@ def get_config() -> TrainConfig:
         component="speech_tokenizer",
         model=dataclasses.replace(speech_tokenizer.s3_v2(), has_head=True, dtype="bfloat16", remat=True),
         data=input_pipeline.Config(
-            stage="speech_tokenizer", batch_size=64, num_samples=160_000, num_threads=8
+            stage="speech_tokenizer", batch_size=64, num_samples=160_000, worker_count=8
         ),
         optim=Optim(name="adam", lr=1e-4, schedule="noam", warmup_steps=10_000, clip_norm=5.0),
         steps=210_000,

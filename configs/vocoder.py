@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
         component="vocoder",
         model=vocoder.v1(),
         data=input_pipeline.Config(
-            stage="vocoder", batch_size=16, num_samples=8192, mel_profile="hifigan", num_threads=8
+            stage="vocoder", batch_size=16, num_samples=8192, mel_profile="hifigan", worker_count=8
         ),
         optim=Optim(
             name="adamw",
