@@ -23,7 +23,9 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -77,7 +79,7 @@ class Config:
     max_prompt_tokens: int = 100
     # vocoder, speech_tokenizer, speaker
     num_samples: int = 16000  # W; for the vocoder at the rate of mel_profile
-    # reading; order and saved position depend on worker_count
+    # reading; the saved position depends on worker_count, the order does not
     worker_count: int = 0  # processes; 0: threads of this one
     num_threads: int = 2
     num_prefetch: int = 4  # batches made ahead
@@ -720,6 +722,8 @@ class _Waves:
 def make(cfg: Config, process_index: int = 0, process_count: int = 1):
     """The endless Grain dataset of this process's batches; `iter` of it can be saved and restored.
 
+    With `worker_count` the iterator has to be closed before the program ends: its processes ignore SIGTERM.
+
     Args:
         cfg: stage, folders and row shape.
         process_index: this host.
@@ -743,9 +747,23 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1):
         options = grain.MultiprocessingOptions(
             num_workers=cfg.worker_count, per_worker_buffer_size=cfg.num_prefetch
         )
-        return chain.mp_prefetch(options)
+        return chain.mp_prefetch(options, worker_init_fn=_guard_worker)
     ahead = max(cfg.num_prefetch, cfg.num_threads)  # with fewer, Grain leaves threads idle
     return dataset.to_iter_dataset(grain.ReadOptions(cfg.num_threads, ahead))
+
+
+def _guard_worker(index: int, count: int) -> None:
+    """In a worker process: a signal to the whole job is for the main process; the worker ends when that has gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def first_batches(cfg: Config, count: int, process_index: int = 0, process_count: int = 1) -> list[dict]:
@@ -758,5 +776,5 @@ def first_batches(cfg: Config, count: int, process_index: int = 0, process_count
     Returns:
         Dicts of NumPy arrays, see the file docstring.
     """
-    batches: Iterator = iter(make(cfg, process_index, process_count))
+    batches: Iterator = iter(make(dataclasses.replace(cfg, worker_count=0), process_index, process_count))
     return [next(batches) for _ in range(count)]

@@ -9,6 +9,7 @@ counts are divided here, once.
 """
 
 import argparse
+import atexit
 import dataclasses
 import functools
 import importlib
@@ -575,10 +576,11 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
     if cfg.data.stage == "lm":
         check_text_ids(cfg)
     data = iter(input_pipeline.make(cfg.data, *hosts))
+    atexit.register(data.close)  # after an error too
     held_out = []
     if cfg.eval_batches:
         held_out = input_pipeline.first_batches(
-            dataclasses.replace(cfg.data, split=cfg.eval_split, worker_count=0, spell_probability=0.0),
+            dataclasses.replace(cfg.data, split=cfg.eval_split, spell_probability=0.0),
             cfg.eval_batches, *hosts,
         )  # fmt: skip
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep, cfg.keep_every)
@@ -688,6 +690,8 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         folder = Path(export) if export is not None else workdir / "export"
         export_state(cfg, state, folder, step)
         writer.close()
+        data.close()
+        atexit.unregister(data.close)
         _say(f"stopped at step {step} ({stop.reason or 'all steps done'}); weights in {folder}")
     return state
 

@@ -49,7 +49,14 @@ def free_address() -> str:
 
 
 def _run(
-    arguments: list[str], log: str, devices: int = 1, place=None, record=None, cache=None, limit=None
+    arguments: list[str],
+    log: str,
+    devices: int = 1,
+    place=None,
+    record=None,
+    cache=None,
+    limit=None,
+    group=False,
 ) -> None:
     """Body of the process.
 
@@ -60,8 +67,11 @@ def _run(
         place: (address, number of processes, this one), to join other processes.
         record: file to which "STEP DIGEST-OF-THE-BATCH" is appended before each update.
         cache: folder of compiled programs.
+        group: be the first of a process group, to be signalled as a whole.
         limit: (step, bytes): from this step on no file can be written beyond so many bytes, as on a full disk.
     """
+    if group:
+        os.setpgrp()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)

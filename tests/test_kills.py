@@ -8,8 +8,10 @@ from before its first step on.
 
 import argparse
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -143,6 +145,39 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing_older(tmp_path
     assert runs.finish(start(run)) == 0
     assert "start: checkpoint of step 2" in Path(f"{run}.log").read_text()
     assert differences(tmp_path / "whole", run, 4) == []
+
+
+def test_with_worker_processes_a_signal_to_the_whole_job_saves_and_no_worker_outlives_a_kill(tmp_path):
+    data, run = fixture_data.write(tmp_path / "data", {"train": 16}), tmp_path / "run"
+    sets = (
+        f"data.data_dirs={data}",
+        "steps=100000",
+        "eval_batches=0",
+        "data.worker_count=1",
+        "save_every=100000",
+    )
+    for number, word in ((signal.SIGTERM, "stopped at step"), (signal.SIGKILL, "start: checkpoint of step")):
+        process = runs.start(run, CONFIG, *sets, cache=tmp_path / "cache", group=True)
+        before = len(metrics.read(run / "metrics.jsonl")) if run.exists() else 0
+        while process.exitcode is None and not (
+            (run / "metrics.jsonl").exists() and len(metrics.read(run / "metrics.jsonl")) > before
+        ):
+            time.sleep(0.05)
+        if number == signal.SIGTERM:
+            os.killpg(process.pid, number)
+            assert runs.finish(process) == 0
+        else:
+            process.kill()
+        assert word in Path(f"{run}.log").read_text()
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            try:
+                os.killpg(process.pid, 0)  # anyone left of the group?
+            except ProcessLookupError:
+                break
+            process.join(0.1)
+        else:
+            pytest.fail("a worker is still there a minute after its run has ended")
 
 
 def main() -> int:
