@@ -56,8 +56,9 @@ def test_two_processes_end_with_the_weights_of_one(folder, tmp_path, stage, mesh
     one, two = (checkpoint.read_state(tmp_path / name / "checkpoints" / "4") for name in ("one", "two"))
     assert sorted(one) == sorted(two)
     for name in one:
-        # Adam divides by the size of a gradient: where that is nearly nothing, its rounding becomes a step
-        assert np.linalg.norm(two[name] - one[name]) <= 0.01 * np.linalg.norm(one[name]) + 1e-6, name
+        # Adam divides by the size of a gradient: where that is nearly nothing, its rounding becomes a step. Found:
+        # up to 0.023 in biases that began at 0, other noise or rows would make about 1
+        assert np.linalg.norm(two[name] - one[name]) <= 0.05 * np.linalg.norm(one[name]) + 1e-6, name
 
 
 def test_sigterm_to_one_of_two_processes_saves_on_both_and_the_next_start_goes_on(folder, tmp_path):
