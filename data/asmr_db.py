@@ -17,6 +17,7 @@ import io
 import json
 import random
 import sys
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -75,8 +76,8 @@ def index_row(row: dict, folder: Path, topics: asmr_db_topics.Topics) -> dict:
             f"the topic {topic} is left out{shown}" if topic else "no keyword of a topic in title and tags"
         )
     facts = Recording(
-        safe_name(row.get("id") or Path(path).stem), path, safe_name(row["speaker"].strip()), topic,
-        row.get("language") or "", row.get("style", "asmr"), row.get("gender", ""), row.get("rights", ""),
+        safe_name(str(row.get("id") or Path(path).stem)), path, safe_name(row["speaker"].strip()), topic,
+        row.get("language") or "", row.get("style", "asmr"), str(row.get("gender", "")), str(row.get("rights", "")),
     )  # fmt: skip
     return {"accepted": is_kept, "reason": reason, "keyword": keyword} | dataclasses.asdict(facts)
 
@@ -172,8 +173,12 @@ def vet(work: str | Path, seed: int = 0) -> list[dict]:
                 print(f"note: {r.id} is not vetted: {e}", file=sys.stderr)
         number = 0
         for window in draw_clips(usable, lengths_s, seed) if usable else ():
-            with Folder(work).open(window.recording.audio) as file:
-                wav, rate = asmr_db_pieces.read(window.recording, file, window.start_s, window.end_s)
+            try:
+                with Folder(work).open(window.recording.audio) as file:
+                    wav, rate = asmr_db_pieces.read(window.recording, file, window.start_s, window.end_s)
+            except (ValueError, OSError) as e:
+                print(f"note: no clip of {window.recording.id}: {e}", file=sys.stderr)
+                continue
             if audio.is_silent(wav):
                 continue
             number += 1
@@ -280,18 +285,24 @@ def make(
     Raises:
         Unusable: if the recogniser itself cannot work; what was finished stays.
     """
-    store, counts = Folder(work), Counter()
+    store, counts, stop = Folder(work), Counter(), threading.Event()
     todo = [p for r in recordings for p in asmr_db_pieces.pieces(r, store)]
+
+    def one(piece: Piece) -> str:
+        try:
+            return "" if stop.is_set() else asmr_db_pieces.make_piece(piece, store, recognizer, settings)
+        except BaseException:  # the recogniser cannot work: the others need not begin
+            stop.set()
+            raise
+
     with concurrent.futures.ThreadPoolExecutor(max(workers, 1)) as pool:
-        jobs = [pool.submit(asmr_db_pieces.make_piece, p, store, recognizer, settings) for p in todo]
+        jobs = [pool.submit(one, p) for p in todo]
         try:
             for i, job in enumerate(concurrent.futures.as_completed(jobs), 1):
                 counts[job.result()] += 1
                 print(f"\r{i} of {len(todo)} pieces", end="", file=sys.stderr, flush=True)
-        except BaseException:  # a recogniser that cannot work, or Ctrl-C: do not begin the others
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
+        finally:  # also after Ctrl-C
+            stop.set()
             print(file=sys.stderr)
     return counts
 
