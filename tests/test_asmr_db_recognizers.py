@@ -171,13 +171,15 @@ def whisper_folder(tmp_path_factory):
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.WhisperForConditionalGeneration(cfg)
-    given = model.generation_config
-    given.update(
-        is_multilingual=True, lang_to_id={"<|en|>": vocab["<|en|>"], "<|zh|>": vocab["<|zh|>"]},
-        task_to_id={"transcribe": vocab["<|transcribe|>"], "translate": vocab["<|translate|>"]},
-        no_timestamps_token_id=vocab["<|notimestamps|>"], max_initial_timestamp_index=50, max_length=24,
-    )  # fmt: skip
     model.save_pretrained(folder)
+    own = {
+        "is_multilingual": True, "lang_to_id": {f"<|{c}|>": vocab[f"<|{c}|>"] for c in ("en", "zh")},
+        "task_to_id": {c: vocab[f"<|{c}|>"] for c in ("transcribe", "translate")},
+        "no_timestamps_token_id": vocab["<|notimestamps|>"], "max_initial_timestamp_index": 50, "max_length": 24,
+        "decoder_start_token_id": vocab["<|startoftranscript|>"], "pad_token_id": end, "bos_token_id": end,
+        "eos_token_id": end,
+    }  # fmt: skip
+    (folder / "generation_config.json").write_text(json.dumps(own))
     return folder
 
 
