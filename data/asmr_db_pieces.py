@@ -17,7 +17,7 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import asmr_db_segments
 import numpy as np
@@ -73,6 +73,7 @@ class Settings:
     cut: asmr_db_segments.Config = asmr_db_segments.Config()
 
 
+@runtime_checkable  # Beam checks arguments against it
 class Store(Protocol):
     """Files of the work folder by names with "/", and recordings by their own path. Writes are whole or absent."""
 
