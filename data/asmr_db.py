@@ -90,7 +90,7 @@ def index(source: str | Path, out: str | Path, topics: asmr_db_topics.Topics) ->
         out: the work folder.
 
     Returns:
-        How many of each topic are accepted, and under "" how many are not.
+        How many of each topic are accepted; under "left out", how many are not, and under "unusable", bad lines.
     """
     source, rows, seen = Path(source), [], set()
     if not source.is_file():
@@ -107,7 +107,9 @@ def index(source: str | Path, out: str | Path, topics: asmr_db_topics.Topics) ->
             found = {"accepted": False, "reason": f"line {i} of {source.name}: {e}", "line": row}
         rows.append(found)
     Folder(out).write(INDEX, asmr_db_pieces.json_lines(rows))
-    return Counter(row["topic"] if row["accepted"] else "" for row in rows)
+    return Counter(
+        row["topic"] if row["accepted"] else "unusable" if "line" in row else "left out" for row in rows
+    )
 
 
 def recordings_of(work: str | Path) -> list[Recording]:
@@ -387,8 +389,9 @@ def main(argv: list[str] | None = None) -> int:
             topics = asmr_db_topics.read(args.topics) if args.topics else asmr_db_topics.BUILT_IN
             counts = index(args.list, args.out, topics)
             for topic, number in sorted(counts.items()):
-                print(f"{topic or 'left out'}: {number}")
+                print(f"{topic}: {number}")
             print(f"reasons are in {Path(args.out) / INDEX}")
+            return 1 if counts["unusable"] else 0
         else:
             rows = vet(args.work, args.seed)
             speakers = len({row["speaker"] for row in rows})

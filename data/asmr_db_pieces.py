@@ -210,7 +210,9 @@ def make_piece(
         lines = []
         for segment in found:
             try:
-                language = recording.language or segment.language or text_lib.detect_language(segment.text)
+                language = recording.language or segment.language
+                if language not in text_lib.LANGUAGES:
+                    language = text_lib.detect_language(segment.text)
             except ValueError as e:
                 start_s, end_s = segment.spans[0][0], segment.spans[-1][1]
                 lost = {"reason": str(e), "start_s": start_s, "end_s": end_s, "seconds": segment.duration_s}

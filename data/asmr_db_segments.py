@@ -22,7 +22,7 @@ class Config:
     a silence is long from here on; keep_s, what stays of a long silence at either side of a sound; reach_s, sound
     that is farther from any words (long silence not counted) is no part of a segment: breath is nearer, minutes of
     tapping are not. In decibels: margin_db, sound is at least so far above the floor; contrast_db, the floor is at
-    least so far below the loud frames, otherwise the piece has no long silence.
+    least so far below the loud frames; steady_db, the levels of a second of floor are no wider apart.
 
     Raises:
         ValueError: if a length is not positive, or min_s is not below max_s.
@@ -35,6 +35,7 @@ class Config:
     reach_s: float = 3.0
     margin_db: float = 3.0
     contrast_db: float = 12.0
+    steady_db: float = 8.0
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -94,21 +95,28 @@ class Segment:
 
 
 def levels_db(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """RMS level [T] of 20 ms frames of [W] in dB of full scale; -120 where there is no sound at all."""
+    """Level [T] of 20 ms frames of [W] in dB of full scale; -120 where there is no sound at all.
+
+    RMS above 150 Hz: the rumble of a room would hide breath.
+    """
+    from scipy import signal
+
     count = int(len(wav) / (FRAME_S * sample_rate) + 1e-6)
     if not count:
         raise ValueError(f"{len(wav)} samples at {sample_rate} Hz are less than one frame of {FRAME_S} s")
     edges = np.round(np.arange(count + 1) * FRAME_S * sample_rate).astype(int)  # no drift at odd rates
-    energy = np.add.reduceat(np.square(wav[: edges[-1]], dtype=np.float64), edges[:-1])
+    high = signal.sosfilt(signal.butter(4, 150, "high", fs=sample_rate, output="sos"), wav[: edges[-1]])
+    energy = np.add.reduceat(np.square(high, dtype=np.float64), edges[:-1])
     return 10 * np.log10(np.maximum(energy / np.diff(edges), 1e-12))
 
 
 def is_sound(levels: np.ndarray, cfg: Config = Config()) -> np.ndarray:
     """Which frames hold more than the floor of their piece: speech, breath, any sound.
 
-    The floor is the loud part (90th percentile) of the quietest second. A frame is sound if it lies `margin_db` above
-    it, median of five frames. If even the quietest second is within `contrast_db` of the loud frames, the piece has no
-    silence but digital one (frames below `DIGITAL_DB`), which never counts for the floor.
+    The floor is the loud part (90th percentile) of the quietest steady second. A frame is sound if it lies
+    `margin_db` above it, median of five frames. Speech is never steady: a soft passage without pauses is no floor.
+    Where no second is steady and far enough below the loud frames, only digital silence (below `DIGITAL_DB`) is
+    silence; it never counts for the floor.
 
     Args:
         levels: [T] of `levels_db`.
@@ -117,17 +125,15 @@ def is_sound(levels: np.ndarray, cfg: Config = Config()) -> np.ndarray:
         [T] bool.
     """
     recorded = levels > DIGITAL_DB
-    if not recorded.any():
+    window = round(1.0 / FRAME_S)
+    if np.count_nonzero(recorded) < window:
         return recorded
-    window = min(round(1.0 / FRAME_S), int(recorded.sum()))
-    around = np.lib.stride_tricks.sliding_window_view(levels, window)
+    low, high = np.percentile(np.lib.stride_tricks.sliding_window_view(levels, window), (10, 90), axis=1)
     whole = np.lib.stride_tricks.sliding_window_view(recorded, window).all(axis=1)
-    if not whole.any():  # sound in pieces of less than a second: gated, so that all of it is wanted
+    quiet = high[whole & (high - low <= cfg.steady_db)]
+    if not quiet.size or quiet.min() > np.percentile(levels[recorded], 95) - cfg.contrast_db:
         return recorded
-    floor = np.min(np.percentile(around[whole], 90, axis=1))
-    loud = np.percentile(levels[recorded], 95)
-    if floor > loud - cfg.contrast_db:
-        return recorded
+    floor = quiet.min()
     smooth = np.median(np.lib.stride_tricks.sliding_window_view(np.pad(levels, 2, mode="edge"), 5), axis=1)
     return recorded & (smooth > floor + cfg.margin_db)
 

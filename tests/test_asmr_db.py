@@ -22,7 +22,7 @@ import asmr_db_topics as topics  # noqa: E402
 from asmr_db_pieces import Folder, Piece, Recording, Settings  # noqa: E402
 from asmr_db_segments import Phrase, Word  # noqa: E402
 
-from deepasmr_jax import pool, request  # noqa: E402
+from deepasmr_jax import audio, pool, request  # noqa: E402
 
 SCENE = whispered()
 
@@ -99,7 +99,9 @@ def listed(tmp_path):
     path = tmp_path / "recordings.jsonl"
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
     work = tmp_path / "work"
-    assert asmr_db.main(["index", str(path), "--out", str(work)]) == 0
+    assert (
+        asmr_db.main(["index", str(path), "--out", str(work)]) == 1
+    )  # bad lines are recorded, the rest goes on
     return path, work
 
 
@@ -229,6 +231,16 @@ def test_every_breath_is_kept_and_long_silence_goes_at_any_level(level_db, room_
     assert gone + sum(s.duration_s for s in found) == pytest.approx(len(scene.wav) / RATE, abs=0.02)
 
 
+@pytest.mark.parametrize("name", ["en_asmr", "en_normal", "zh_asmr", "zh_normal"])
+def test_of_the_bundled_clips_in_a_room_nothing_but_long_silence_goes(name):
+    clip = audio.load(request.BUILT_IN / "demo" / f"{name}.wav", RATE)
+    wav = np.concatenate([clip, np.zeros(5 * RATE, np.float32), clip])
+    wav += 10 ** (-75 / 20) * _noise(len(wav) / RATE, 1.0)
+    keep, n = segmenting.kept(segmenting.levels_db(wav, RATE)), len(clip) // 320
+    assert keep[:n].all() and keep[-n:].all()
+    assert keep[n:-n].sum() * 0.02 <= 0.6  # of five seconds
+
+
 def test_segments_hold_their_words_at_the_times_of_the_transcript():
     found, _ = segmenting.segments(SCENE.wav, RATE, _heard(SCENE))
     spoken = [p for s in found for p in s.phrases]
@@ -247,12 +259,29 @@ def test_speech_without_any_pause_loses_nothing():
     assert left_out == [] and found[0].spans == ((0.0, 20.0),)
 
 
+def test_a_soft_passage_without_pauses_is_no_silence():
+    words = np.concatenate([np.append(_noise(0.3, 1.0, i), np.zeros(RATE // 12)) for i in range(50)])
+    wav = np.concatenate([10 ** (-30 / 20) * words, 10 ** (-58 / 20) * words])
+    wav = (wav + 10 ** (-70 / 20) * _noise(len(wav) / RATE, 1.0, 99)[: len(wav)]).astype(np.float32)
+    assert segmenting.kept(segmenting.levels_db(wav, RATE)).all()
+
+
+def test_the_rumble_of_a_room_does_not_hide_breath():
+    t = np.arange(len(SCENE.wav)) / RATE
+    rumble = 0.01 * np.sin(2 * np.pi * 35 * t) * (1 + np.sin(2 * np.pi * 0.7 * t))  # as loud as the words
+    levels = segmenting.levels_db((SCENE.wav + rumble).astype(np.float32), RATE)
+    keep = segmenting.kept(levels)
+    at = lambda span: keep[round(span[0] / 0.02) : round(span[1] / 0.02)]
+    assert all(at(b).all() for b in SCENE.breaths) and not at(SCENE.silences[0])[50:-50].any()
+
+
 def test_in_a_gated_recording_everything_but_digital_silence_is_sound():
     wav = np.zeros(20 * RATE, np.float32)
     for start_s in (2, 9, 15):  # half a second each, the faintest at -80 dB
         wav[start_s * RATE : start_s * RATE + RATE // 2] = _noise(0.5, 1e-4 * start_s)
     sound = segmenting.is_sound(segmenting.levels_db(wav, RATE))
-    assert sound.sum() == 3 * 25 and sound[2 * 50 : 2 * 50 + 25].all()
+    assert sound[2 * 50 : 2 * 50 + 25].all()
+    assert 3 * 25 <= sound.sum() <= 3 * 26  # the filter's tail may reach one frame more
 
 
 def test_a_recording_without_any_sound_gives_nothing_and_says_so():
@@ -419,6 +448,8 @@ def test_a_language_that_is_neither_is_left_out_and_said(tmp_path, service):
     heard.name = "test"
     assert asmr_db_pieces.make_piece(piece, store, heard, Settings()) == "made"
     assert "Cyrillic" in store.read("left_out/r-000.jsonl").decode()
+    (row,) = store.read("segments/r-000.jsonl").decode().splitlines()
+    assert json.loads(row)["text"] == "good night" and json.loads(row)["language"] == "en"
 
 
 # ---------------------------------------------------------------- card
