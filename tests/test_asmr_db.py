@@ -443,7 +443,7 @@ def test_a_language_that_is_neither_is_left_out_and_said(tmp_path, service):
     piece = Piece(Recording("r", str(path), "s", "sleep"), 0, 0.0, len(SCENE.wav) / RATE)
 
     def heard(wav, language):
-        return [Phrase("Закрой глаза", 1.4, 3.0), Phrase("good night", 7.0, 9.0, (), "fr")]
+        return [Phrase("Закрой глаза", 1.4, 3.0), Phrase("good night", 12.9, 14.6, (), "fr")]
 
     heard.name = "test"
     assert asmr_db_pieces.make_piece(piece, store, heard, Settings()) == "made"
