@@ -30,6 +30,8 @@ from deepasmr_jax import (
     flow,
     flow_cosyvoice2,
     lm,
+    public_cosyvoice2,
+    public_models,
     public_names,
     speaker,
     speaker_campplus,
@@ -38,6 +40,7 @@ from deepasmr_jax import (
     vocoder,
     vocoder_hift,
     weight_files,
+    weight_tensors,
 )
 from deepasmr_jax import text as text_lib
 
@@ -276,7 +279,7 @@ def _wavlm_config(t: Mapping) -> speaker_wavlm.Config:
 def _wavlm_tensors(tensors: Mapping) -> dict[str, np.ndarray]:
     """The tensors under "model", named as in the file, without weight norm."""
     named = {f"model.{name}": x for name, x in tensors.items()}
-    return public_names.fold_weight_norm(named, public_names.wavlm_kept_axis)
+    return public_names.fold_weight_norm(named, public_models.wavlm_kept_axis)
 
 
 def _discriminators_config(t: Mapping) -> vocoder.Config:
@@ -307,10 +310,10 @@ KINDS = (
         "lm",
         ("llm_embedding.weight", "llm_decoder.weight", "speech_embedding.weight"),
         lambda t: _lm_config(t, num_codes=t["speech_embedding.weight"].shape[0] - 3),
-        public_names.lm_cosyvoice2,
+        public_cosyvoice2.lm_cosyvoice2,
         "Apache-2.0",
         lm.init,
-        public_names.lm_cosyvoice2_tensors,
+        public_cosyvoice2.lm_cosyvoice2_tensors,
         released=(("llm.pt", 2_023_316_821, None),),
     ),
     Kind(
@@ -320,31 +323,31 @@ KINDS = (
         lambda t: _lm_config(
             t, num_codes=t["speech_embedding.weight"].shape[0] - 200, num_special=200, end_offset=1
         ),
-        public_names.lm_cosyvoice3,
+        public_cosyvoice2.lm_cosyvoice3,
         "Apache-2.0",
         lm.init,
-        public_names.lm_cosyvoice3_tensors,
+        public_cosyvoice2.lm_cosyvoice3_tensors,
     ),
     Kind(
         "Qwen2 language model, start of a speech model",
         "lm",
         ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"),
         lambda t: _lm_config(t, "model."),
-        public_names.qwen2,
+        public_cosyvoice2.qwen2,
         "Apache-2.0",
         lm.init,
         ignored=(r"lm_head\.weight",),
-        absent=public_names.QWEN2_ABSENT,
+        absent=public_cosyvoice2.QWEN2_ABSENT,
     ),
     Kind(
         E2_TTS,
         "flow",
         ("ema_model.transformer.input_embed.proj.weight", "ema_model.transformer.norm_out.g"),
         _e2_config,
-        public_names.flow_e2,
+        public_models.flow_e2,
         "CC BY-NC 4.0",
         flow.init,
-        ignored=public_names.FLOW_E2_IGNORED,
+        ignored=public_models.FLOW_E2_IGNORED,
         mel_profile="f5",
     ),
     Kind(
@@ -352,7 +355,7 @@ KINDS = (
         "flow",
         ("encoder.pre_lookahead_layer.conv1.weight", "decoder.estimator.final_proj.weight"),
         _flow_b_config,
-        public_names.flow_cosyvoice2,
+        public_cosyvoice2.flow_cosyvoice2,
         "Apache-2.0",
         flow_cosyvoice2.init,
         mel_profile="cv2",
@@ -363,10 +366,10 @@ KINDS = (
         "vocoder",
         ("m_source.l_linear.weight", "f0_predictor.classifier.weight"),
         _hift_config,
-        public_names.hift,
+        public_cosyvoice2.hift,
         "Apache-2.0",
         vocoder_hift.init,
-        public_names.hift_tensors,
+        public_cosyvoice2.hift_tensors,
         mel_profile="cv2",
         released=(("hift.pt", 83_390_254, None),),
     ),
@@ -375,7 +378,7 @@ KINDS = (
         "speech_tokenizer",
         ("encoder.conv1.weight", "quantizer._codebook.project_down.weight"),
         _s3_config,
-        public_names.s3_v2,
+        public_cosyvoice2.s3_v2,
         "Apache-2.0",
         speech_tokenizer.init,
         released=(
@@ -391,7 +394,7 @@ KINDS = (
         "speaker",
         ("xvector.tdnn.linear.weight", "head.conv1.weight"),
         _campplus_config,
-        public_names.campplus,
+        public_cosyvoice2.campplus,
         "Apache-2.0",
         speaker_campplus.init,
         ignored=public_names.NO_COUNTS,
@@ -402,20 +405,20 @@ KINDS = (
         "speaker",
         ("seg_1.weight", "layer1.0.conv1.weight"),
         _resnet_config,
-        public_names.wespeaker,
+        public_models.wespeaker,
         "CC BY 4.0",
         speaker.init,
-        ignored=public_names.WESPEAKER_IGNORED,
+        ignored=public_models.WESPEAKER_IGNORED,
     ),
     Kind(
         "HiFi-GAN generator",
         "vocoder",
         ("conv_pre.weight", "ups.0.weight", "resblocks.0.convs"),
         _hifigan_config,
-        public_names.hifigan,
+        public_models.hifigan,
         "MIT",
         vocoder.init_generator,
-        public_names.hifigan_folded,
+        public_models.hifigan_folded,
         mel_profile="hifigan",
     ),
     Kind(
@@ -423,10 +426,10 @@ KINDS = (
         "discriminators",
         ("mpd.discriminators.0.convs.0.", "msd.discriminators.0.convs.0."),
         _discriminators_config,
-        public_names.hifigan_discriminators,
+        public_models.hifigan_discriminators,
         "MIT",
         vocoder.Discriminators,
-        public_names.hifigan_folded,
+        public_models.hifigan_folded,
         mel_profile="hifigan",
     ),
     Kind(
@@ -434,11 +437,11 @@ KINDS = (
         "speaker_judge",
         ("feature_extract.model.encoder.pos_conv.0.", "layer2.SE_Connect.linear1.weight"),
         _wavlm_config,
-        public_names.wavlm,
+        public_models.wavlm,
         "CC BY-SA 3.0",
         speaker_wavlm.init,
         _wavlm_tensors,
-        ignored=public_names.WAVLM_IGNORED,
+        ignored=public_models.WAVLM_IGNORED,
     ),
 )
 COSYVOICE2 = ("llm.pt", "flow.pt", "hift.pt", "speech_tokenizer_v2.onnx", "campplus.onnx")
@@ -468,7 +471,9 @@ def recognise(path: str | os.PathLike) -> Found:
         try:
             campplus = _campplus_graph_config(graph)
             tree: Mapping = (
-                public_names.campplus_onnx(campplus, graph) if campplus else public_names.s3_v2_onnx(graph)
+                public_cosyvoice2.campplus_onnx(campplus, graph)
+                if campplus
+                else public_cosyvoice2.s3_v2_onnx(graph)
             )
         except _BENT as e:
             if campplus:
@@ -516,10 +521,10 @@ _BENT = (KeyError, ValueError, IndexError, TypeError, ArithmeticError)  # what t
 def _check_memory(path: Path, tensors: Mapping) -> None:
     """Refuses a tensor that does not fit into memory in float32; arrays are mapped here, none is read."""
     for name, x in tensors.items():
-        if 4 * x.size > weight_files.memory_bytes():
+        if 4 * x.size > weight_tensors.memory_bytes():
             raise ValueError(
                 f"{path} has {name} of {4 * x.size / 2**30:,.0f} GiB in float32, more than the memory of this machine "
-                f"({weight_files.memory_bytes() / 2**30:,.0f} GiB); use a larger machine, or fetch the file again"
+                f"({weight_tensors.memory_bytes() / 2**30:,.0f} GiB); use a larger machine, or fetch the file again"
             )
 
 
@@ -856,7 +861,7 @@ def write(found: Found, folder: Path, dtype: str) -> None:
         cfg = _decoder_around(found.config, kind.mel_profile)
         module = flow.init(cfg, jax.random.key(0))
         shapes = {k: np.asarray(x) for k, x in checkpoint.named_arrays(jax.device_get(module)).items()}
-        started, provenance["copied"] = public_names.warm_start_flow(
+        started, provenance["copied"] = public_models.warm_start_flow(
             cfg, found.tensors, shapes, kind.mel_profile, str(found.path)
         )
         arrays = started.items()
@@ -915,9 +920,9 @@ def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:
     arrays = checkpoint.component_arrays(model, checkpoint.read_config(model)["components"]["lm"])
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    backbone = public_names.to_theirs(public_names.qwen2(cfg), arrays)
-    table = public_names.lm_cosyvoice2(cfg)
-    speech = {k: s for k, s in table.items() if k not in public_names.qwen2(cfg)}
+    backbone = public_names.to_theirs(public_cosyvoice2.qwen2(cfg), arrays)
+    table = public_cosyvoice2.lm_cosyvoice2(cfg)
+    speech = {k: s for k, s in table.items() if k not in public_cosyvoice2.qwen2(cfg)}
     checkpoint.write_arrays(out / "model.safetensors", backbone, {"format": "pt"})
     checkpoint.write_arrays(
         out / "speech.safetensors", public_names.to_theirs(speech, arrays), {"format": "pt"}

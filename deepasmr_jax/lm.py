@@ -112,7 +112,7 @@ def cosyvoice3(**changes) -> Config:
     """The language model of CosyVoice3: 200 special ids, end 6562; 506,157,033 parameters.
 
     The file has 8553 fewer: its head has no bias, and its two markers are rows of the speech table
-    (`public_names.lm_cosyvoice3_tensors`).
+    (`public_cosyvoice2.lm_cosyvoice3_tensors`).
     """
     return qwen2_0p5b(**(dict(num_codes=audio.NUM_CODES, num_special=200, end_offset=1) | changes))
 

@@ -25,7 +25,7 @@ if not absl.flags.FLAGS.is_parsed():
 def mesh():
     """A 1x1x1 mesh, set before every test and after it.
 
-    After it too: a module's fixtures are made before this one, under the mesh that the last test of another module left.
+    After it too: a module's fixtures are made before this one, under the mesh that the last test left.
     """
     from deepasmr_jax import sharding
 

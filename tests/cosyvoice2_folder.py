@@ -26,6 +26,7 @@ from deepasmr_jax import (  # noqa: E402
     checkpoint,
     flow_cosyvoice2,
     lm,
+    public_cosyvoice2,
     public_names,
     speaker_campplus,
     speech_tokenizer,
@@ -52,11 +53,11 @@ SMALL = {
     ),
 }  # fmt: skip
 TABLES = {
-    "llm.pt": (lm, public_names.lm_cosyvoice2),
-    "flow.pt": (flow_cosyvoice2, public_names.flow_cosyvoice2),
-    "hift.pt": (vocoder_hift, public_names.hift),
-    "speech_tokenizer_v2.onnx": (speech_tokenizer, public_names.s3_v2),
-    "campplus.onnx": (speaker_campplus, public_names.campplus),
+    "llm.pt": (lm, public_cosyvoice2.lm_cosyvoice2),
+    "flow.pt": (flow_cosyvoice2, public_cosyvoice2.flow_cosyvoice2),
+    "hift.pt": (vocoder_hift, public_cosyvoice2.hift),
+    "speech_tokenizer_v2.onnx": (speech_tokenizer, public_cosyvoice2.s3_v2),
+    "campplus.onnx": (speaker_campplus, public_cosyvoice2.campplus),
 }
 PLAIN = ("source_downs", "m_source", "f0_predictor.classifier")  # of HiFT: without weight norm
 
@@ -120,8 +121,8 @@ def _weight_normed(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def campplus_graph(tensors: dict[str, np.ndarray], cfg) -> tuple[dict, list]:
     """An ONNX graph of CAM++ as far as parameters go; a norm after a convolution is folded into it, as exporters do."""
-    initializers, nodes, norms = {}, [], dict(public_names._campplus_norms(cfg))
-    free = [norm for conv, norm in public_names._campplus_norms(cfg) if not conv]
+    initializers, nodes, norms = {}, [], dict(public_cosyvoice2._campplus_norms(cfg))
+    free = [norm for conv, norm in public_cosyvoice2._campplus_norms(cfg) if not conv]
 
     def values(norm: str) -> list[np.ndarray]:
         size = tensors[f"{norm}.running_mean"].shape
@@ -129,7 +130,7 @@ def campplus_graph(tensors: dict[str, np.ndarray], cfg) -> tuple[dict, list]:
         names = ("weight", "bias", "running_mean", "running_var")
         return [tensors.get(f"{norm}.{name}", defaults.get(name)) for name in names]
 
-    for i, (conv, _) in enumerate(public_names._campplus_convs(cfg)):
+    for i, (conv, _) in enumerate(public_cosyvoice2._campplus_convs(cfg)):
         weight, bias = tensors[f"{conv}.weight"], tensors.get(f"{conv}.bias")
         if conv in norms:
             scale, shift, mean, var = values(norms[conv])

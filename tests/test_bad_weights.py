@@ -14,7 +14,7 @@ import pytest
 import tiny_model
 import weight_writers
 
-from deepasmr_jax import checkpoint, cli, convert, public_names, request, speaker
+from deepasmr_jax import checkpoint, cli, convert, public_models, public_names, request, speaker
 
 CLIP = request.BUILT_IN / "demo" / "en_normal.wav"
 RESNET = speaker.Config(base_channels=4, repeats=(1, 1, 1, 1), embedding_size=16)
@@ -34,7 +34,7 @@ def resnet() -> dict[str, np.ndarray]:
     """A small WeSpeaker file: zeros under the public names."""
     like = checkpoint.abstract(lambda key: speaker.init(RESNET, key), jax.random.key(0))
     zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
-    return public_names.to_theirs(public_names.wespeaker(RESNET), zeros)
+    return public_names.to_theirs(public_models.wespeaker(RESNET), zeros)
 
 
 def good(folder: Path) -> Path:

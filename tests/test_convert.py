@@ -22,6 +22,8 @@ from deepasmr_jax import (
     convert,
     flow,
     pool,
+    public_cosyvoice2,
+    public_models,
     public_names,
     request,
     speaker_wavlm,
@@ -153,7 +155,7 @@ def test_plain_qwen2_starts_a_speech_model(model, tmp_path):
     found = checkpoint.component_arrays(tmp_path / "m", entry)
     own = checkpoint.component_arrays(model, checkpoint.read_config(model)["components"]["lm"])
     for name, x in own.items():
-        if name in public_names.QWEN2_ABSENT:
+        if name in public_cosyvoice2.QWEN2_ABSENT:
             assert (np.std(found[name]) > 0.01) == (not name.endswith("bias"))
         else:
             np.testing.assert_array_equal(found[name], x, name)
@@ -165,7 +167,7 @@ def e2_tensors() -> dict[str, np.ndarray]:
     cfg = dataclasses.replace(flow.e2tts_base(), width=128, num_layers=4, num_heads=2, num_codes=30)
     like = checkpoint.abstract(lambda key: flow.init(cfg, key), jax.random.key(0))
     hollow = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
-    shapes = {k: x.shape for k, x in public_names.to_theirs(public_names.flow_e2(cfg), hollow).items()}
+    shapes = {k: x.shape for k, x in public_names.to_theirs(public_models.flow_e2(cfg), hollow).items()}
     return cosyvoice2_folder.public_weights.state(shapes, 3)
 
 
@@ -201,7 +203,7 @@ def test_a_part_of_a_stricter_licence_changes_that_of_the_model(model, tmp_path,
     like = checkpoint.abstract(lambda key: convert.speaker.init(cfg, key), jax.random.key(0))
     zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
     weight_writers.write_torch_zip(
-        tmp_path / "avg_model.pt", public_names.to_theirs(public_names.wespeaker(cfg), zeros)
+        tmp_path / "avg_model.pt", public_names.to_theirs(public_models.wespeaker(cfg), zeros)
     )
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
@@ -280,7 +282,7 @@ def test_a_vocoder_of_another_profile_is_refused(model, tmp_path, capsys):
         lambda key: convert.vocoder.init_generator(cfg, key), convert.jax.random.key(0)
     )
     zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
-    tensors = public_names.to_theirs(public_names.hifigan(cfg), zeros)
+    tensors = public_names.to_theirs(public_models.hifigan(cfg), zeros)
     weight_writers.write_torch_zip(tmp_path / "g_00000000", {"generator": tensors})
     copy = tmp_path / "model"
     shutil.copytree(model, copy)

@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from deepasmr_jax import checkpoint, public_names, sharding
+from deepasmr_jax import checkpoint, public_cosyvoice2, public_names, sharding
 from deepasmr_jax import flow_cosyvoice2 as flow
 
 GOLDEN = Path(__file__).parent / "golden" / "flow_cosyvoice2.npz"
@@ -375,7 +375,7 @@ def public():
     cfg = flow.cosyvoice2()
     module = checkpoint.abstract(lambda key: flow.init(cfg, key), jax.random.key(0))
     shapes = {name: x.shape for name, x in checkpoint.named_arrays(module).items()}
-    table = public_names.flow_cosyvoice2(cfg)
+    table = public_cosyvoice2.flow_cosyvoice2(cfg)
     tensors = {}
     for name, source in table.items():
         zeros = np.broadcast_to(np.float32(0), shapes[name])
@@ -431,7 +431,7 @@ def test_the_table_has_the_tensors_of_the_public_file(public):
 
 
 def test_weights_come_back_from_the_public_names():
-    table = public_names.flow_cosyvoice2(TINY)
+    table = public_cosyvoice2.flow_cosyvoice2(TINY)
     arrays = {name: np.asarray(x) for name, x in checkpoint.named_arrays(make(TINY)).items()}
     theirs = public_names.to_theirs(table, arrays)
     back = dict(public_names.to_ours(table, theirs, {k: x.shape for k, x in arrays.items()}, "flow.pt"))

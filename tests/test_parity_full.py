@@ -31,6 +31,8 @@ from deepasmr_jax import (
     flow,
     flow_cosyvoice2,
     lm,
+    public_cosyvoice2,
+    public_models,
     public_names,
     sharding,
     speaker,
@@ -172,7 +174,7 @@ def test_a_plain_qwen2_file_gives_the_text_logits_of_transformers(reference):
     theirs = reference.load(theirs, state | {head: state[table]})
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)  # a table, left on the meta device
     plain = public_names.without_copy(state | {head: state[table]}, head, table)
-    ours = load(lm.init, cfg, public_names.qwen2(cfg), plain, absent=public_names.QWEN2_ABSENT)
+    ours = load(lm.init, cfg, public_cosyvoice2.qwen2(cfg), plain, absent=public_cosyvoice2.QWEN2_ABSENT)
 
     text = np.random.default_rng(0).integers(0, cfg.text_vocab, 48)
     kept = []
@@ -203,8 +205,8 @@ def test_the_speech_model_gives_the_logits_and_greedy_tokens_of_transformers(ref
     file = state | {head: state["llm.model.model.embed_tokens.weight"]}
     assert len(file) == (295 if form == 2 else 293)
     plain, table = {
-        2: (public_names.lm_cosyvoice2_tensors, public_names.lm_cosyvoice2),
-        3: (public_names.lm_cosyvoice3_tensors, public_names.lm_cosyvoice3),
+        2: (public_cosyvoice2.lm_cosyvoice2_tensors, public_cosyvoice2.lm_cosyvoice2),
+        3: (public_cosyvoice2.lm_cosyvoice3_tensors, public_cosyvoice2.lm_cosyvoice3),
     }[form]
     ours = load(lm.init, cfg, table(cfg), plain(file))
 
@@ -312,7 +314,7 @@ def test_the_tokenizer_gives_the_codes_of_s3tokenizer(reference):
     state = public_weights.state(reference.shapes(theirs), SEED)
     assert (len(state), sum(x.size for x in state.values())) == (102, 123_714_568)
     theirs = reference.load(theirs, state)
-    ours = load(speech_tokenizer.init, cfg, public_names.s3_v2(cfg), state)
+    ours = load(speech_tokenizer.init, cfg, public_cosyvoice2.s3_v2(cfg), state)
     wavs = clips()
     assert len(wavs) == 20 and max(map(len, wavs)) == 58 * 16000
     our_mels = [np.asarray(audio.s3_log_mel(x[None])[0]) for x in wavs]
@@ -412,7 +414,7 @@ def test_the_flow_gives_the_velocity_of_f5_tts(reference):
         "step": np.asarray(1200000),
         "initted": np.asarray(True),
     }
-    ours = load(flow.init, cfg, public_names.flow_e2(cfg), file, public_names.FLOW_E2_IGNORED)
+    ours = load(flow.init, cfg, public_models.flow_e2(cfg), file, public_models.FLOW_E2_IGNORED)
 
     rng = np.random.default_rng(2)
     x, condition = rng.standard_normal((2, 2, 120, 100)).astype(np.float32)
@@ -466,7 +468,7 @@ def test_the_cosyvoice2_flow_gives_the_mel_of_an_independent_one(chunk):
     import torch
 
     cfg = flow_cosyvoice2.cosyvoice2(dtype="float32", chunk_tokens=chunk)
-    table = public_names.flow_cosyvoice2(cfg)
+    table = public_cosyvoice2.flow_cosyvoice2(cfg)
     empty = checkpoint.abstract(lambda key: flow_cosyvoice2.init(cfg, key), jax.random.key(0))
     hollow = {k: np.broadcast_to(np.int8(0), x.shape) for k, x in checkpoint.named_arrays(empty).items()}
     shapes = {name: x.shape for name, x in public_names.to_theirs(table, hollow).items()}
@@ -547,7 +549,7 @@ def test_the_generator_gives_the_waveform_of_an_independent_one(reference, name,
     state = public_weights.state(reference.shapes(theirs), SEED)
     assert (len(state), sum(x.size for x in state.values())) == (count, total)
     theirs = reference.load(theirs, state)
-    ours = load(vocoder.init_generator, cfg, public_names.hifigan(cfg), public_names.hifigan_folded(state))
+    ours = load(vocoder.init_generator, cfg, public_models.hifigan(cfg), public_models.hifigan_folded(state))
     mel = np.random.default_rng(3).standard_normal((1, 86, 80)).astype(np.float32)
     with torch.inference_mode():
         want = theirs(torch.as_tensor(mel.transpose(0, 2, 1).copy())).numpy()
@@ -574,7 +576,7 @@ def test_the_hift_vocoder_gives_the_waveform_of_an_independent_one():
             state[name] = folded[name]
         assert end == ends[0] or state[name].shape == shape
     assert (len(state), sum(x.size for x in state.values())) == (328, 20_821_295)
-    ours = load(vocoder_hift.init, cfg, public_names.hift(cfg), public_names.hift_tensors(state))
+    ours = load(vocoder_hift.init, cfg, public_cosyvoice2.hift(cfg), public_cosyvoice2.hift_tensors(state))
     tensors = {name: x for name, x in state.items() if ends[0] not in name and ends[1] not in name}
     for name in [n for n in state if n.endswith(ends[1])]:  # PyTorch's own weight norm
         stem = name.removesuffix(ends[1])
@@ -614,8 +616,8 @@ def test_the_discriminators_give_the_scores_of_independent_ones(reference):
     theirs = reference.Discriminators(cfg)
     state = public_weights.state(reference.shapes(theirs), SEED)
     theirs = reference.load(theirs, state)
-    table = public_names.hifigan_discriminators(cfg)
-    ours = load(vocoder.Discriminators, cfg, table, public_names.hifigan_folded(state))
+    table = public_models.hifigan_discriminators(cfg)
+    ours = load(vocoder.Discriminators, cfg, table, public_models.hifigan_folded(state))
     wav = 0.3 * np.random.default_rng(4).standard_normal((1, 8192)).astype(np.float32)
     with torch.inference_mode():
         want = [x.numpy() for x in theirs(torch.as_tensor(wav))]
@@ -644,7 +646,7 @@ def test_the_speaker_encoder_gives_the_embeddings_of_an_independent_one(referenc
     state = public_weights.state(reference.shapes(theirs), SEED)
     assert sum(not k.startswith("projection.") for k in state) == count
     theirs = reference.load(theirs, state)
-    ours = load(speaker.init, cfg, public_names.wespeaker(cfg), state, public_names.WESPEAKER_IGNORED)
+    ours = load(speaker.init, cfg, public_models.wespeaker(cfg), state, public_models.WESPEAKER_IGNORED)
     lengths = np.asarray([150, 87], np.int32)
     fbank = (2 * np.random.default_rng(5).standard_normal((2, 150, 80))).astype(np.float32)
     fbank += 3 * np.sin(np.arange(80) / 9 * np.asarray([1.0, 2.3])[:, None])[:, None].astype(np.float32)
@@ -686,7 +688,7 @@ def test_campplus_gives_the_embeddings_of_an_independent_one_from_both_its_files
     ):
         found = convert.recognise(tmp_path / file)
         assert found.config == cfg and found.problems() == ""
-        table = public_names.campplus(cfg)
+        table = public_cosyvoice2.campplus(cfg)
         ours = load(speaker_campplus.init, cfg, table, found.tensors, public_names.NO_COUNTS)
         other = written("make_speaker_campplus.py")
         speaker_errors("CAM++", words, other, np.asarray(embed(ours, cfg, fbank, lengths)), want)
@@ -719,8 +721,8 @@ def test_wavlm_gives_the_states_and_embeddings_of_transformers_and_an_independen
         ]
     want = [{name: groups[name].numpy() for name in ("states", "embedding")} for groups in want]
     del wavlm, head, tensors
-    plain = public_names.fold_weight_norm(state, public_names.wavlm_kept_axis)
-    ours = load(speaker_wavlm.init, cfg, public_names.wavlm(cfg), plain, public_names.WAVLM_IGNORED)
+    plain = public_names.fold_weight_norm(state, public_models.wavlm_kept_axis)
+    ours = load(speaker_wavlm.init, cfg, public_models.wavlm(cfg), plain, public_models.WAVLM_IGNORED)
     del state, plain
     groups = jax.jit(speaker_wavlm.layer_groups, static_argnums=1)(ours, cfg, wav, lengths)
     errors = [

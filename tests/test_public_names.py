@@ -11,7 +11,18 @@ import numpy as np
 import public_weights
 import pytest
 
-from deepasmr_jax import checkpoint, flow, lm, public_names, sharding, speaker, speech_tokenizer, vocoder
+from deepasmr_jax import (
+    checkpoint,
+    flow,
+    lm,
+    public_cosyvoice2,
+    public_models,
+    public_names,
+    sharding,
+    speaker,
+    speech_tokenizer,
+    vocoder,
+)
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "public_names.npz")
 CONFIGS = golden_script.configs()
@@ -40,15 +51,15 @@ class Model:
 
 
 MODELS = {
-    "lm2": Model(public_names.lm_cosyvoice2, lm.init, public_names.lm_cosyvoice2_tensors),
-    "lm3": Model(public_names.lm_cosyvoice3, lm.init, public_names.lm_cosyvoice3_tensors),
-    "s3": Model(public_names.s3_v2, speech_tokenizer.init),
-    "e2": Model(lambda cfg: public_names.flow_e2(cfg, ""), flow.init, ignored=public_names.FLOW_E2_IGNORED),
-    "hifigan": Model(public_names.hifigan, vocoder.init_generator, public_names.hifigan_folded),
+    "lm2": Model(public_cosyvoice2.lm_cosyvoice2, lm.init, public_cosyvoice2.lm_cosyvoice2_tensors),
+    "lm3": Model(public_cosyvoice2.lm_cosyvoice3, lm.init, public_cosyvoice2.lm_cosyvoice3_tensors),
+    "s3": Model(public_cosyvoice2.s3_v2, speech_tokenizer.init),
+    "e2": Model(lambda cfg: public_models.flow_e2(cfg, ""), flow.init, ignored=public_models.FLOW_E2_IGNORED),
+    "hifigan": Model(public_models.hifigan, vocoder.init_generator, public_models.hifigan_folded),
     "discriminators": Model(
-        public_names.hifigan_discriminators, vocoder.Discriminators, public_names.hifigan_folded
+        public_models.hifigan_discriminators, vocoder.Discriminators, public_models.hifigan_folded
     ),
-    "resnet": Model(public_names.wespeaker, speaker.init, ignored=public_names.WESPEAKER_IGNORED),
+    "resnet": Model(public_models.wespeaker, speaker.init, ignored=public_models.WESPEAKER_IGNORED),
 }
 
 
@@ -71,7 +82,7 @@ def hollow(shapes):
 
 def plain_shapes(model, shapes):
     """Shapes after the plain form, found without its arithmetic on full-size arrays."""
-    if model.plain is not public_names.hifigan_folded:
+    if model.plain is not public_models.hifigan_folded:
         return hollow(shapes) if model.plain is same else model.plain(hollow(shapes))
     out = {}
     for name, shape in shapes.items():
@@ -238,7 +249,7 @@ def test_written_back_under_public_names_every_tensor_is_the_one_that_was_read(n
     back = public_names.to_theirs(model.table(cfg), arrays)
     read = model.plain(state)
     if name == "lm3":
-        back, read = public_names.lm_cosyvoice3_theirs(back), state
+        back, read = public_cosyvoice2.lm_cosyvoice3_theirs(back), state
     assert set(back) <= set(read)
     for tensor, x in back.items():
         assert x.flags.c_contiguous
@@ -252,10 +263,12 @@ def test_a_plain_qwen2_file_gives_the_backbone_and_leaves_the_speech_parts():
     assert "model.layers.2.self_attn.q_proj.bias" in state
     shapes = shapes_of(abstract(MODELS["lm2"], cfg))
     arrays = dict(
-        public_names.to_ours(public_names.qwen2(cfg), state, shapes, "file", absent=public_names.QWEN2_ABSENT)
+        public_names.to_ours(
+            public_cosyvoice2.qwen2(cfg), state, shapes, "file", absent=public_cosyvoice2.QWEN2_ABSENT
+        )
     )
-    assert set(shapes) - set(arrays) == set(public_names.QWEN2_ABSENT)
-    back = public_names.to_theirs(public_names.qwen2(cfg), arrays)
+    assert set(shapes) - set(arrays) == set(public_cosyvoice2.QWEN2_ABSENT)
+    back = public_names.to_theirs(public_cosyvoice2.qwen2(cfg), arrays)
     assert set(back) == set(state)
     for name, x in state.items():
         np.testing.assert_array_equal(back[name], x, name)
@@ -265,9 +278,9 @@ def test_a_parameter_cannot_be_absent_and_in_the_table():
     cfg = CONFIGS["toy"]["lm2"]
     shapes = shapes_of(abstract(MODELS["lm2"], cfg))
     with pytest.raises(KeyError, match="norm.scale"):
-        public_names.to_ours(public_names.lm_cosyvoice2(cfg), {}, shapes, "file", absent=["norm.scale"])
+        public_names.to_ours(public_cosyvoice2.lm_cosyvoice2(cfg), {}, shapes, "file", absent=["norm.scale"])
     with pytest.raises(KeyError, match="nothing"):
-        public_names.to_ours(public_names.lm_cosyvoice2(cfg), {}, shapes, "file", absent=["nothing"])
+        public_names.to_ours(public_cosyvoice2.lm_cosyvoice2(cfg), {}, shapes, "file", absent=["nothing"])
 
 
 @pytest.mark.parametrize("name", NAMES["toy"])
@@ -275,7 +288,7 @@ def test_missing_unexpected_and_reshaped_tensors_are_told_in_one_error(name):
     state = toy_state(name)
     plain = model_of(name).plain(state)
     used = sorted(
-        n for s in model_of(name).table(CONFIGS["toy"][name]).values() for n in public_names._all(s)
+        n for s in model_of(name).table(CONFIGS["toy"][name]).values() for n in public_names.source_names(s)
     )
     gone, turned = used[0], next(n for n in used[1:] if n in state and plain[n].ndim == 1)
     state[turned] = state[turned][:-1]
@@ -296,10 +309,10 @@ def test_a_text_head_is_dropped_only_if_it_is_a_copy_of_the_table():
     head = "llm.model.lm_head.weight"
     state = toy_state("lm2")
     table = state["llm.model.model.embed_tokens.weight"]
-    assert head not in public_names.lm_cosyvoice2_tensors(state | {head: table.copy()})
-    assert head not in public_names.lm_cosyvoice3_tensors(toy_state("lm3") | {head: table.copy()})
+    assert head not in public_cosyvoice2.lm_cosyvoice2_tensors(state | {head: table.copy()})
+    assert head not in public_cosyvoice2.lm_cosyvoice3_tensors(toy_state("lm3") | {head: table.copy()})
     with pytest.raises(ValueError, match="lm_head.weight differs"):
-        public_names.lm_cosyvoice2_tensors(state | {head: table + np.float32(1e-6)})
+        public_cosyvoice2.lm_cosyvoice2_tensors(state | {head: table + np.float32(1e-6)})
 
 
 def test_markers_of_cosyvoice3_are_rows_of_its_speech_table():
@@ -315,7 +328,9 @@ def test_a_trained_head_bias_has_no_place_in_a_cosyvoice3_file():
     arrays = dict(checkpoint.named_arrays(load("lm3", cfg, toy_state("lm3"))))
     arrays["head.bias"] = np.full(227, 0.1, np.float32)
     with pytest.raises(ValueError, match="bias is not zero"):
-        public_names.lm_cosyvoice3_theirs(public_names.to_theirs(public_names.lm_cosyvoice3(cfg), arrays))
+        public_cosyvoice2.lm_cosyvoice3_theirs(
+            public_names.to_theirs(public_cosyvoice2.lm_cosyvoice3(cfg), arrays)
+        )
 
 
 def test_weight_norm_in_its_newer_form_folds_to_the_same_weights():
@@ -397,7 +412,7 @@ def test_the_onnx_file_gives_the_state_dict():
     graph = onnx_graph(state, 2)
     graph.initializers["a_scalar"] = np.float32(3)
     graph.initializers["a_shape"] = np.asarray([1, 2])
-    found = public_names.s3_v2_onnx(graph)
+    found = public_cosyvoice2.s3_v2_onnx(graph)
     assert set(found) == set(state)
     for name, x in found.items():
         np.testing.assert_array_equal(x, state[name], name)
@@ -409,21 +424,24 @@ def test_all_102_tensors_of_the_full_size_graph_have_their_place():
     assert len(graph.initializers) == 102
     cfg = speech_tokenizer.s3_v2()
     shapes = shapes_of(abstract(MODELS["s3"], cfg))
-    assert public_names.differences(public_names.s3_v2(cfg), public_names.s3_v2_onnx(graph), shapes) == ""
+    assert (
+        public_names.differences(public_cosyvoice2.s3_v2(cfg), public_cosyvoice2.s3_v2_onnx(graph), shapes)
+        == ""
+    )
 
 
 def test_tensors_of_a_graph_that_have_no_or_one_place_too_often_are_named():
     graph = onnx_graph(toy_state("s3"), 2)
     graph.initializers["onnx::Mul_1"] = np.ones(3, np.float32)
     with pytest.raises(ValueError, match="onnx::Mul_1"):
-        public_names.s3_v2_onnx(graph)
+        public_cosyvoice2.s3_v2_onnx(graph)
     graph = onnx_graph(toy_state("s3"), 2)
     graph.initializers["again"] = np.ones((3, 3), np.float32)
     graph.nodes.append(
         types.SimpleNamespace(op_type="MatMul", name="/blocks.0/attn/key/MatMul", inputs=["x", "again"])
     )
     with pytest.raises(ValueError, match=r"two tensors for encoder\.blocks\.0\.attn\.key\.weight"):
-        public_names.s3_v2_onnx(graph)
+        public_cosyvoice2.s3_v2_onnx(graph)
 
 
 # ---------------------------------------------------------------- warm start of the flow
@@ -439,7 +457,7 @@ def warm(profile, **changes):
     }
     state = {f"ema_model.transformer.{k}": x for k, x in toy_state("e2").items()}
     state |= {"initted": np.asarray(True), "step": np.asarray(7)}
-    return cfg, initial, public_names.warm_start_flow(cfg, state, initial, profile, "file")
+    return cfg, initial, public_models.warm_start_flow(cfg, state, initial, profile, "file")
 
 
 def test_warm_start_on_the_mel_of_e2_copies_all_but_the_tokens():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepasmr_jax import audio, checkpoint, public_names, sharding, speaker_campplus
+from deepasmr_jax import audio, checkpoint, public_cosyvoice2, public_names, sharding, speaker_campplus
 
 GOLDEN = Path(__file__).parent / "golden" / "speaker_campplus.npz"
 CONFIG = speaker_campplus.Config(
@@ -49,7 +49,7 @@ def load(cfg, tensors):
     """A model with the tensors of a state dict."""
     like = abstract(cfg)
     shapes = {name: x.shape for name, x in checkpoint.named_arrays(like).items()}
-    table = public_names.campplus(cfg)
+    table = public_cosyvoice2.campplus(cfg)
     arrays = dict(public_names.to_ours(table, tensors, shapes, "test", public_names.NO_COUNTS))
     return checkpoint.fill(like, arrays, "test")
 
@@ -58,7 +58,7 @@ def toy_tensors():
     """The toy's state dict, from the names of our table."""
     like = abstract(CONFIG)
     zeros = {name: np.zeros(x.shape, np.int8) for name, x in checkpoint.named_arrays(like).items()}
-    theirs = public_names.to_theirs(public_names.campplus(CONFIG), zeros)
+    theirs = public_names.to_theirs(public_cosyvoice2.campplus(CONFIG), zeros)
     return {name: tensor_values(name, x.shape) for name, x in theirs.items()}
 
 
@@ -149,7 +149,7 @@ def test_the_table_names_every_tensor_of_the_public_file_with_its_shape(golden, 
     assert len(public) == NUM_TENSORS
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in public.items()}
     shapes = {name: x.shape for name, x in checkpoint.named_arrays(full_size).items()}
-    table = public_names.campplus(speaker_campplus.cosyvoice())
+    table = public_cosyvoice2.campplus(speaker_campplus.cosyvoice())
     assert public_names.differences(table, tensors, shapes, public_names.NO_COUNTS) == ""
     ours = {name: np.broadcast_to(np.int8(0), shape) for name, shape in shapes.items()}
     theirs = {name: x.shape for name, x in public_names.to_theirs(table, ours).items()}
@@ -162,7 +162,7 @@ def test_the_table_names_every_tensor_of_the_public_file_with_its_shape(golden, 
 
 def test_the_table_gives_back_the_state_dict_that_was_loaded(model):
     given = toy_tensors()
-    back = public_names.to_theirs(public_names.campplus(CONFIG), checkpoint.named_arrays(model))
+    back = public_names.to_theirs(public_cosyvoice2.campplus(CONFIG), checkpoint.named_arrays(model))
     assert set(back) == set(given)
     assert all(np.array_equal(back[name], given[name]) for name in given)
 
@@ -173,7 +173,7 @@ def test_the_table_gives_back_the_state_dict_that_was_loaded(model):
 @pytest.mark.parametrize("squeezed", [True, False])
 def test_the_tensors_of_an_exported_graph_give_the_numbers_of_the_network(golden, squeezed):
     graph, given = graph_of(golden, squeezed), toy_tensors()
-    tensors = public_names.campplus_onnx(CONFIG, graph)
+    tensors = public_cosyvoice2.campplus_onnx(CONFIG, graph)
     assert set(tensors) == set(given)
     differ = {name.rsplit(".", 1)[0] for name in given if not np.array_equal(tensors[name], given[name])}
     kept = {f"xvector.transit{b}.{part}" for b in (1, 2) for part in ("nonlinear.batchnorm", "linear")}
@@ -186,7 +186,7 @@ def test_the_tensors_of_an_exported_graph_give_the_numbers_of_the_network(golden
 
 def test_an_exported_graph_is_read_without_names_and_with_branches_in_another_order(golden):
     graph = graph_of(golden, True)
-    expected = public_names.campplus_onnx(CONFIG, graph)
+    expected = public_cosyvoice2.campplus_onnx(CONFIG, graph)
     numbers = {name: f"onnx::{i}" for i, name in enumerate(graph.initializers)}
     nodes = [(op, "", [numbers.get(n, n) for n in given], made) for op, _, given, made in graph.nodes]
     shortcut = next(i for i, node in enumerate(graph.nodes) if "shortcut" in node[1])
@@ -196,14 +196,14 @@ def test_an_exported_graph_is_read_without_names_and_with_branches_in_another_or
     taken = nodes[first][2][1]  # one weight behind an Identity, as exporters write equal tensors
     stored["shared"] = stored.pop(taken)
     nodes.insert(0, ("Identity", "", ["shared"], [taken]))
-    found = public_names.campplus_onnx(CONFIG, SimpleNamespace(initializers=stored, nodes=nodes))
+    found = public_cosyvoice2.campplus_onnx(CONFIG, SimpleNamespace(initializers=stored, nodes=nodes))
     assert set(found) == set(expected)
     assert all(np.array_equal(found[name], expected[name]) for name in found)
 
 
 def test_a_graph_in_which_no_norm_is_folded_gives_the_very_tensors_of_the_network(golden):
     graph, given, nodes = graph_of(golden, False), toy_tensors(), []
-    norms = dict(public_names._campplus_norms(CONFIG))
+    norms = dict(public_cosyvoice2._campplus_norms(CONFIG))
     for op, path, inputs, outputs in graph.nodes:
         conv = path.strip("/").removesuffix("/Conv").replace("/", ".")
         conv = conv.replace("layer1.layer1", "layer1").replace("layer2.layer2", "layer2")
@@ -216,7 +216,7 @@ def test_a_graph_in_which_no_norm_is_folded_gives_the_very_tensors_of_the_networ
             nodes.append((op, path, inputs, outputs))
     assert len(nodes) == len(graph.nodes) + len(norms) - 1  # all but those without a convolution of their own
     initializers = graph.initializers | given
-    found = public_names.campplus_onnx(CONFIG, SimpleNamespace(initializers=initializers, nodes=nodes))
+    found = public_cosyvoice2.campplus_onnx(CONFIG, SimpleNamespace(initializers=initializers, nodes=nodes))
     assert set(found) == set(given)
     assert all(np.array_equal(found[name], given[name]) for name in given)
 
@@ -224,17 +224,19 @@ def test_a_graph_in_which_no_norm_is_folded_gives_the_very_tensors_of_the_networ
 def test_a_graph_of_another_network_is_refused_with_what_does_not_fit(golden):
     graph = graph_of(golden, True)
     with pytest.raises(ValueError, match=r"no further convolution of shape \(8, 1, 3, 3\) for head.conv1"):
-        public_names.campplus_onnx(speaker_campplus.Config(**{**vars(CONFIG), "head_channels": 8}), graph)
+        public_cosyvoice2.campplus_onnx(
+            speaker_campplus.Config(**{**vars(CONFIG), "head_channels": 8}), graph
+        )
     conv = next(node for node in graph.nodes if node[0] == "Conv")
     longer = SimpleNamespace(initializers=graph.initializers, nodes=[*graph.nodes, conv])
     with pytest.raises(ValueError, match="1 convolutions more"):
-        public_names.campplus_onnx(CONFIG, longer)
+        public_cosyvoice2.campplus_onnx(CONFIG, longer)
     nodes = [node for node in graph.nodes if "transit1/nonlinear/batchnorm" not in node[1]]
     with pytest.raises(ValueError, match="norm"):
-        public_names.campplus_onnx(CONFIG, SimpleNamespace(initializers=graph.initializers, nodes=nodes))
+        public_cosyvoice2.campplus_onnx(CONFIG, SimpleNamespace(initializers=graph.initializers, nodes=nodes))
     del graph.initializers["xvector.transit1.linear.weight"]
     with pytest.raises(ValueError, match="/xvector/transit1/linear/Conv"):
-        public_names.campplus_onnx(CONFIG, graph)
+        public_cosyvoice2.campplus_onnx(CONFIG, graph)
 
 
 def test_wrong_settings_and_inputs_are_refused_with_the_number_that_is_wrong(model):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepasmr_jax import checkpoint, public_names, sharding, speaker_wavlm
+from deepasmr_jax import checkpoint, public_models, public_names, sharding, speaker_wavlm
 
 GOLDEN = Path(__file__).parent / "golden" / "speaker_wavlm.npz"
 CONFIG = speaker_wavlm.Config(
@@ -58,15 +58,17 @@ def load(cfg, tensors):
     """A model with the tensors of a state dict."""
     like = abstract(cfg)
     shapes = {name: x.shape for name, x in checkpoint.named_arrays(like).items()}
-    tensors = public_names.fold_weight_norm(tensors, public_names.wavlm_kept_axis)
-    found = public_names.to_ours(public_names.wavlm(cfg), tensors, shapes, "test", public_names.WAVLM_IGNORED)
+    tensors = public_names.fold_weight_norm(tensors, public_models.wavlm_kept_axis)
+    found = public_names.to_ours(
+        public_models.wavlm(cfg), tensors, shapes, "test", public_models.WAVLM_IGNORED
+    )
     return checkpoint.fill(like, dict(found), "test")
 
 
 def toy_tensors():
     """The toy's state dict, from the names of our table, its position convolution with a weight norm."""
     zeros = {n: np.zeros(x.shape, np.int8) for n, x in checkpoint.named_arrays(abstract(CONFIG)).items()}
-    theirs = public_names.to_theirs(public_names.wavlm(CONFIG), zeros)
+    theirs = public_names.to_theirs(public_models.wavlm(CONFIG), zeros)
     shapes = {name: x.shape for name, x in theirs.items()}
     shapes[f"{POSITION}.weight_v"] = shapes.pop(f"{POSITION}.weight")
     shapes[f"{POSITION}.weight_g"] = (1, 1, CONFIG.position_kernel)
@@ -161,10 +163,10 @@ def test_the_table_names_every_tensor_of_the_public_file_with_its_shape(golden, 
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in public.items()}
     tensors["model.loss_calculator.projection.weight"] = np.zeros((5, 256), np.int8)
     shapes = {name: x.shape for name, x in checkpoint.named_arrays(full_size).items()}
-    table = public_names.wavlm(speaker_wavlm.large_sv())
-    assert public_names.differences(table, tensors, shapes, public_names.WAVLM_IGNORED) == ""
+    table = public_models.wavlm(speaker_wavlm.large_sv())
+    assert public_names.differences(table, tensors, shapes, public_models.WAVLM_IGNORED) == ""
     ours = {name: np.broadcast_to(np.int8(0), shape) for name, shape in shapes.items()}
-    names = {name for source in table.values() for name in public_names._all(source)}
+    names = {name for source in table.values() for name in public_names.source_names(source)}
     assert names == {n for n in public if not n.endswith(("num_batches_tracked", "mask_emb"))}
     assert set(ours) == set(table)
     tensors["model.linear.weight"] = np.zeros((192, 3072), np.int8)
@@ -172,12 +174,12 @@ def test_the_table_names_every_tensor_of_the_public_file_with_its_shape(golden, 
     with pytest.raises(
         ValueError, match="1 missing.*feature_weight.*1 unexpected.*classifier.*1 reshaped.*192"
     ):
-        list(public_names.to_ours(table, tensors, shapes, "test", public_names.WAVLM_IGNORED))
+        list(public_names.to_ours(table, tensors, shapes, "test", public_models.WAVLM_IGNORED))
 
 
 def test_the_table_gives_back_the_state_dict_that_was_loaded(model):
-    given = public_names.fold_weight_norm(toy_tensors(), public_names.wavlm_kept_axis)
-    back = public_names.to_theirs(public_names.wavlm(CONFIG), checkpoint.named_arrays(model))
+    given = public_names.fold_weight_norm(toy_tensors(), public_models.wavlm_kept_axis)
+    back = public_names.to_theirs(public_models.wavlm(CONFIG), checkpoint.named_arrays(model))
     assert set(back) == set(given)
     assert all(np.array_equal(back[name], given[name]) for name in given)
 
@@ -185,7 +187,7 @@ def test_the_table_gives_back_the_state_dict_that_was_loaded(model):
 def test_the_gain_of_the_position_convolution_goes_along_its_taps():
     v = np.random.default_rng(0).standard_normal((6, 3, 4)).astype(np.float32)
     tensors = {f"{POSITION}.weight_v": v, f"{POSITION}.weight_g": np.ones((1, 1, 4), np.float32)}
-    folded = public_names.fold_weight_norm(tensors, public_names.wavlm_kept_axis)[f"{POSITION}.weight"]
+    folded = public_names.fold_weight_norm(tensors, public_models.wavlm_kept_axis)[f"{POSITION}.weight"]
     np.testing.assert_allclose(np.sum(folded**2, axis=(0, 1)), np.ones(4), rtol=1e-6)
 
 

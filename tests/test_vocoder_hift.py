@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fill import fill, values
 
-from deepasmr_jax import checkpoint, public_names, sharding, vocoder_hift
+from deepasmr_jax import checkpoint, public_cosyvoice2, public_names, sharding, vocoder_hift
 
 GOLDEN = Path(__file__).parent / "golden" / "vocoder_hift.npz"
 TINY = vocoder_hift.Config(initial_channels=32, f0_width=16)
@@ -104,7 +104,9 @@ def public_weights(cfg: vocoder_hift.Config, seed: int) -> dict[str, np.ndarray]
 def named(cfg: vocoder_hift.Config, seed: int) -> vocoder_hift.Generator:
     """The module with `public_weights`, read through the table of names."""
     abstract = checkpoint.abstract(lambda: vocoder_hift.init(cfg, jax.random.key(0)))
-    weights = public_names.to_ours(public_names.hift(cfg), public_weights(cfg, seed), shapes_of(cfg), "test")
+    weights = public_names.to_ours(
+        public_cosyvoice2.hift(cfg), public_weights(cfg, seed), shapes_of(cfg), "test"
+    )
     return checkpoint.fill(abstract, dict(weights), "test")
 
 
@@ -255,7 +257,7 @@ def test_every_public_tensor_at_true_size_has_its_parameter():
     stored, folded, ours = stored_shapes(), folded_shapes(), shapes_of(cfg)
     assert len(stored) == 328 and total(stored) == 20_821_295
     assert total(folded) == total(ours) == 20_806_557
-    table = public_names.hift(cfg)
+    table = public_cosyvoice2.hift(cfg)
     assert public_names.differences(table, zeros(folded), ours) == ""
     arrays = dict(public_names.to_ours(table, zeros(folded), ours, "hift.pt"))
     assert {name: x.shape for name, x in arrays.items()} == ours
@@ -263,7 +265,7 @@ def test_every_public_tensor_at_true_size_has_its_parameter():
 
 
 def test_a_file_with_weight_norm_gives_the_folded_weights_back():
-    table, ours = public_names.hift(TINY), shapes_of(TINY)
+    table, ours = public_cosyvoice2.hift(TINY), shapes_of(TINY)
     model = checkpoint.named_arrays(jax.device_get(filled(TINY, 1)))
     normed = {name.removesuffix(".parametrizations.weight.original1") for name in stored_shapes()}
     stored, rng = {}, np.random.default_rng(0)
@@ -278,7 +280,7 @@ def test_a_file_with_weight_norm_gives_the_folded_weights_back():
         else:
             stored[f"generator.{name}"] = x
     assert {name.removeprefix("generator.") for name in stored} == set(stored_shapes())
-    read = dict(public_names.to_ours(table, public_names.hift_tensors(stored), ours, "hift.pt"))
+    read = dict(public_names.to_ours(table, public_cosyvoice2.hift_tensors(stored), ours, "hift.pt"))
     for name, x in model.items():
         np.testing.assert_allclose(read[name], x, rtol=1e-5, atol=1e-7, err_msg=name)
 
@@ -290,7 +292,7 @@ def test_one_error_names_all_missing_unexpected_and_reshaped_tensors():
     file["resblocks.9.convs1.0.bias"] = np.zeros(64, np.float32)
     file["ups.1.weight"] = np.broadcast_to(np.float32(0), (128, 256, 11))
     with pytest.raises(ValueError) as caught:
-        public_names.to_ours(public_names.hift(cfg), file, shapes_of(cfg), "hift.pt")
+        public_names.to_ours(public_cosyvoice2.hift(cfg), file, shapes_of(cfg), "hift.pt")
     for part in (
         "1 missing (resblocks.4.activations2.1.alpha)",
         "1 unexpected (resblocks.9.convs1.0.bias)",

@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from test_flow_cosyvoice2 import CHUNKED, TINY, make  # noqa: E402
 
-from deepasmr_jax import checkpoint, public_names, sharding  # noqa: E402
+from deepasmr_jax import checkpoint, public_cosyvoice2, public_names, sharding  # noqa: E402
 
 SEED = 3
 
@@ -173,7 +173,7 @@ def sample(w: Weights, cfg, tokens, prompt, speaker, noise, steps: int = 10, gui
 
 def public_weights(model, cfg) -> Weights:
     arrays = {name: np.asarray(x) for name, x in checkpoint.named_arrays(model).items()}
-    theirs = public_names.to_theirs(public_names.flow_cosyvoice2(cfg), arrays)
+    theirs = public_names.to_theirs(public_cosyvoice2.flow_cosyvoice2(cfg), arrays)
     return Weights({name: torch.tensor(x) for name, x in theirs.items()})
 
 
