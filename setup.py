@@ -56,6 +56,10 @@ setup(
             "pypinyin>=0.53,<0.56",
             "pocketsphinx>=5.1,<6",
         ],
+        # data/asmr_db.py: its offline recogniser, and its pipeline on many machines. Beam wants older protobuf and
+        # pyarrow than the rest brings along: give it its own environment
+        "whisper": ["torch>=2.6"],
+        "beam": ["apache-beam>=2.70"],
         # reserved for a page that is served; empty, since the demo's page is one file and needs no package. Not
         # offered in the README while it is empty
         "web": [],
