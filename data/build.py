@@ -178,16 +178,15 @@ def build(
 
 def _note_plan(out: Path, layout: str, source: str | Path, options: Options, units: list[tuple]) -> None:
     """Keeps what a build was begun with, or compares it with what is there."""
-    told = dataclasses.asdict(options)
-    mark = hashlib.sha256(json.dumps([units, told], sort_keys=True).encode()).hexdigest()
-    plan = {"layout": layout, "source": str(source), "units": len(units), "mark": mark}
+    mark = hashlib.sha256(
+        json.dumps([units, dataclasses.asdict(options)], sort_keys=True).encode()
+    ).hexdigest()
+    plan = {"layout": layout, "source": str(source), "mark": mark}
     path = out / PARTS / "plan.json"
     if path.exists() and (found := json.loads(path.read_text())) != plan:
-        differing = [key for key in plan if plan[key] != found.get(key)]
-        raise ValueError(
-            f"{out} was begun with another {'source or options' if differing == ['mark'] else ', '.join(differing)}; "
-            "give those, or another --out"
-        )
+        same = all(found.get(key) == plan[key] for key in ("layout", "source"))
+        told = "another source or other options" if same else f"{found.get('layout')} {found.get('source')}"
+        raise ValueError(f"{out} was begun with {told}; go on with those, or give another --out")
     files.write_text(path, json.dumps(plan))
 
 

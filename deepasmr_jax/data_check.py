@@ -39,7 +39,7 @@ KINDS = {
 }
 KEPT = ("clipped",)
 FIRM = ("unreadable", "too_short", "bad_label")
-REPORT = "data_check.jsonl"
+REPORT = "data_check.jsonl"  # beside what was checked
 MAX_SECONDS = 30.0  # of the speech tokenizer's window, and of Emilia's longest pieces
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab")  # of a transcript beside the audio, first found
