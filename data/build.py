@@ -18,6 +18,7 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -158,7 +159,11 @@ def build(
     start, num_items = time.perf_counter(), 0
     print(f"{num_shards} shards, {len(jobs)} to write here", flush=True)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(jobs))) if workers > 1 and jobs else contextlib.nullcontext() as pool:
+    with (
+        context.Pool(min(workers, len(jobs)), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        if workers > 1 and jobs
+        else contextlib.nullcontext() as pool
+    ):
         for done, n in enumerate((pool.imap_unordered if pool else map)(_write_shard, jobs), 1):
             num_items += n
             spent = time.perf_counter() - start
@@ -309,7 +314,7 @@ def _options(args) -> Options:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; 0, 1 if an utterance was left out, 2 for bad input."""
+    """Command line; 0, 1 if an utterance was left out, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -351,6 +356,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     for key, value in (counts or {}).items():
         print(f"{key}: {value}")
     return 1 if counts and counts["left_out"] else 0

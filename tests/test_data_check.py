@@ -88,7 +88,10 @@ def test_a_manifest_and_records_are_checked_too(tmp_path, capsys):
     assert run("data", "check", records, "--out", tmp_path / "r.jsonl") == 1
     assert "8 files, 2 unfit" in capsys.readouterr().out
     found = lines(tmp_path / "r.jsonl")  # the noise of train and valid is the same
-    assert [(row["id"], row["problem"]) for row in found] == [("valid_0", "duplicate"), ("valid_1", "duplicate")]
+    assert [(row["id"], row["problem"]) for row in found] == [
+        ("valid_0", "duplicate"),
+        ("valid_1", "duplicate"),
+    ]
     assert found[0]["why"] == f"the same sound as {records} train record 0"
 
 
