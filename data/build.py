@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import asmr_db  # noqa: E402
+import asmr_parquet  # noqa: E402
 import emilia  # noqa: E402
 import kaldi  # noqa: E402
 import manifest  # noqa: E402
@@ -45,7 +45,7 @@ LAYOUTS = {
     "folders": (speech_folders, {"style": "normal"}),
     "kaldi": (kaldi, {"style": "normal"}),
     "emilia": (emilia, {"style": "normal"}),
-    "asmr": (asmr_db, {"style": "asmr"}),
+    "asmr": (asmr_parquet, {"style": "asmr"}),
     "chains": (whisper_pairs, {"language": "en"}),
     "whisper40": (whisper_pairs, {"language": "zh"}),
 }

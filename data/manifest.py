@@ -1,6 +1,6 @@
 """Layout `manifest`: JSON lines with `audio` (a path relative to the manifest), `text`, `speaker`, `language`, `style`.
 
-Also `id`, `pair_id`, `split` (train or valid), and `start_s`, `end_s` for a part of a long recording. SOURCE is one
+Also `id`, `pair_id`, `split` (train or valid), and `from_s`, `to_s` for a part of a long recording. SOURCE is one
 file, or a folder with *.jsonl.
 """
 

@@ -53,8 +53,8 @@ ALIASES = {
     "style": ("style",),
     "pair_id": ("pair_id",),
     "split": ("split",),
-    "start_s": ("start_s",),
-    "end_s": ("end_s",),
+    "from_s": ("from_s",),
+    "to_s": ("to_s",),
 }
 
 
@@ -69,7 +69,7 @@ class Item:
         text, speaker, language, style: as the corpus says them; "" where it does not.
         pair_id: shared by readings of one sentence by one speaker; "" is the id.
         split: "train" or "valid" where the corpus decides; "" elsewhere.
-        start_s, end_s: part of the audio in seconds; end_s 0 is its end.
+        from_s, to_s: part of the audio in seconds; to_s 0 is its end.
     """
 
     id: str
@@ -81,8 +81,8 @@ class Item:
     style: str = ""
     pair_id: str = ""
     split: str = ""
-    start_s: float = 0.0
-    end_s: float = 0.0
+    from_s: float = 0.0
+    to_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,11 +247,11 @@ def _read_file(item: Item, rules: Rules, add: Callable) -> tuple[np.ndarray | No
         if rate < audio.SAMPLE_RATE or rules.rate not in (0, rate):
             wanted = f"{rules.rate}" if rules.rate else f"at least {audio.SAMPLE_RATE}"
             add("wrong_rate", f"it has {rate} Hz, wanted are {wanted}")
-        first = round(item.start_s * rate)
-        stop = round(item.end_s * rate) if item.end_s else file.frames
+        first = round(item.from_s * rate)
+        stop = round(item.to_s * rate) if item.to_s else file.frames
         if not 0 <= first < stop <= file.frames:
             raise ValueError(
-                f"the part from {item.start_s:g} s to {stop / rate:g} s does not lie in its {file.frames / rate:g} s"
+                f"the part from {item.from_s:g} s to {stop / rate:g} s does not lie in its {file.frames / rate:g} s"
             )
         seconds = (stop - first) / rate
         if seconds > rules.max_seconds:
@@ -320,7 +320,7 @@ def from_fields(row: dict, where: str, folder: Path, fields: dict[str, str] | No
     if isinstance(sound, str):
         name = name or "_".join(Path(sound).with_suffix("").parts[-3:])
         sound = folder / sound
-    values = {"start_s": 0.0, "end_s": 0.0}
+    values = {"from_s": 0.0, "to_s": 0.0}
     for key, value in given.items():
         if value is None:
             continue

@@ -87,7 +87,7 @@ def test_a_manifest_with_parts_of_a_recording_splits_and_all_that_may_be_wrong(t
         source / "train.jsonl",
         lines(
             {"audio": "a.wav", "id": "whole", **said},
-            {"audio": "a.wav", "id": "part", "start_s": 0.5, "end_s": 1.0, **said, "split": "valid"},
+            {"audio": "a.wav", "id": "part", "from_s": 0.5, "to_s": 1.0, **said, "split": "valid"},
             {"audio": "b.mp3", "id": "mp3", **said, "attributes": {"speaker": "t"}, "pair_id": "p"},
             {"audio": "same.wav", "id": "again", **said},
             {"audio": "slow.wav", "id": "slow", **said},
@@ -97,13 +97,13 @@ def test_a_manifest_with_parts_of_a_recording_splits_and_all_that_may_be_wrong(t
             {"audio": "breath.wav", "id": "breath", **said, "text": "[breath]"},
             {"audio": "silence.wav", "id": "silence", **said},
             {"audio": "loud.wav", "id": "loud", **said},
-            {"audio": "a.wav", "id": "textless", **said, "text": " ", "end_s": 0.4},
-            {"audio": "a.wav", "id": "german", **said, "language": "de", "end_s": 0.5},
-            {"audio": "a.wav", "id": "nobody", **said, "speaker": None, "end_s": 0.6},
-            {"audio": "a.wav", "id": "beyond", **said, "start_s": 1.0, "end_s": 2.5},
-            {"audio": "a.wav", "id": "blink", **said, "end_s": 0.05},
+            {"audio": "a.wav", "id": "textless", **said, "text": " ", "to_s": 0.4},
+            {"audio": "a.wav", "id": "german", **said, "language": "de", "to_s": 0.5},
+            {"audio": "a.wav", "id": "nobody", **said, "speaker": None, "to_s": 0.6},
+            {"audio": "a.wav", "id": "beyond", **said, "from_s": 1.0, "to_s": 2.5},
+            {"audio": "a.wav", "id": "blink", **said, "to_s": 0.05},
             {"text": "no audio", "id": "mute"},
-            {"audio": "a.wav", "id": "chinese", **said, "text": "晚安。", "start_s": 1.5},
+            {"audio": "a.wav", "id": "chinese", **said, "text": "晚安。", "from_s": 1.5},
         )
         + "{broken line\n",
     )
@@ -142,7 +142,7 @@ def test_kept_kinds_stay_and_are_reported(tmp_path):
 
 
 def parquet(path: Path, columns: dict, **options) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,11 +285,11 @@ def many(folder: Path, count: int = 40, speakers: int = 10) -> Path:
     """A manifest of parts of one recording; two of them are the same."""
     put(folder / "long.wav", wave(0, 8.0))
     rows = [
-        {"audio": "long.wav", "id": f"u{i}", "start_s": i / 10, "end_s": i / 10 + 0.2, "text": "Hi there.",
+        {"audio": "long.wav", "id": f"u{i}", "from_s": i / 10, "to_s": i / 10 + 0.2, "text": "Hi there.",
          "speaker": f"s{i % speakers}", "style": "normal"}
         for i in range(count)
     ]  # fmt: skip
-    rows[-1]["start_s"], rows[-1]["end_s"] = rows[0]["start_s"], rows[0]["end_s"]
+    rows[-1]["from_s"], rows[-1]["to_s"] = rows[0]["from_s"], rows[0]["to_s"]
     put(folder / "m.jsonl", lines(*rows))
     return folder
 

@@ -73,7 +73,7 @@ def test_a_manifest_and_records_are_checked_too(tmp_path, capsys):
         {"audio": "a.wav", "text": "Hi."},
         {"audio": "b.wav", "text": "Hi."},
         {"audio": "a.wav", "text": 5},
-        {"audio": "a.wav", "text": "Hi.", "end_s": "x"},
+        {"audio": "a.wav", "text": "Hi.", "to_s": "x"},
         {"audio": "a.wav", "text": "Hi.", "style": "loud"},
         {"audio": "a.wav", "text": "Hi.", "split": "test"},
     ]
