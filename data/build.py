@@ -237,7 +237,7 @@ def _write_shard(job: tuple) -> int:
                 )
                 samples[split] += len(record["audio"])
     part = {"items": num_items, "held": held, "problems": [dataclasses.asdict(p) for p in problems]}
-    files.write_text(_part(out, shard), json.dumps(part, ensure_ascii=False))
+    files.write_text(_part(out, shard), json.dumps(part))
     return num_items
 
 
@@ -246,7 +246,10 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
     seen, kinds, left_out = data_check.Seen(), Counter(), 0
     lengths, samples = {s: [] for s in SPLITS}, Counter()
     keep = "duplicate" in options.rules.keep
-    with files.atomic_path(out / REPORT) as report_part, report_part.open("w", encoding="utf-8") as report:
+    with (
+        files.atomic_path(out / REPORT) as report_part,
+        open(report_part, "w", encoding="utf-8", errors="backslashreplace") as report,
+    ):
         for shard in range(num_shards):
             part = json.loads(_part(out, shard).read_text("utf-8"))
             problems = [data_check.Problem(**p) for p in part["problems"]]

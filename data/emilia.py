@@ -74,7 +74,7 @@ def _sample(path: Path, name: str | None, parts: dict[str, bytes], options):
         row = json.loads(parts.get(".json", b"{}"))
         if not isinstance(row, dict):
             raise ValueError("it is no object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield data_check.Problem(where, name, "unreadable", f"its .json is no JSON object ({error})")
         return
     if ".txt" in parts:

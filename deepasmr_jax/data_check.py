@@ -165,6 +165,10 @@ def examine(item: Item, rules: Rules) -> tuple[dict | None, list[Problem]]:
     labels = _labels(item, rules, add)
     if not item.text.strip():
         add("no_text", "there is no text; add what is said")
+    try:
+        "".join((item.id, item.pair_id, item.text, *labels.values())).encode()
+    except UnicodeEncodeError as error:
+        add("bad_label", f"its name or text is no valid Unicode ({error.reason}); write it in UTF-8")
     pcm = _read(item, rules, add)
     if pcm is None or any(not p.kept for p in problems):
         return None, problems
@@ -363,7 +367,7 @@ def read_manifest(
             where = f"line {number} of {path}"
             try:
                 row = request.parse_object(text.decode())
-            except ValueError as error:  # also UnicodeDecodeError
+            except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
                 yield Problem(where, "", "unreadable", f"it is not a JSON object ({error}); correct it")
                 continue
             yield from_fields(row, where, path.parent, fields)
@@ -485,7 +489,10 @@ def check(
     """
     seen, found, num_files, left_out, samples = Seen(), Counter(), 0, 0, 0
     start = said = time.perf_counter()
-    with files.atomic_path(report) as part, part.open("w", encoding="utf-8") as lines:
+    with (
+        files.atomic_path(report) as part,
+        part.open("w", encoding="utf-8", errors="backslashreplace") as lines,
+    ):
         for item in items:
             num_files += 1
             record, problems = (None, [item]) if isinstance(item, Problem) else examine(item, rules)

@@ -102,10 +102,13 @@ def test_a_manifest_with_parts_of_a_recording_splits_and_all_that_may_be_wrong(t
             {"audio": "a.wav", "id": "nobody", **said, "speaker": None, "to_s": 0.6},
             {"audio": "a.wav", "id": "beyond", **said, "from_s": 1.0, "to_s": 2.5},
             {"audio": "a.wav", "id": "blink", **said, "to_s": 0.05},
+            {"audio": "a.wav", "id": "half", **said, "to_s": 0.7, "text": "HALF"},
             {"text": "no audio", "id": "mute"},
             {"audio": "a.wav", "id": "chinese", **said, "text": "晚安。", "from_s": 1.5},
-        )
-        + "{broken line\n",
+        ).replace("HALF", "\\ud800")
+        + "{broken line\n"
+        + "[" * 200_000
+        + "\n",
     )
     counts, found, why = made(tmp_path, "manifest", source, valid_share=0.0)
     assert set(found) == {"whole", "part", "mp3", "breath", "loud", "chinese"}
@@ -113,9 +116,10 @@ def test_a_manifest_with_parts_of_a_recording_splits_and_all_that_may_be_wrong(t
         "again": "duplicate", "slow": "wrong_rate", "broken": "unreadable", "nowhere": "unreadable",
         "empty": "unreadable", "silence": "silent", "loud": "clipped", "textless": "no_text", "german": "bad_label",
         "nobody": "bad_label", "beyond": "unreadable", "blink": "too_short", "mute": "unreadable",
-        f"line 19 of {source / 'train.jsonl'}": "unreadable",
+        "half": "bad_label", f"line 20 of {source / 'train.jsonl'}": "unreadable",
+        f"line 21 of {source / 'train.jsonl'}": "unreadable",
     }  # fmt: skip
-    assert counts["left_out"] == 13 and counts["records"] == {"train": 5, "valid": 1}
+    assert counts["left_out"] == 15 and counts["records"] == {"train": 5, "valid": 1}
     assert found["part"]["split"] == "valid" and found["chinese"]["language"] == "zh"
     whole, _ = soundfile.read(source / "a.wav", dtype="int16")
     np.testing.assert_array_equal(found["whole"]["audio"], whole)  # 16 bits at 16 kHz stay what they are
