@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 
 import build  # noqa: E402
 import manifest  # noqa: E402
+import measure  # noqa: E402
 import tfds_files  # noqa: E402
 
 from deepasmr_jax import audio, data_check, input_pipeline  # noqa: E402
@@ -415,3 +416,15 @@ def test_the_loader_makes_batches_of_a_corpus_that_was_built(tmp_path):
     [batch] = input_pipeline.first_batches(cfg, 1)
     assert batch["wav"].shape == (4, 3200) and np.all(batch["lengths"] == 3200)
     assert "s3" not in input_pipeline.speakers(cfg)
+
+
+def test_the_measured_manifest_is_built_and_read(tmp_path, capsys):
+    measure.make(tmp_path / "m", 250)
+    out = tmp_path / "measured" / "1.0.0"
+    counts = build.build("manifest", tmp_path / "m" / "all.jsonl", out, build.Options())
+    assert counts["left_out"] == 0 and sum(counts["records"].values()) == 250  # every piece is another sound
+    capsys.readouterr()
+    measure.read(str(out), 10.0, num_batches=2)
+    assert f"records ({counts['records']['train']} of" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="give 1 to 1198000"):
+        measure.make(tmp_path / "m", 2_000_000)
