@@ -1,10 +1,12 @@
-"""Second pass over a corpus: speech tokens, mel, text ids and speaker embedding, written as a new dataset.
+"""Second pass over a corpus: speech tokens, mel, text ids, duration and speaker embedding, as a new dataset.
 
 `python data/add_features.py --data CORPUS/1.0.0 --model MODEL --out FEATURES/1.0.0`
 MODEL is an exported folder with the component `speech_tokenizer` and, if embeddings are wanted, `speaker`.
 Records are sorted by length into few padded lengths, so that few programs are compiled. Every output shard is
 written under a temporary name and then renamed: started again, the pass goes on with the first shard that is
-absent.
+absent. `--process I/N` makes every N-th shard, a process per accelerator or host; once all have ended, the command
+without it writes what makes the folder a dataset. A record that cannot be encoded is left out and named in
+OUT/report.jsonl.
 """
 
 import argparse
@@ -16,70 +18,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import tfds_files  # noqa: E402
 
 from deepasmr_jax import audio, checkpoint, config, files, input_pipeline, sharding, synthesis, text  # noqa: E402
-
-# ---------------------------------------------------------------- TFDS files without TensorFlow
-
-
-def write_shard(path: Path, features, records) -> int:
-    """Writes records as one ArrayRecord file, atomically.
-
-    Args:
-        path: the file, named `<dataset>-<split>.array_record-00000-of-00001`.
-        features: `tfds.features.FeaturesDict`.
-        records: iterable of dicts.
-
-    Returns:
-        The sum of the serialized sizes in bytes.
-    """
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.core import example_serializer
-
-    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-    with files.atomic_path(path) as part:
-        writer, size = ArrayRecordWriter(str(part), "group_size:1"), 0
-        for record in records:
-            data = serializer.serialize_example(features.encode_example(record))
-            writer.write(data)
-            size += len(data)
-        writer.close()
-    return size
-
-
-def shard_name(dataset: str, split: str, shard: int, num_shards: int) -> str:
-    """File name of a shard, in the pattern that TFDS reads."""
-    return f"{dataset}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
-
-
-def write_metadata(folder: Path, features, shard_lengths: dict[str, list[int]], description: str) -> None:
-    """Writes dataset_info.json and features.json for shards that are already there.
-
-    Args:
-        folder: version folder, e.g. `NAME/1.0.0`.
-        features: `tfds.features.FeaturesDict`.
-        shard_lengths: records of each shard, per split.
-        description: what the data is.
-    """
-    import tensorflow_datasets as tfds
-
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=folder.parent.name, filetype_suffix="array_record",
-        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-    )  # fmt: skip
-    splits = []
-    for split, lengths in shard_lengths.items():
-        size = sum(p.stat().st_size for p in folder.glob(f"[!.]*-{split}.array_record-*"))
-        own = template.replace(split=split)
-        splits.append(
-            tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=own)
-        )
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=features, split_infos=splits, filename_template=template, check_data=False,
-        description=description,
-    )  # fmt: skip
-
 
 # ---------------------------------------------------------------- features
 
@@ -178,6 +121,8 @@ def _pad(wavs: list[np.ndarray], width: int, num_rows: int) -> tuple[np.ndarray,
     return wav, lengths
 
 
+REPORT = "report.jsonl"
+PARTS = ".parts"  # of the report, one a shard
 _ORIGIN = {
     "name": "the text tokenizer",
     "vocab_size": "a text vocabulary of size",
@@ -194,7 +139,8 @@ def add_features(
     mel_profile: str = "mini",
     batch_size: int = 16,
     shard_size: int = 512,
-) -> Path:
+    process: str = "0/1",
+) -> int | None:
     """Writes the feature dataset of every split of a corpus; goes on where an interrupted pass ended.
 
     Args:
@@ -207,16 +153,21 @@ def add_features(
         mel_profile: name of the mel recipe; a flow refuses features of another one.
         batch_size: rows per compiled call.
         shard_size: records per output file.
+        process: "I/N": only the shards of process I of N; when all have ended, "0/1" completes the folder.
+
+    Returns:
+        Number of records left out, which `REPORT` names: shorter than one token, or a text that cannot be encoded. None
+        if shards of other processes are still to come.
 
     Raises:
-        ValueError: if a folder is missing, a waveform is shorter than one token, or `out` was begun with another
-            text tokenizer, speech tokenizer or mel profile.
+        ValueError: if a folder is missing, `out` was begun with another text tokenizer, speech tokenizer or mel
+            profile, or no record is left.
     """
     import tensorflow_datasets as tfds
 
+    index, count = tfds_files.process_of(process)
     folder = Path(out)
     source = tfds.builder_from_directory(str(data))
-    extract = Extractor(model, mel_profile, batch_size)
     tokenizer = text.MiniTokenizer() if text_tokenizer == "mini" else text.QwenTokenizer(text_tokenizer)
     made = {
         "name": "mini" if text_tokenizer == "mini" else "qwen",
@@ -225,40 +176,92 @@ def add_features(
         "mel_profile": mel_profile,
     }
     _note_origin(folder, made)
+    extract = Extractor(model, mel_profile, batch_size)
     added = {
         "speech_tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
         "mel": tfds.features.Tensor(
             shape=(None, extract.profile.num_mels), dtype=np.float16, encoding="bytes"
         ),
         "text_ids": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+        "duration_s": tfds.features.Scalar(np.float32),
     }
     if extract.embedding_size:
         size = (extract.embedding_size,)
         added["speaker_embedding"] = tfds.features.Tensor(shape=size, dtype=np.float32)
     features = tfds.features.FeaturesDict(dict(source.info.features.items()) | added)
-    lengths: dict[str, list[int]] = {}
+    paths: dict[str, list[Path]] = {}
     for split, info in source.info.splits.items():
         records = source.as_data_source(split)
         num_shards = -(-info.num_examples // shard_size)
-        lengths[split] = [min(shard_size, info.num_examples - i * shard_size) for i in range(num_shards)]
-        for shard in range(num_shards):
-            path = folder / shard_name(folder.parent.name, split, shard, num_shards)
-            if path.exists():
+        names = [tfds_files.shard_name(folder.parent.name, split, i, num_shards) for i in range(num_shards)]
+        paths[split] = [folder / name for name in names]
+        for shard, path in enumerate(paths[split]):
+            if shard % count != index or path.exists():
                 continue
-            rows = [_plain(records[shard * shard_size + i]) for i in range(lengths[split][shard])]
-            short = [r["id"] for r in rows if len(r["audio"]) < audio.TOKEN_SAMPLES]
-            if short:
-                raise ValueError(
-                    f"{len(short)} waveforms are shorter than one token ({audio.TOKEN_SAMPLES} samples), "
-                    f"first {short[0]}"
-                )
+            rows = [_plain(records[i]) for i in range(shard * shard_size, info.num_examples)[:shard_size]]
+            rows, problems = _fit(rows, tokenizer)
             found = extract([r["audio"].astype(np.float32) / 32768.0 for r in rows])
-            for record, more in zip(rows, found, strict=True):
-                record |= more | {"text_ids": tokenizer.encode(record["text"], record["language"])}
-            write_shard(path, features, rows)
+            files.write_text(_problems_file(path), "".join(problems))
+            tfds_files.write_shard(path, features, (r | more for r, more in zip(rows, found, strict=True)))
             print(f"{split}: shard {shard + 1} of {num_shards}", flush=True)
-    write_metadata(folder, features, lengths, source.info.description or "")
-    return folder
+    absent = [path.name for of_split in paths.values() for path in of_split if not path.exists()]
+    if absent or count > 1:
+        print(
+            f"{len(absent)} shards are left; once none is, the command without --process completes the folder"
+        )
+        return None
+    return _complete(folder, paths, features, source.info.description or "")
+
+
+def _fit(rows: list[dict], tokenizer) -> tuple[list[dict], list[str]]:
+    """The records that can have features, with text ids and duration; and a line of the report for each other."""
+    fit, problems = [], []
+    for row in rows:
+        try:
+            if len(row["audio"]) < audio.TOKEN_SAMPLES:
+                raise ValueError(
+                    f"it has {len(row['audio'])} samples, fewer than a token, {audio.TOKEN_SAMPLES}"
+                )
+            ids = tokenizer.encode(row["text"], row["language"])
+        except ValueError as error:
+            if (sample := {"en": "a", "zh": "一"}.get(row["language"])) is not None:
+                tokenizer.encode(
+                    sample, row["language"]
+                )  # refuses if a package or a file is missing, not the text
+            line = {
+                "where": row["id"],
+                "id": row["id"],
+                "problem": "no_features",
+                "why": str(error),
+                "kept": False,
+            }
+            problems.append(json.dumps(line, ensure_ascii=False) + "\n")
+            continue
+        fit.append(row | {"text_ids": ids, "duration_s": len(row["audio"]) / audio.SAMPLE_RATE})
+    return fit, problems
+
+
+def _problems_file(path: Path) -> Path:
+    return path.parent / PARTS / f"{path.name}.jsonl"
+
+
+def _complete(folder: Path, paths: dict[str, list[Path]], features, description: str) -> int:
+    """Joins the reports and writes what makes the folder a dataset. Returns the number of records left out."""
+    left_out = 0
+    with files.atomic_path(folder / REPORT) as part, part.open("w", encoding="utf-8") as report:
+        for path in (path for of_split in paths.values() for path in of_split):
+            found = _problems_file(path)  # a shard of an older version of this pass has none
+            lines = found.read_text("utf-8") if found.exists() else ""
+            left_out += lines.count("\n")
+            report.write(lines)
+    lengths = {
+        split: [tfds_files.num_records(path) for path in of_split] for split, of_split in paths.items()
+    }
+    lengths = {split: counts for split, counts in lengths.items() if sum(counts)}
+    if not lengths:
+        raise ValueError(f"no record is left, see {folder / REPORT}")
+    tfds_files.write_metadata(folder, features, lengths, description)
+    return left_out
 
 
 def _note_origin(folder: Path, made: dict) -> None:
@@ -279,9 +282,10 @@ def _plain(record: dict) -> dict:
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 0, 1 if a record was left out, 2 for bad input."""
     parser = argparse.ArgumentParser(
-        description="Add speech tokens, mel, text ids and speaker embeddings to a corpus."
+        description="Add speech tokens, mel, text ids, durations and speaker embeddings to a corpus."
     )
     parser.add_argument("--data", required=True, help="TFDS version folder of the corpus")
     parser.add_argument("--model", required=True, help="exported folder with speech_tokenizer (and speaker)")
@@ -290,9 +294,19 @@ def main() -> None:
     parser.add_argument("--mel-profile", default="mini", choices=sorted(audio.MEL_PROFILES))
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--shard-size", type=int, default=512)
-    o = parser.parse_args()
-    add_features(o.data, o.model, o.out, o.text_tokenizer, o.mel_profile, o.batch_size, o.shard_size)
+    parser.add_argument("--process", default="0/1", help="I/N: the share of process I of N")
+    o = parser.parse_args(argv)
+    try:
+        left_out = add_features(
+            o.data, o.model, o.out, o.text_tokenizer, o.mel_profile, o.batch_size, o.shard_size, o.process
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if left_out:
+        print(f"{left_out} records are left out, see {Path(o.out) / REPORT}")
+    return 1 if left_out else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

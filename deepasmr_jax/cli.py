@@ -40,7 +40,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0; 1 if `doctor` found damage or a request of `batch` failed; 2 for bad input; 130 after Ctrl-C.
+    0; 1 if `doctor` found damage, a request of `batch` failed or `data check` would leave a file out; 2 for bad input;
+    130 after Ctrl-C.
     """
     # XLA's remarks about the machine are not for this user
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -169,6 +170,21 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = add(commands, "doctor", _doctor, "which weight files of a folder are whole, damaged or missing")
     doctor.add_argument("folder", help="folder of public weights, or a model folder")
+
+    group = commands.add_parser("data", help="a corpus: check")
+    actions = group.add_subparsers(metavar="ACTION", required=True, parser_class=_Parser)
+    check = add(
+        actions, "check", _data_check, "what is wrong with the files of a corpus; exit code 1 if one is unfit"
+    )
+    check.add_argument("folder", help="records, a folder with *.jsonl manifests, or audio with texts beside")
+    check.add_argument("--out", help="the report, a JSON line per problem (default DIR/data_check.jsonl)")
+    check.add_argument(
+        "--rate", type=int, default=0, help="Hz that every file must have (default: any from 16000)"
+    )
+    check.add_argument("--max-seconds", type=float, default=30.0, help="longest file (default 30)")
+    check.add_argument(
+        "--keep", action="append", default=[], help="a kind of problem that makes no file unfit"
+    )
 
     convert = add(commands, "convert", _convert, "public weights to a model folder")
     convert.add_argument(
@@ -366,6 +382,25 @@ def _doctor(args) -> int:
     rows = convert.examine(args.folder)
     print(_table(rows))
     return 0 if all(row["state"] in ("whole", "unknown") for row in rows) else 1
+
+
+def _data_check(args) -> int:
+    folder = Path(args.folder)
+    out = Path(args.out) if args.out else (folder if folder.is_dir() else folder.parent) / "data_check.jsonl"
+    from deepasmr_jax import data_check
+
+    rules = data_check.Rules(args.rate, args.max_seconds, tuple(args.keep), needs_labels=False)
+    items = data_check.find(folder)
+    request.check_output(out, (".jsonl",))
+    counts = data_check.check(items, out, rules, _progress)
+    if rows := [
+        {"problem": k, "files": counts[k], "it is": v} for k, v in data_check.KINDS.items() if k in counts
+    ]:
+        print(_table(rows))
+    print(
+        f"{counts['files']} files, {counts['left_out']} unfit, {counts['hours']:.2f} h in the others: see {out}"
+    )
+    return 1 if counts["left_out"] else 0
 
 
 def _convert(args) -> None:

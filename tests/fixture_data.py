@@ -6,6 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+
+import tfds_files  # noqa: E402
+
 
 def add_features_module():
     """`data/add_features.py`, which is a script beside the package."""
@@ -57,7 +61,6 @@ def write(
     """Writes the dataset into `folder/noise/1.0.0` and returns that path; two shards per split."""
     import tensorflow_datasets as tfds
 
-    tools = add_features_module()
     tensor = tfds.features.Tensor
     names = ("id", "pair_id", "text", "language", "speaker", "style", "engine", "kind")
     features = {name: tfds.features.Text() for name in names}
@@ -76,6 +79,6 @@ def write(
         halves = [rows[: count // 2], rows[count // 2 :]]
         lengths[split] = [len(h) for h in halves]
         for i, half in enumerate(halves):
-            tools.write_shard(root / tools.shard_name("noise", split, i, 2), features, half)
-    tools.write_metadata(root, features, lengths, "random noise")
+            tfds_files.write_shard(root / tfds_files.shard_name("noise", split, i, 2), features, half)
+    tfds_files.write_metadata(root, features, lengths, "random noise")
     return str(root)

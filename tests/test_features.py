@@ -1,6 +1,7 @@
 """Features of a corpus: the tokens and embeddings that synthesis would take from the same clips."""
 
 import functools
+import json
 import shutil
 
 import fill
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, checkpoint, clip, speaker_campplus, synthesis
+from deepasmr_jax import audio, checkpoint, clip, input_pipeline, speaker_campplus, synthesis
 
 
 def with_campplus(folder):
@@ -63,3 +64,76 @@ def test_clips_beyond_the_window_of_the_tokenizer_get_all_their_tokens():
     assert np.mean(found[0]["speech_tokens"] == expected) > 0.99
     assert len(found[0]["mel"]) == 2 * len(expected)
     assert len(found[1]["speech_tokens"]) == -(-150 // 4)
+
+
+class FakeExtractor:
+    """Features that are told from the waveform alone, without a model."""
+
+    profile, embedding_size = audio.mel_profile("mini"), 4
+
+    def __init__(self, *arguments):
+        pass
+
+    def __call__(self, wavs):
+        return [
+            {"speech_tokens": np.arange(len(w) // 640, dtype=np.int32), "speaker_embedding": w[:4],
+             "mel": np.full((2, 80), w[4], np.float16)}
+            for w in wavs
+        ]  # fmt: skip
+
+
+def contents(folder):
+    """Arrays and texts of every record of a feature folder, by split and in order."""
+    found = []
+    for split in ("train", "valid"):
+        rows = input_pipeline.Records(input_pipeline.Config("lm", 1, (str(folder),), split))
+        found += [
+            {k: v.tolist() if hasattr(v, "tolist") else v for k, v in rows[i].items()}
+            for i in range(len(rows))
+        ]
+    return found
+
+
+def test_processes_share_a_pass_that_goes_on_after_a_kill_and_names_what_it_leaves_out(
+    tmp_path, monkeypatch, capsys
+):
+    tools = fixture_data.add_features_module()
+    monkeypatch.setattr(tools, "Extractor", FakeExtractor)
+    real = fixture_data.record
+
+    def record(i, split, *rest):
+        faults = {("train", 3): {"text": "こんばんは"}, ("valid", 1): {"audio": np.ones(600, np.int16)}}
+        return real(i, split, *rest) | faults.get((split, i), {})
+
+    monkeypatch.setattr(fixture_data, "record", record)
+    corpus = fixture_data.write(tmp_path, {"train": 9, "valid": 2}, has_features=False)
+    options = ["--data", corpus, "--model", str(tiny_model.shared()), "--shard-size", "2", "--out"]
+    alone, shared = tmp_path / "a" / "f" / "1.0.0", tmp_path / "b" / "f" / "1.0.0"
+    assert tools.main([*options, str(alone)]) == 1
+    assert "2 records are left out" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (alone / tools.REPORT).read_text("utf-8").splitlines()]
+    assert [line["id"] for line in lines] == ["train_3", "valid_1"] and "600 samples" in lines[1]["why"]
+    rows = contents(alone)
+    assert len(rows) == 9 and rows[0]["duration_s"] == pytest.approx(len(rows[0]["audio"]) / 16000)
+
+    assert tools.main([*options, str(shared), "--process", "1/3"]) == 0
+    write_shard, written = tools.tfds_files.write_shard, []
+
+    def stop(path, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write_shard(path, *rest)
+
+    monkeypatch.setattr(tools.tfds_files, "write_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tools.main([*options, str(shared)])
+    assert not (shared / "dataset_info.json").exists() and len(list(shared.glob("f-*"))) == 4
+    monkeypatch.setattr(tools.tfds_files, "write_shard", write_shard)
+    assert tools.main([*options, str(shared), "--process", "2/3"]) == 0
+    assert not (shared / "dataset_info.json").exists()
+    assert tools.main([*options, str(shared)]) == 1
+    assert contents(shared) == rows
+    assert (shared / tools.REPORT).read_text() == (alone / tools.REPORT).read_text()
+    assert tools.main([*options, str(shared), "--process", "3/3"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -19,7 +19,7 @@ LAYERS = [
     {"input_pipeline", "checkpoint", "pool"},
     {"judges", "samples"},
     {"train", "synthesis", "evaluate"},
-    {"batch", "demo", "convert"},
+    {"batch", "demo", "convert", "data_check"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

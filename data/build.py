@@ -1,0 +1,371 @@
+"""A corpus of any known layout as TFDS ArrayRecord files that every stage reads, and the check of one before that.
+
+    python data/build.py build LAYOUT SOURCE --out corpora/NAME/1.0.0 --workers 2
+    python data/build.py check LAYOUT SOURCE --out report.jsonl
+
+LAYOUTS names the layouts; each is a file here that knows its folders and fields only. A unit is a piece of the source
+that can be read alone; consecutive units make a shard. A shard that is finished has a line file in OUT/.parts, so that
+a build that was stopped goes on; processes of one build (--process I/N) share nothing but OUT. The last step joins the
+shards, takes duplicates out and writes OUT/report.jsonl with every utterance that was left out, and why.
+Records: id, pair_id, text, language, speaker, style and audio, int16 [W], 16 kHz.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import multiprocessing
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import asmr_parquet  # noqa: E402
+import emilia  # noqa: E402
+import kaldi  # noqa: E402
+import manifest  # noqa: E402
+import speech_folders  # noqa: E402
+import tfds_files  # noqa: E402
+import whisper_pairs  # noqa: E402
+
+from deepasmr_jax import audio, data_check, files  # noqa: E402
+
+# layout -> (its file, labels of utterances that have none of their own)
+LAYOUTS = {
+    "manifest": (manifest, {}),
+    "folders": (speech_folders, {"style": "normal"}),
+    "kaldi": (kaldi, {"style": "normal"}),
+    "emilia": (emilia, {"style": "normal"}),
+    "asmr": (asmr_parquet, {"style": "asmr"}),
+    "chains": (whisper_pairs, {"language": "en"}),
+    "whisper40": (whisper_pairs, {"language": "zh"}),
+}
+SPLITS = ("train", "valid")
+LABELS = ("speaker", "language", "style")
+PARTS = ".parts"  # in the output folder until it is complete
+REPORT = "report.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a source is read and split.
+
+    Attributes:
+        labels: speaker, language or style of utterances that have none; before those of `LAYOUTS`.
+        fields: columns or keys of this corpus, such as {"text": "caption"}.
+        texts: text by name, for layouts without texts.
+        rules: what is left out.
+        valid_share: of the speakers (or sentences), for the split valid.
+        valid_speakers: these and no others, if any is given.
+        split_by: "speaker", or "sentence" where a corpus has too few speakers.
+        shards: most files of a split.
+    """
+
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    rules: data_check.Rules = data_check.Rules()
+    valid_share: float = 0.05
+    valid_speakers: tuple[str, ...] = ()
+    split_by: str = "speaker"
+    shards: int = 256
+
+    def __post_init__(self):
+        if not 0 <= self.valid_share < 1:
+            raise ValueError(f"valid share {self.valid_share:g} is not in 0..1; give such as 0.05")
+        if self.shards < 1:
+            raise ValueError(f"{self.shards} shards are not possible; give 1 or more")
+        unknown = sorted(set(self.fields) - set(data_check.ALIASES))
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}; known are {', '.join(data_check.ALIASES)}")
+
+
+def split_of(item: data_check.Item, options: Options) -> str:
+    """The split of an utterance: its corpus's own, else by a hash of its speaker (or pair) that no run changes."""
+    if item.split:
+        return item.split
+    if options.valid_speakers:
+        return "valid" if item.speaker in options.valid_speakers else "train"
+    key = item.speaker if options.split_by == "speaker" else item.pair_id or item.id
+    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+    return "valid" if number < options.valid_share * 2**64 else "train"
+
+
+def items(layout: str, unit: tuple, options: Options) -> Iterator[data_check.Item | data_check.Problem]:
+    """The utterances of a unit with their labels; what stops its reading is a problem too."""
+    module, defaults = LAYOUTS[layout]
+    labels = defaults | options.labels
+    found = iter(module.read(unit, options))
+    while True:
+        try:
+            item = next(found)
+        except StopIteration:
+            return
+        except (OSError, ValueError, EOFError) as error:
+            why = f"the rest of it cannot be read ({' '.join(str(error).split())})"
+            yield data_check.Problem(str(unit[0]), "", "unreadable", why)
+            return
+        if isinstance(item, data_check.Item):
+            missing = {k: v for k, v in labels.items() if not getattr(item, k)}
+            item = dataclasses.replace(item, **missing) if missing else item
+        yield item
+
+
+# ---------------------------------------------------------------- the build
+
+
+def build(
+    layout: str, source: str | Path, out: str | Path, options: Options, process: str = "0/1", workers: int = 1
+) -> dict | None:
+    """Writes a corpus as a TFDS dataset; the same call goes on where one was stopped.
+
+    Args:
+        layout: of `LAYOUTS`.
+        source: the corpus.
+        out: version folder to write, NAME/1.0.0.
+        options: how.
+        process: "I/N": only the shards of process I of N; when all have ended, "0/1" joins them.
+        workers: processes of this call.
+
+    Returns:
+        {"records": by split, "hours": by split, "left_out", and the number of each kind of problem}; None if shards of
+        other processes are still to come.
+
+    Raises:
+        ValueError: if the source is not of this layout, `out` is complete or was begun otherwise, or no utterance
+            is fit.
+    """
+    out, index, count = Path(out), *tfds_files.process_of(process)
+    if (out / "dataset_info.json").exists():
+        raise ValueError(f"{out} is complete already: remove it, or give another --out")
+    units = LAYOUTS[layout][0].units(Path(source), options)
+    num_shards = min(options.shards, len(units))
+    limits = [len(units) * i // num_shards for i in range(num_shards + 1)]
+    _note_plan(out, layout, source, options, units)
+    jobs = [
+        (out, layout, options, units[limits[shard] : limits[shard + 1]], shard, num_shards)
+        for shard in range(num_shards)
+        if shard % count == index and not _part(out, shard).exists()
+    ]
+    start, num_items = time.perf_counter(), 0
+    print(f"{num_shards} shards, {len(jobs)} to write here", flush=True)
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Pool(min(workers, len(jobs)), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        if workers > 1 and jobs
+        else contextlib.nullcontext() as pool
+    ):
+        for done, n in enumerate((pool.imap_unordered if pool else map)(_write_shard, jobs), 1):
+            num_items += n
+            spent = time.perf_counter() - start
+            print(
+                f"{done}/{len(jobs)} shards: {num_items} utterances, {num_items / spent:.0f} a second",
+                flush=True,
+            )
+    absent = [shard for shard in range(num_shards) if not _part(out, shard).exists()]
+    if absent or count > 1:
+        print(
+            f"{len(absent)} shards are left; once none is, the command without --process joins them",
+            flush=True,
+        )
+        return None
+    return _join(out, num_shards, options)
+
+
+def _note_plan(out: Path, layout: str, source: str | Path, options: Options, units: list[tuple]) -> None:
+    """Keeps what a build was begun with, or compares it with what is there."""
+    mark = hashlib.sha256(
+        json.dumps([units, dataclasses.asdict(options)], sort_keys=True).encode()
+    ).hexdigest()
+    plan = {"layout": layout, "source": str(source), "mark": mark}
+    path = out / PARTS / "plan.json"
+    if path.exists() and (found := json.loads(path.read_text())) != plan:
+        same = all(found.get(key) == plan[key] for key in ("layout", "source"))
+        told = "another source or other options" if same else f"{found.get('layout')} {found.get('source')}"
+        raise ValueError(f"{out} was begun with {told}; go on with those, or give another --out")
+    files.write_text(path, json.dumps(plan))
+
+
+def _part(out: Path, shard: int) -> Path:
+    return out / PARTS / f"{shard:05d}.json"
+
+
+@functools.cache
+def _features():
+    import tensorflow_datasets as tfds
+
+    names = ("id", "pair_id", "text", "language", "speaker", "style")
+    sound = tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes")
+    return tfds.features.FeaturesDict({name: tfds.features.Text() for name in names} | {"audio": sound})
+
+
+def _write_shard(job: tuple) -> int:
+    """Writes one shard of each split, then what it holds and what it left out. Returns the number of utterances."""
+    out, layout, options, units, shard, num_shards = job
+    problems, num_items = [], 0
+    samples, held = {s: 0 for s in SPLITS}, {s: [] for s in SPLITS}
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(
+                tfds_files.open_shard(
+                    out / tfds_files.shard_name(out.parent.name, split, shard, num_shards), _features()
+                )
+            )
+            for split in SPLITS
+        }
+        for item in (item for unit in units for item in items(layout, unit, options)):
+            num_items += 1
+            if isinstance(item, data_check.Problem):
+                problems.append(item)
+                continue
+            record, found = data_check.examine(item, options.rules)
+            problems += found
+            if record is not None:
+                split = split_of(item, options)
+                writers[split].write(record)
+                held[split].append(
+                    (data_check.digest(record["audio"]).hex(), len(record["audio"]), item.where, item.id)
+                )
+                samples[split] += len(record["audio"])
+    part = {"items": num_items, "held": held, "problems": [dataclasses.asdict(p) for p in problems]}
+    files.write_text(_part(out, shard), json.dumps(part))
+    return num_items
+
+
+def _join(out: Path, num_shards: int, options: Options) -> dict:
+    """Takes duplicates out, writes the report, then what makes the folder a dataset. A stopped one is called again."""
+    seen, kinds, left_out = data_check.Seen(), Counter(), 0
+    lengths, samples = {s: [] for s in SPLITS}, Counter()
+    keep = "duplicate" in options.rules.keep
+    with (
+        files.atomic_path(out / REPORT) as report_part,
+        open(report_part, "w", encoding="utf-8", errors="backslashreplace") as report,
+    ):
+        for shard in range(num_shards):
+            part = json.loads(_part(out, shard).read_text("utf-8"))
+            problems = [data_check.Problem(**p) for p in part["problems"]]
+            num_records = 0
+            for split in SPLITS:
+                twice = set()
+                for row, (digest, num_samples, where, name) in enumerate(part["held"][split]):
+                    first = seen.add(bytes.fromhex(digest), where)
+                    if first is not None:
+                        problems.append(
+                            data_check.Problem(where, name, "duplicate", f"the same sound as {first}", keep)
+                        )
+                    if first is None or keep:
+                        samples[split] += num_samples
+                    else:
+                        twice.add(row)
+                path = out / tfds_files.shard_name(out.parent.name, split, shard, num_shards)
+                _without(path, len(part["held"][split]), twice)
+                lengths[split].append(len(part["held"][split]) - len(twice))
+                num_records += lengths[split][-1]
+            left_out += part["items"] - num_records
+            kinds.update(p.problem for p in problems)
+            report.writelines(p.line() for p in problems)
+    if not sum(map(sum, lengths.values())):
+        raise ValueError(f"no utterance is fit, see {out / REPORT}; --keep KIND keeps some kinds of problem")
+    for split in [s for s in SPLITS if not sum(lengths[s])]:
+        for path in out.glob(f"*-{split}.array_record-*"):
+            path.unlink()
+        del lengths[split]
+    tfds_files.write_metadata(out, _features(), lengths, f"Built by data/build.py; see {REPORT}.")
+    shutil.rmtree(out / PARTS)
+    hours = {s: round(samples[s] / audio.SAMPLE_RATE / 3600, 4) for s in lengths}
+    return {"records": {s: sum(n) for s, n in lengths.items()}, "hours": hours, "left_out": left_out} | dict(
+        kinds
+    )
+
+
+def _without(path: Path, count: int, rows: set[int]) -> None:
+    """Takes rows out of a shard of `count` records, unless that is done already."""
+    if not rows or tfds_files.num_records(path) == count - len(rows):
+        return
+    with tfds_files.open_shard(path, _features()) as shard:
+        for row, data in enumerate(tfds_files.read_shard(path)):
+            if row not in rows:
+                shard.write_raw(data)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def _options(args) -> Options:
+    labels = {name: getattr(args, name) for name in LABELS if getattr(args, name)}
+    for pair in args.field:
+        if "=" not in pair:
+            raise ValueError(f"--field {pair} is not of the form NAME=COLUMN, such as text=caption")
+    texts = {}
+    if args.texts:
+        for line in Path(args.texts).read_text("utf-8").splitlines():
+            name, _, text = line.strip().partition("\t" if "\t" in line else " ")
+            texts[name] = text.strip()
+    rules = data_check.Rules(args.rate, args.max_seconds, tuple(args.keep))
+    valid = tuple(filter(None, args.valid_speakers.split(",")))
+    fields = dict(pair.split("=", 1) for pair in args.field)
+    return Options(labels, fields, texts, rules, args.valid_share, valid, args.split_by, args.shards)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; 0, 1 if an utterance was left out, 2 for bad input, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("build", "check"))
+    parser.add_argument("layout", choices=LAYOUTS)
+    parser.add_argument("source", help="the corpus: a folder, or a file of it")
+    parser.add_argument("--out", required=True, help="build: NAME/1.0.0 to write; check: the report, x.jsonl")
+    for name in LABELS:
+        parser.add_argument(f"--{name}", help="of all utterances that have none of their own")
+    parser.add_argument(
+        "--field", action="append", default=[], metavar="NAME=COLUMN", help="such as text=caption"
+    )
+    parser.add_argument("--texts", help="list of texts, `NAME TEXT` a line, for chains and whisper40")
+    parser.add_argument(
+        "--rate", type=int, default=0, help="Hz that every file must have (default: 16000 or more)"
+    )
+    parser.add_argument("--max-seconds", type=float, default=data_check.MAX_SECONDS)
+    parser.add_argument("--keep", action="append", default=[], help="a kind of problem that is only reported")
+    parser.add_argument("--valid-share", type=float, default=0.05, help="of the speakers (default 0.05)")
+    parser.add_argument("--valid-speakers", default="", help="these instead, A,B,...")
+    parser.add_argument("--split-by", choices=("speaker", "sentence"), default="speaker")
+    parser.add_argument("--shards", type=int, default=256, help="most files of a split (default 256)")
+    parser.add_argument("--process", default="0/1", help="I/N: the share of process I of N")
+    parser.add_argument("--workers", type=int, default=1, help="processes of this one")
+    args = parser.parse_args(argv)
+    try:
+        options = _options(args)
+        if args.command == "check":
+            units = LAYOUTS[args.layout][0].units(Path(args.source), options)
+            found = (item for unit in units for item in items(args.layout, unit, options))
+            counts = data_check.check(found, args.out, options.rules, functools.partial(print, flush=True))
+        else:
+            counts = build(args.layout, args.source, args.out, options, args.process, args.workers)
+            if counts is not None and len(counts["records"]) == 1:
+                print(
+                    f"note: all records are in {[*counts['records']][0]}; --valid-share, --valid-speakers or "
+                    "--split-by sentence gives the other split some"
+                )
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    for key, value in (counts or {}).items():
+        print(f"{key}: {value}")
+    return 1 if counts and counts["left_out"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,521 @@
+"""A corpus before it is records: its utterances, the one path from an utterance to a record, and what is wrong with it.
+
+A layout (data/*.py, or one of the three readers here) yields an `Item` per utterance, or a `Problem` where it cannot.
+`examine` makes the record of an item and says what is wrong; builders and `deepasmr data check` both go through it, so
+that a check before the build finds what the build will leave out. Nothing is left out in silence: each problem is a
+line of a report. Breath, whispers and a low level are no problem; only a clip without any sound is.
+Everything is read as a stream; `Seen` keeps the hashes of sounds on disk.
+Letters: W samples.
+"""
+
+import codecs
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from deepasmr_jax import audio, files, input_pipeline, request
+from deepasmr_jax import text as text_lib
+
+# kind of problem -> what it means; those of KEPT are reported and stay, those of FIRM cannot be kept
+KINDS = {
+    "unreadable": "missing, damaged or no audio",
+    "wrong_rate": "sampled at less than 16 kHz, or not at the rate that was asked for",
+    "silent": "no sound at all (peak below -80 dB of full scale)",
+    "clipped": "samples in a row at full scale",
+    "too_short": "shorter than any front end can use",
+    "too_long": "longer than the limit",
+    "no_text": "text missing or empty",
+    "bad_label": "speaker, language or style missing or unknown",
+    "duplicate": "the same sound, sample by sample, as an earlier one",
+}
+KEPT = ("clipped",)
+FIRM = ("unreadable", "too_short", "bad_label")
+REPORT = "data_check.jsonl"  # beside what was checked
+MAX_SECONDS = 30.0  # of the speech tokenizer's window, and of Emilia's longest pieces
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab")  # of a transcript beside the audio, first found
+# names that manifests and tables use for one field, first found
+ALIASES = {
+    "audio": ("audio", "wav", "audio_path", "audio_filepath", "path", "audio_data"),
+    "text": ("text", "transcript", "transcription", "sentence", "caption"),
+    "speaker": ("speaker", "speaker_id", "spk", "creator_id"),
+    "id": ("id", "name", "utt", "audio_id"),
+    "language": ("language", "lang"),
+    "style": ("style",),
+    "pair_id": ("pair_id",),
+    "split": ("split",),
+    "from_s": ("from_s",),
+    "to_s": ("to_s",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One utterance as its corpus has it.
+
+    Attributes:
+        id: its name, unique in the corpus.
+        audio: a file, the bytes of a file, or int16 [W] at 16 kHz.
+        where: place for the report: a file, a line, a member of an archive.
+        text, speaker, language, style: as the corpus says them; "" where it does not.
+        pair_id: shared by readings of one sentence by one speaker; "" is the id.
+        split: "train" or "valid" where the corpus decides; "" elsewhere.
+        from_s, to_s: part of the audio in seconds; to_s 0 is its end.
+    """
+
+    id: str
+    audio: str | os.PathLike | bytes | np.ndarray
+    where: str
+    text: str = ""
+    speaker: str = ""
+    language: str = ""
+    style: str = ""
+    pair_id: str = ""
+    split: str = ""
+    from_s: float = 0.0
+    to_s: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is wrong with one utterance.
+
+    Attributes:
+        where: its file, line or member.
+        id: its name, "" where it is not known.
+        problem: one of `KINDS`.
+        why: a sentence.
+        kept: it is reported only; else the utterance is left out.
+    """
+
+    where: str
+    id: str
+    problem: str
+    why: str
+    kept: bool = False
+
+    def line(self) -> str:
+        """The line of the report."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What counts as a problem.
+
+    Attributes:
+        rate: Hz that every file must have; 0: any of at least 16,000.
+        max_seconds: longest utterance.
+        keep: kinds of problem that are reported only, beside `KEPT`.
+        needs_labels: speaker, language and style must be there (they are in a record); an unknown one is always wrong.
+
+    Raises:
+        ValueError: on a kind that is unknown or cannot be kept, or a limit that is not positive.
+    """
+
+    rate: int = 0
+    max_seconds: float = MAX_SECONDS
+    keep: tuple[str, ...] = ()
+    needs_labels: bool = True
+
+    def __post_init__(self):
+        able = [kind for kind in KINDS if kind not in FIRM]
+        for kind in self.keep:
+            if kind not in able:
+                raise ValueError(f"problem {kind!r} cannot be kept; choose of {', '.join(able)}")
+        if not audio.MIN_DURATION_S < self.max_seconds <= audio.MAX_DURATION_S:
+            raise ValueError(
+                f"{self.max_seconds:g} s are no limit of length; give one of {audio.MIN_DURATION_S:g} to "
+                f"{audio.MAX_DURATION_S:g}"
+            )
+        if self.rate and self.rate < audio.SAMPLE_RATE:
+            raise ValueError(
+                f"rate {self.rate} Hz is below that of records, {audio.SAMPLE_RATE}; give 0 or more"
+            )
+
+
+# ---------------------------------------------------------------- an utterance becomes a record
+
+
+def examine(item: Item, rules: Rules) -> tuple[dict | None, list[Problem]]:
+    """The record of an utterance, and what is wrong with it.
+
+    Args:
+        item: the utterance.
+        rules: what is wrong.
+
+    Returns:
+        (id, pair_id, text, language, speaker, style and audio, int16 [W], 16 kHz mono; None if it is to be left out,
+        the problems). Duplicates are for `Seen` to find.
+    """
+    problems = []
+
+    def add(kind: str, why: str):
+        problems.append(Problem(item.where, item.id, kind, why, kind in KEPT + rules.keep))
+
+    labels = _labels(item, rules, add)
+    if not item.text.strip():
+        add("no_text", "there is no text; add what is said")
+    try:
+        "".join((item.id, item.pair_id, item.text, *labels.values())).encode()
+    except UnicodeEncodeError as error:
+        add("bad_label", f"its name or text is no valid Unicode ({error.reason}); write it in UTF-8")
+    pcm = _read(item, rules, add)
+    if pcm is None or any(not p.kept for p in problems):
+        return None, problems
+    pair = item.pair_id or item.id
+    return {"id": item.id, "pair_id": pair, "text": item.text.strip(), **labels, "audio": pcm}, problems
+
+
+def digest(pcm: np.ndarray) -> bytes:
+    """16 bytes that name the sound of a record."""
+    return hashlib.blake2b(np.ascontiguousarray(pcm).data, digest_size=16).digest()
+
+
+def _labels(item: Item, rules: Rules, add: Callable) -> dict[str, str]:
+    language = item.language.lower().replace("_", "-").split("-")[0]
+    if not language and item.text.strip():
+        try:
+            language = text_lib.detect_language(item.text)
+        except ValueError as error:
+            if rules.needs_labels:
+                add("bad_label", str(error))
+    labels = {"language": language, "speaker": item.speaker, "style": item.style}
+    for name, known in (("language", text_lib.LANGUAGES), ("speaker", ()), ("style", request.STYLES)):
+        value = labels[name]
+        if not value:
+            if rules.needs_labels and (name != "language" or not item.text.strip()):
+                add("bad_label", f"the {name} is missing; add it, or give one for all with --{name}")
+        elif known and value not in known:
+            add("bad_label", f"{name} {value!r} is unknown; known are {' and '.join(known)}")
+    return labels
+
+
+def _read(item: Item, rules: Rules, add: Callable) -> np.ndarray | None:
+    """int16 [W] at 16 kHz; None if it cannot be read or need not be, since it is left out."""
+    if isinstance(item.audio, np.ndarray):
+        wav, rate = item.audio, audio.SAMPLE_RATE
+        duration_s = len(wav) / rate
+        if duration_s > rules.max_seconds:
+            add("too_long", f"it lasts {duration_s:.1f} s, the limit is {rules.max_seconds:g} s")
+    else:
+        try:
+            wav, rate = _read_file(item, rules, add)
+        except (ValueError, OSError, RuntimeError) as error:
+            add("unreadable", " ".join(str(error).split()))
+            return None
+        if wav is None:
+            return None
+        duration_s = len(wav) / rate
+    if duration_s < audio.MIN_DURATION_S:
+        add("too_short", f"it lasts {duration_s:.3f} s; give at least {audio.MIN_DURATION_S:g} s")
+        return None
+    notes = []
+    try:
+        wav = audio.load(
+            wav, audio.SAMPLE_RATE, rate, allow_silence=True, max_duration_s=duration_s + 1, notes=notes
+        )
+    except ValueError as error:  # NaN, another unit
+        add("unreadable", str(error))
+        return None
+    if audio.is_silent(wav):
+        add("silent", f"peak {np.abs(wav).max():.1e} of full scale")
+    for note in notes:
+        if note.startswith("clipped"):
+            add("clipped", note)
+    if isinstance(item.audio, np.ndarray):
+        return item.audio
+    return np.clip(np.round(wav * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def _read_file(item: Item, rules: Rules, add: Callable) -> tuple[np.ndarray | None, int]:
+    """(samples of the wanted part, Hz); None for what is too long and left out: it is not decoded."""
+    import soundfile
+
+    source = item.audio
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    elif not Path(source).is_file():
+        raise ValueError(f"{source} does not exist; correct the path")
+    with soundfile.SoundFile(source if isinstance(source, io.BytesIO) else str(source)) as file:
+        rate = file.samplerate
+        if rate < audio.SAMPLE_RATE or rules.rate not in (0, rate):
+            wanted = f"{rules.rate}" if rules.rate else f"at least {audio.SAMPLE_RATE}"
+            add("wrong_rate", f"it has {rate} Hz, wanted are {wanted}")
+        first = round(item.from_s * rate)
+        stop = round(item.to_s * rate) if item.to_s else file.frames
+        if not 0 <= first < stop <= file.frames:
+            raise ValueError(
+                f"the part from {item.from_s:g} s to {stop / rate:g} s does not lie in its {file.frames / rate:g} s"
+            )
+        seconds = (stop - first) / rate
+        if seconds > rules.max_seconds:
+            add("too_long", f"it lasts {seconds:.1f} s, the limit is {rules.max_seconds:g} s")
+            if "too_long" not in rules.keep:
+                return None, rate
+        if seconds > audio.MAX_DURATION_S:
+            raise ValueError(
+                f"it lasts {seconds:.0f} s; cut it into pieces of at most {audio.MAX_DURATION_S:g} s"
+            )
+        if first:
+            file.seek(first)
+        wav = file.read(stop - first, dtype="float32", always_2d=True)
+    if len(wav) < stop - first:
+        raise ValueError(f"it ends after {len(wav)} of {stop - first} samples; copy the file again")
+    return wav, rate
+
+
+class Seen:
+    """Which sounds were met before, and under which name: a table on disk, so that memory stays bounded."""
+
+    def __init__(self):
+        self._table = sqlite3.connect("", isolation_level=None)  # private, on disk, gone when closed
+        self._table.execute("PRAGMA cache_size = -65536")  # KiB; the rest lies in the temporary file
+        self._table.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY, name TEXT) WITHOUT ROWID")
+        self._table.execute("BEGIN")
+
+    def add(self, digest: bytes, name: str) -> str | None:
+        """None if the sound is new, else the name under which it was met first."""
+        if self._table.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, name)).rowcount:
+            return None
+        return self._table.execute("SELECT name FROM seen WHERE digest = ?", (digest,)).fetchone()[0]
+
+
+# ---------------------------------------------------------------- three readers of any corpus
+
+
+def from_fields(row: dict, where: str, folder: Path, fields: dict[str, str] | None = None) -> Item | Problem:
+    """The item of a row of a manifest or a table.
+
+    Args:
+        row: the row; names of fields as in `ALIASES`. Its audio is a path relative to `folder`, bytes, or both in a
+            dict {"bytes", "path"}; "attributes" may hold the speaker.
+        where: for the report.
+        folder: of the manifest.
+        fields: names that this corpus uses, such as {"text": "caption"}; they come before `ALIASES`.
+
+    Returns:
+        The item; a problem if a field has another type, or there is no audio.
+    """
+    given = {}
+    for name, aliases in ALIASES.items():
+        names = ((fields[name],) if fields and name in fields else ()) + aliases
+        if name == "audio" and "audio_data" in row:
+            names = ("audio_data", *names)  # of two, the bytes
+        given[name] = next((row[n] for n in names if row.get(n) is not None), None)
+    attributes = row.get("attributes")
+    if given["speaker"] is None and isinstance(attributes, dict):
+        given["speaker"] = attributes.get("speaker")
+    name, sound = given.pop("id"), given.pop("audio")
+    if isinstance(sound, dict):
+        name = name or sound.get("path")
+        sound = sound.get("bytes") or sound.get("path")
+    if not isinstance(sound, str | bytes) or not sound:
+        return Problem(where, str(name or ""), "unreadable", f"there is no audio among {', '.join(row)}")
+    if isinstance(sound, str):
+        name = name or "_".join(Path(sound).with_suffix("").parts[-3:])
+        sound = folder / sound
+    values = {"from_s": 0.0, "to_s": 0.0}
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key in values:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+                return Problem(where, str(name), "unreadable", f"{key} {value!r} are no seconds")
+            values[key] = float(value)
+        elif isinstance(value, str) or (isinstance(value, int) and key == "speaker"):
+            values[key] = str(value)
+        else:
+            kind = "bad_label" if key in ("speaker", "language", "style") else "no_text"
+            return Problem(where, str(name), kind, f"{key} {value!r} is no string")
+    if values.get("split", "train") not in ("train", "valid"):
+        return Problem(where, str(name), "bad_label", f"split {values['split']!r} is not train or valid")
+    return Item(id=str(name or where), audio=sound, where=where, **values)
+
+
+def read_manifest(
+    path: Path, start: int = 0, stop: int | None = None, line: int = 1, fields: dict[str, str] | None = None
+) -> Iterator[Item | Problem]:
+    """Items of the lines of a JSON-lines file, see `from_fields`.
+
+    Args:
+        path: the file.
+        start, stop: bytes of it, each at the begin of a line; all of it without them.
+        line: number of the first line, for the report.
+        fields: as for `from_fields`.
+    """
+    path = Path(path)
+    stop = path.stat().st_size if stop is None else stop
+    with path.open("rb") as file:
+        file.seek(start)
+        for number, text in enumerate(file, line):
+            if start >= stop:
+                return
+            start += len(text)
+            text = text.removeprefix(codecs.BOM_UTF8) if number == 1 else text
+            if not text.strip():
+                continue
+            where = f"line {number} of {path}"
+            try:
+                row = request.parse_object(text.decode())
+            except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
+                yield Problem(where, "", "unreadable", f"it is not a JSON object ({error}); correct it")
+                continue
+            yield from_fields(row, where, path.parent, fields)
+
+
+def audio_folders(root: Path) -> Iterator[Path]:
+    """The folders below `root` that hold audio files, in order of their names; hidden ones are passed over."""
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if any(name.lower().endswith(AUDIO_SUFFIXES) for name in names):
+            yield Path(folder)
+
+
+def read_folder(folder: Path, root: Path) -> Iterator[Item]:
+    """Items of the audio files of one folder.
+
+    The text is in a file beside (`TEXT_SUFFIXES`) or in a list X.trans.txt of the folder. The speaker is the nearest
+    folder whose name begins the file's ("84/121123/84_121123_000007.wav": 84), else the folder itself.
+    """
+    lists = {}
+    for path in sorted(folder.glob("*.trans.txt")):
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            name, _, text = line.partition(" ")
+            lists[name] = text
+    inner = folder.relative_to(root).parts or (folder.name,)
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in AUDIO_SUFFIXES):
+        if path.name.startswith("."):
+            continue
+        speaker = next((p for p in reversed(inner) if path.name.startswith((f"{p}_", f"{p}-"))), inner[-1])
+        text = text_beside(path)
+        if text is None:
+            text = lists.get(path.stem, "")
+        name = "_".join(path.relative_to(root).with_suffix("").parts)
+        yield Item(id=name, audio=path, where=str(path), text=text, speaker=speaker)
+
+
+def text_beside(path: Path) -> str | None:
+    """What is said in an audio file, from a text file of its name; None if there is none."""
+    for suffix in TEXT_SUFFIXES:
+        beside = path.with_suffix(suffix)
+        if beside.is_file():
+            return beside.read_text("utf-8", errors="replace").strip()
+    return None
+
+
+def read_records(folder: str | os.PathLike) -> Iterator[Item | Problem]:
+    """Items of the records of every split of a dataset that was built.
+
+    Raises:
+        ValueError: if the folder is no TFDS dataset, or has no waveforms.
+    """
+    import tensorflow_datasets as tfds
+
+    info = tfds.builder_from_directory(str(folder)).info
+    names = ("audio", "id", "pair_id", "text", "speaker", "language", "style")
+    names = tuple(name for name in names if name in info.features)
+    if "audio" not in names:
+        raise ValueError(f"records of {folder} have no audio, only {', '.join(info.features)}")
+    for split in info.splits:
+        cfg = input_pipeline.Config("vocoder", 1, (str(folder),), split)
+        records = input_pipeline.Records(cfg, names)
+        for i in range(len(records)):
+            where = f"{folder} {split} record {i}"
+            try:
+                record = records[i]
+                row = {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
+            except Exception as error:  # the reader of damaged files has errors of its own
+                yield Problem(where, "", "unreadable", " ".join(str(error).split()) or type(error).__name__)
+                continue
+            yield Item(where=where, **({"id": where} | row))
+
+
+def find(folder: str | os.PathLike) -> Iterator[Item | Problem]:
+    """Items of a folder of unknown kind: records, else manifests *.jsonl, else audio files with texts beside.
+
+    Raises:
+        ValueError: if nothing of these is there.
+    """
+    root = Path(folder)
+    if root.is_file() and root.suffix == ".jsonl":
+        return read_manifest(root)
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}; give a corpus, or records that were built from one")
+    if (root / "dataset_info.json").is_file():
+        return read_records(root)
+    manifests = sorted(p for p in root.glob("*.jsonl") if p.name != REPORT and not p.name.startswith("."))
+    if manifests:
+        return (item for path in manifests for item in read_manifest(path))
+    if next(audio_folders(root), None) is not None:
+        return (item for inner in audio_folders(root) for item in read_folder(inner, root))
+    packed = next((p for p in root.rglob("*") if p.suffix in (".tar", ".parquet")), None)
+    way_out = (
+        "check it with `python data/build.py check LAYOUT DIR`, which reads the layouts of data/README.md"
+        if packed
+        else f"audio is {', '.join(AUDIO_SUFFIXES)}"
+    )
+    raise ValueError(f"{root} holds no records, no *.jsonl and no audio files; {way_out}")
+
+
+# ---------------------------------------------------------------- the check
+
+
+def check(
+    items: Iterable[Item | Problem],
+    report: str | os.PathLike,
+    rules: Rules,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, int | float]:
+    """Examines every item and writes a line for each problem; memory does not grow with their number.
+
+    Args:
+        items: the utterances.
+        report: the JSON-lines file to write: fields of `Problem`.
+        rules: what is wrong.
+        progress: called with a sentence now and then.
+
+    Returns:
+        {"files", "left_out", "hours" of the rest, and the number of each kind that was found}.
+    """
+    seen, found, num_files, left_out, samples = Seen(), Counter(), 0, 0, 0
+    start = said = time.perf_counter()
+    with (
+        files.atomic_path(report) as part,
+        part.open("w", encoding="utf-8", errors="backslashreplace") as lines,
+    ):
+        for item in items:
+            num_files += 1
+            record, problems = (None, [item]) if isinstance(item, Problem) else examine(item, rules)
+            if record is not None:
+                first = seen.add(digest(record["audio"]), item.where)
+                if first is not None:
+                    kept = "duplicate" in rules.keep
+                    why = f"the same sound as {first}"
+                    problems.append(Problem(item.where, item.id, "duplicate", why, kept))
+                    record = record if kept else None
+            if record is None:
+                left_out += 1
+            else:
+                samples += len(record["audio"])
+            for problem in problems:
+                found[problem.problem] += 1
+                lines.write(problem.line())
+            if progress and time.perf_counter() - said > 10:
+                said = time.perf_counter()
+                progress(
+                    f"{num_files} files, {num_files / (said - start):.0f} a second, {left_out} with a fault"
+                )
+    hours = round(samples / audio.SAMPLE_RATE / 3600, 4)
+    return {"files": num_files, "left_out": left_out, "hours": hours} | {
+        k: found[k] for k in KINDS if found[k]
+    }

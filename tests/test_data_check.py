@@ -1,0 +1,135 @@
+"""`deepasmr data check`: what it says of records, manifests and folders of audio."""
+
+import json
+import tracemalloc
+
+import fixture_data
+import numpy as np
+import pytest
+import sounds
+
+from deepasmr_jax import audio, cli, data_check
+
+RATE = 16000
+
+
+def run(*arguments) -> int:
+    try:
+        return cli.main([str(a) for a in arguments])
+    except SystemExit as e:  # argparse
+        return e.code
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def folder_of_faults(folder):
+    """A file per kind of problem, and whispers that have none."""
+    audio.save(folder / "good.wav", sounds.tone(), RATE)
+    audio.save(folder / "breath.wav", 0.001 * sounds.hiss(0.6, 1), RATE)  # peak near -70 dB of full scale
+    audio.save(folder / "silent.wav", np.zeros(RATE), RATE)
+    audio.save(folder / "clipped.wav", np.clip(30 * sounds.hiss(0.6, 2), -1, 1), RATE)
+    audio.save(folder / "slow.wav", sounds.hiss(0.6, 3), 8000)
+    audio.save(folder / "long.wav", sounds.hiss(3.0, 4), RATE)
+    audio.save(folder / "same.wav", sounds.tone(), RATE)
+    audio.save(folder / "untold.wav", sounds.hiss(0.6, 5), RATE)
+    (folder / "torn.wav").write_bytes((folder / "good.wav").read_bytes()[:20])
+    for path in folder.glob("*.wav"):
+        if path.stem != "untold":
+            path.with_suffix(".txt").write_text("Good night.")
+    return folder
+
+
+def test_every_fault_of_a_folder_is_named_and_a_breath_is_none(tmp_path, capsys):
+    folder = folder_of_faults(tmp_path / "in")
+    assert run("data", "check", folder, "--max-seconds", "2") == 1
+    out, _ = capsys.readouterr()
+    found = {row["id"]: row for row in lines(folder / data_check.REPORT)}
+    assert {k: row["problem"] for k, row in found.items()} == {
+        "clipped": "clipped", "long": "too_long", "same": "duplicate", "silent": "silent", "slow": "wrong_rate",
+        "torn": "unreadable", "untold": "no_text",
+    }  # fmt: skip
+    assert [k for k, row in found.items() if row["kept"]] == ["clipped"]
+    assert str(folder / "good.wav") in found["same"]["why"] and "8000 Hz" in found["slow"]["why"]
+    assert "9 files, 6 unfit" in out and "clipped" in out
+    keep = [
+        word
+        for kind in ("too_long", "duplicate", "silent", "wrong_rate", "no_text")
+        for word in ("--keep", kind)
+    ]
+    (folder / "torn.wav").unlink()
+    assert run("data", "check", folder, "--max-seconds", "2", "--out", tmp_path / "r.jsonl", *keep) == 0
+    assert len(lines(tmp_path / "r.jsonl")) == 6 and all(row["kept"] for row in lines(tmp_path / "r.jsonl"))
+    assert run("data", "check", folder / "good.wav") == 2
+    assert run("data", "check", folder, "--rate", "48000") == 1
+    wrong = [row["id"] for row in lines(folder / data_check.REPORT) if row["problem"] == "wrong_rate"]
+    assert wrong == ["breath", "clipped", "good", "long", "same", "silent", "slow", "untold"]
+
+
+def test_a_manifest_and_records_are_checked_too(tmp_path, capsys):
+    audio.save(tmp_path / "m" / "a.wav", sounds.tone(), RATE)
+    rows = [
+        {"audio": "a.wav", "text": "Hi."},
+        {"audio": "b.wav", "text": "Hi."},
+        {"audio": "a.wav", "text": 5},
+        {"audio": "a.wav", "text": "Hi.", "to_s": "x"},
+        {"audio": "a.wav", "text": "Hi.", "style": "loud"},
+        {"audio": "a.wav", "text": "Hi.", "split": "test"},
+    ]
+    text = "\ufeff" + "".join(json.dumps(row) + "\n" for row in rows) + "[]\n\n"
+    (tmp_path / "m" / "list.jsonl").write_text(text, "utf-8")
+    for _ in range(2):  # the report of the first is no manifest of the second
+        assert run("data", "check", tmp_path / "m") == 1
+        found = {row["where"].split()[1]: row["problem"] for row in lines(tmp_path / "m" / data_check.REPORT)}
+        assert found == {"2": "unreadable", "3": "no_text", "4": "unreadable", "5": "bad_label", "6": "bad_label",
+                         "7": "unreadable"}  # fmt: skip
+    records = fixture_data.write(tmp_path, {"train": 6, "valid": 2}, has_features=False)
+    assert run("data", "check", records, "--out", tmp_path / "r.jsonl") == 1
+    assert "8 files, 2 unfit" in capsys.readouterr().out
+    found = lines(tmp_path / "r.jsonl")  # the noise of train and valid is the same
+    assert [(row["id"], row["problem"]) for row in found] == [
+        ("valid_0", "duplicate"),
+        ("valid_1", "duplicate"),
+    ]
+    assert found[0]["why"] == f"the same sound as {records} train record 0"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["nowhere"], ["no folder nowhere"]),
+        (["EMPTY"], ["holds no records"]),
+        (["PACKED"], ["data/build.py check LAYOUT"]),
+        (["GOOD", "--keep", "unreadable"], ["'unreadable' cannot be kept"]),
+        (["GOOD", "--max-seconds", "0"], ["0 s are no limit"]),
+        (["GOOD", "--rate", "8000"], ["8000 Hz", "16000"]),
+        (["GOOD", "--out", "report.txt"], ["report.txt", ".jsonl"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2_and_leaves_nothing(
+    tmp_path, capsys, monkeypatch, options, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "PACKED").mkdir()
+    (tmp_path / "PACKED" / "a.tar").write_bytes(b"x")
+    audio.save("GOOD/a.wav", sounds.tone(), RATE)
+    before = sorted(tmp_path.rglob("*"))
+    assert run("data", "check", *options) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("deepasmr: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sounds_are_remembered_in_bounded_memory():
+    seen = data_check.Seen()
+    tracemalloc.start()
+    try:
+        for i in range(20_000):
+            assert seen.add(data_check.digest(np.array([i], np.int32)), f"u{i}") is None
+        assert seen.add(data_check.digest(np.array([7], np.int32)), "again") == "u7"
+        assert tracemalloc.get_traced_memory()[1] < 1e6  # a set of them would take more than 2 MB
+    finally:
+        tracemalloc.stop()
