@@ -332,6 +332,7 @@ class Block(nnx.Module):
         self.mlp_in = make(cfg.channels, cfg.block_mlp_width, ("embed", "mlp"))
         self.mlp_out = make(cfg.block_mlp_width, cfg.channels, ("mlp", "embed"))
 
+    @functools.partial(jax.jit, static_argnums=3)  # traced once for all levels
     def __call__(self, x: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
         """[B, T, C], mask [B, 1 or T, T] -> [B, T, C] float32."""
         y = self.attention_norm(x, NORM_EPS)

@@ -177,13 +177,13 @@ class Cache:
     values: tuple[jax.Array, ...]
 
 
-def make_cache(keys: list[jax.Array], values: list[jax.Array], size: int) -> Cache:
-    """Cache of `size` positions that starts with these keys and values, [B, N, K, E] per layer."""
+def grow(cache: Cache, size: int) -> Cache:
+    """The cache with room for `size` positions."""
 
-    def grow(x: jax.Array) -> jax.Array:
+    def one(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)))
 
-    return Cache(tuple(grow(k) for k in keys), tuple(grow(v) for v in values))
+    return jax.tree.map(one, cache)
 
 
 class Attention(nnx.Module):
@@ -595,41 +595,68 @@ def _without_data(x: jax.Array, first: int) -> PartitionSpec:
     return PartitionSpec(*("model" if axis == "model" else None for axis in nn.axes_of(x)[first:]))
 
 
-def decode(weights: DecodeWeights, cfg: Config, x: jax.Array, positions: jax.Array, mask: jax.Array, attend):
-    """All layers, unrolled, on the fused weights.
+@functools.partial(jax.jit, static_argnames="cfg")
+def _layer(
+    w: dict[str, jax.Array], cfg: Config, x: jax.Array, positions: jax.Array, mask: jax.Array, cache=None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """One layer on the fused weights: x [B, N, D] to (x, its keys and values), see `layers`.
 
-    Args:
-        weights: from `unstack`.
-        cfg: settings of the model.
-        x: [B, N, D] float32 input vectors.
-        positions: [B, N] int32.
-        mask: [B or 1, N, S] bool, True where attention is allowed.
-        attend: function of (layer index, k, v [B, N, K, E]) that returns the keys and values to look at,
-            each [B, S, K, E].
-
-    Returns:
-        [B, N, D] float32, after the final norm.
+    Under jit, so that a program of all layers is traced from one, and one program can serve all layers.
     """
     group, size = cfg.num_heads // cfg.num_kv_heads, cfg.head_dim
     rows = nn.axes_of(x)[0]
     whole, heads = PartitionSpec(rows, None, None), PartitionSpec(rows, None, "model", None)
     grouped = PartitionSpec(*heads, None)
+    y = nn.rms_norm(x, w["attn_norm"], cfg.norm_eps)
+    qkv = nn.product("bnd,dkge->bnkge", y, w["qkv"], cfg.dtype, grouped) + w["qkv_bias"]
+    q = qkv[:, :, :, :group].reshape((*x.shape[:2], cfg.num_heads, size), out_sharding=heads)
+    q = nn.rotary(q, positions, cfg.rope_base)
+    keys, values = nn.rotary(qkv[:, :, :, group], positions, cfg.rope_base), qkv[:, :, :, group + 1]
+    if cache is not None:
+        write = jax.vmap(lambda rows, new, at: jax.lax.dynamic_update_slice(rows, new, (at, 0, 0)))
+        keys, values = (
+            write(old, new, positions[:, 0]) for old, new in zip(cache, (keys, values), strict=True)
+        )
+    y = nn.attention(q, keys, values, mask)
+    y = y.reshape((*x.shape[:2], cfg.num_kv_heads, group, size), out_sharding=grouped)
+    x = x + nn.product("bnkge,kged->bnd", y, w["o"], cfg.dtype, whole)
+    y = nn.rms_norm(x, w["mlp_norm"], cfg.norm_eps)
+    split = PartitionSpec(rows, None, None, "model")
+    y = nn.product("bnd,dgf->bngf", y, w["gate_up"], cfg.dtype, split)
+    y = jax.nn.silu(y[:, :, 0]) * y[:, :, 1]
+    return x + nn.product("bnf,fd->bnd", y, w["down"], cfg.dtype, whole), (keys, values)
+
+
+def layers(
+    weights: DecodeWeights,
+    cfg: Config,
+    x: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache]:
+    """All layers, unrolled, on the fused weights; outside of jit they are one program that runs once a layer.
+
+    Args:
+        weights: from `unstack`.
+        cfg: settings of the model.
+        x: [B, N, D] float32 input vectors.
+        positions: [B or 1, N] int32.
+        mask: [B or 1, N, S] bool, True where attention is allowed.
+        cache: with it N is 1: keys and values go into the cache at `positions`, and the whole cache is looked at.
+            None: S is N, and x looks at itself.
+
+    Returns:
+        ([B, N, D] float32 before the final norm, keys and values that were looked at).
+    """
+    kept = []
     for index, w in enumerate(weights.layers):
-        y = nn.rms_norm(x, w["attn_norm"], cfg.norm_eps)
-        qkv = nn.product("bnd,dkge->bnkge", y, w["qkv"], cfg.dtype, grouped) + w["qkv_bias"]
-        q = qkv[:, :, :, :group].reshape((*x.shape[:2], cfg.num_heads, size), out_sharding=heads)
-        q = nn.rotary(q, positions, cfg.rope_base)
-        k = nn.rotary(qkv[:, :, :, group], positions, cfg.rope_base)
-        keys, values = attend(index, k, qkv[:, :, :, group + 1])
-        y = nn.attention(q, keys, values, mask)
-        y = y.reshape((*x.shape[:2], cfg.num_kv_heads, group, size), out_sharding=grouped)
-        x = x + nn.product("bnkge,kged->bnd", y, w["o"], cfg.dtype, whole)
-        y = nn.rms_norm(x, w["mlp_norm"], cfg.norm_eps)
-        split = PartitionSpec(rows, None, None, "model")
-        y = nn.product("bnd,dgf->bngf", y, w["gate_up"], cfg.dtype, split)
-        y = jax.nn.silu(y[:, :, 0]) * y[:, :, 1]
-        x = x + nn.product("bnf,fd->bnd", y, w["down"], cfg.dtype, whole)
-    return nn.rms_norm(x, weights.norm, cfg.norm_eps)
+        own = None if cache is None else (cache.keys[index], cache.values[index])
+        x, own = _layer(w, cfg, x, positions, mask, own)
+        kept.append(own)
+        if jax.default_backend() == "cpu" and not isinstance(x, jax.core.Tracer):
+            x.block_until_ready()  # queued programs of several CPU devices deadlock
+    return x, Cache(*zip(*kept, strict=True))
 
 
 def prefill(
@@ -648,19 +675,20 @@ def prefill(
     Returns:
         (logits [B, V] float32 after the last valid position of each row, the cache).
     """
-    num = tokens.shape[1]
-    kept = []
+    x, cache = layers(weights, cfg, embed(weights, tokens, kinds), *_causal(tokens.shape[1]))
+    return _last_scores(weights, cfg, x, lengths), grow(cache, size)
 
-    def attend(index, k, v):
-        kept.append((k, v))
-        return k, v
 
+def _causal(num: int) -> tuple[jax.Array, jax.Array]:
+    """Positions [1, N] and mask [1, N, N] of a prefill; padding on the right is hidden from all before it already."""
     order = jnp.arange(num)
-    # padding is on the right, so a causal mask already hides it from every valid position
-    mask = (order[:, None] >= order)[None]
-    x = decode(weights, cfg, embed(weights, tokens, kinds), order[None], mask, attend)
+    return order[None], (order[:, None] >= order)[None]
+
+
+def _last_scores(weights: DecodeWeights, cfg: Config, x: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Logits [B, V] after the last valid position of each row of x [B, N, D]."""
     last = jax.vmap(lambda row, n: jax.lax.dynamic_index_in_dim(row, n - 1, 0, keepdims=False))(x, lengths)
-    return _head(weights, cfg, last), make_cache(*zip(*kept, strict=True), size)
+    return _head(weights, cfg, last)
 
 
 def decode_step(
@@ -678,24 +706,16 @@ def decode_step(
     Returns:
         (logits [B, V] float32 for the next token, cache).
     """
-    write = jax.vmap(lambda rows, new, at: jax.lax.dynamic_update_slice(rows, new, (at, 0, 0)))
-    keys, values = list(cache.keys), list(cache.values)
-
-    def attend(index, k, v):
-        keys[index] = write(keys[index], k, positions)
-        values[index] = write(values[index], v, positions)
-        return keys[index], values[index]
-
     kinds = jnp.full_like(tokens, SPEECH)
     mask = jnp.arange(cache.keys[0].shape[1]) <= positions[:, None, None]
     x = embed(weights, tokens[:, None], kinds[:, None])
-    x = decode(weights, cfg, x, positions[:, None], mask, attend)
-    return _head(weights, cfg, x[:, 0]), Cache(tuple(keys), tuple(values))
+    x, cache = layers(weights, cfg, x, positions[:, None], mask, cache)
+    return _head(weights, cfg, x[:, 0]), cache
 
 
 def _head(weights: DecodeWeights, cfg: Config, x: jax.Array) -> jax.Array:
-    """Speech logits [B, V] of hidden states [B, D]."""
-    x = x[:, None]
+    """Speech logits [B, V] of the last layer's states [B, D]."""
+    x = nn.rms_norm(x[:, None], weights.norm, cfg.norm_eps)
     return nn.product("bnd,dv->bnv", x, weights.head, cfg.dtype, nn.like(x, None))[:, 0] + weights.head_bias
 
 
@@ -802,7 +822,10 @@ def generate(
     keys: jax.Array,
     max_new: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Speech tokens for a batch of texts, each continuing a speech prompt; one compiled program.
+    """Speech tokens for a batch of texts, each continuing a speech prompt.
+
+    Three compiled programs: the input vectors, one layer over them (run once for each layer), the loop over new
+    tokens. One program of all layers twice took half as long again to compile.
 
     A row depends on its own arguments and key only: not on padding, on its neighbours or on the batch size.
     The rows are split over the mesh if it divides them and repeated on every chip otherwise.
@@ -839,37 +862,53 @@ def generate(
     if max_new < 1:
         raise ValueError(f"max_new is {max_new}; at least 1 is needed")
     weights = model if isinstance(model, DecodeWeights) else unstack(model, cfg)
-    return _generate(weights, cfg, sampling, text_ids, *named.values(), max_new)
+    ends = dataclasses.replace(weights, layers=())
+    x, lengths, *where = _begin(ends, cfg, text_ids, text_lengths, prompt_tokens, prompt_lengths)
+    x, cache = layers(weights, cfg, x, *where)
+    limits = min_lengths, max_lengths, keys
+    return _continue(weights, cfg, sampling, x, lengths, cache, *limits, max_new)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "max_new"))
-def _generate(
+def _place(x: jax.Array) -> jax.Array:
+    """Rows split over the mesh if it divides them, else whole."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    split = spec("batch") if x.shape[0] % (shape["slice"] * shape["data"]) == 0 else PartitionSpec(None)
+    return jax.sharding.reshard(x, PartitionSpec(*split, *(None,) * (x.ndim - 1)))
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _begin(
     weights: DecodeWeights,
     cfg: Config,
-    sampling: Sampling,
     text_ids: jax.Array,
     text_lengths: jax.Array,
     prompt_tokens: jax.Array,
     prompt_lengths: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """First program of `generate`: input vectors [B, N, D] and valid positions [B]; positions and mask for `layers`."""
+    given = map(_place, (text_ids, text_lengths, prompt_tokens, prompt_lengths))
+    tokens, kinds, lengths = jax.vmap(layout)(*given)
+    return embed(weights, tokens, kinds), lengths, *_causal(tokens.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "max_new"))
+def _continue(
+    weights: DecodeWeights,
+    cfg: Config,
+    sampling: Sampling,
+    x: jax.Array,
+    lengths: jax.Array,
+    cache: Cache,
     min_lengths: jax.Array,
     max_lengths: jax.Array,
     keys: jax.Array,
     max_new: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The compiled program of `generate`."""
-    num_rows = text_ids.shape[0]
-    shape = jax.sharding.get_abstract_mesh().shape
-    split = spec("batch") if num_rows % (shape["slice"] * shape["data"]) == 0 else PartitionSpec(None)
-
-    def place(x: jax.Array) -> jax.Array:
-        return jax.sharding.reshard(x, PartitionSpec(*split, *(None,) * (x.ndim - 1)))
-
-    keys, min_lengths = place(keys), place(min_lengths)
-    max_lengths = jnp.minimum(place(max_lengths), max_new)
-    tokens, kinds, lengths = jax.vmap(layout)(
-        place(text_ids), place(text_lengths), place(prompt_tokens), place(prompt_lengths)
-    )
-    scores, cache = prefill(weights, cfg, tokens, kinds, lengths, tokens.shape[1] + max_new)
+    """Last program of `generate`: the loop over new tokens, from what `layers` gave for the sequence so far."""
+    num_rows = x.shape[0]
+    keys, min_lengths = _place(keys), _place(min_lengths)
+    max_lengths = jnp.minimum(_place(max_lengths), max_new)
+    scores, cache = _last_scores(weights, cfg, x, lengths), grow(cache, x.shape[1] + max_new)
     is_stop = jnp.arange(cfg.num_speech_rows) >= cfg.num_codes
 
     def draw(scores, recent, key, least, step):
@@ -897,10 +936,10 @@ def _generate(
 
     start = State(
         step=jnp.int32(0),
-        tokens=place(jnp.zeros((num_rows, max_new), jnp.int32)),
-        lengths=place(jnp.zeros(num_rows, jnp.int32)),
+        tokens=_place(jnp.zeros((num_rows, max_new), jnp.int32)),
+        lengths=_place(jnp.zeros(num_rows, jnp.int32)),
         is_done=max_lengths <= 0,
-        recent=place(jnp.full((num_rows, sampling.window), -1, jnp.int32)),
+        recent=_place(jnp.full((num_rows, sampling.window), -1, jnp.int32)),
         scores=scores,
         cache=cache,
     )

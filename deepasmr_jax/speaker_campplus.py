@@ -11,9 +11,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from deepasmr_jax import nn
+from deepasmr_jax import nn, sharding
 
 NUM_BANDS = 80
 FBANK = dict(window="povey", scale=1.0)  # arguments of audio.fbank; the mean over time is removed there
@@ -218,6 +219,48 @@ def _to_frames(x: jax.Array, size: int, num_frames: int) -> jax.Array:
     return x.reshape(shape, out_sharding=jax.P(nn.axes_of(x)[0], None, None))[:, :num_frames]
 
 
+def stacked(model: Encoder) -> Encoder:
+    """The encoder with each dense block as one `DenseLayer` of stacked weights, for a program that compiles sooner.
+
+    A layer reads the channels before it: weights are filled up with zeros to the width of the block's last layer.
+    Outside of jit the copy is made by NumPy.
+    """
+    model = jax.tree.map(lambda x: x, model)  # another module of the same arrays
+    model.blocks = nnx.List([_stack(block) for block in model.blocks])
+    return model
+
+
+def _stack(layers: nnx.List) -> DenseLayer:
+    """Layers of one dense block as one of stacked weights."""
+
+    def one(*each):
+        size, rest = max(w.shape[0] for w in each), [(0, 0)] * (each[0].ndim - 1)
+        xp = jnp if any(isinstance(w, jax.core.Tracer) for w in each) else np
+        stack = xp.stack([xp.pad(w, [(0, size - w.shape[0]), *rest]) for w in each])
+        return stack if xp is jnp else sharding.replicate(stack)
+
+    return jax.tree.map(one, *layers)
+
+
+def _dense(layers: DenseLayer, cfg: Config, dilation: int, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """A stacked dense block: [B, T, C] to [B, T, C + layers * growth], each layer's channels behind those before.
+
+    One loop over layers as wide as the last one: channels that a layer does not read are still zero, and so are
+    their weights.
+    """
+    count, width = layers.context1.kernel.shape[0], x.shape[-1]
+    full = width + count * cfg.growth
+    starts = width + cfg.growth * jnp.arange(count)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, full - width)))
+
+    def step(x, layer_and_start):
+        layer, start = layer_and_start
+        y = layer(cfg, dilation, x[..., : full - cfg.growth], mask)
+        return jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=2), None
+
+    return jax.lax.scan(step, x, (layers, starts))[0]
+
+
 def _pool(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Mean and standard deviation (unbiased) over valid frames: [B, T, C] to [B, 2 * C]."""
     weight = mask[..., None].astype(jnp.float32)
@@ -231,7 +274,7 @@ def layer_groups(model: Encoder, cfg: Config, fbank: jax.Array, lengths: jax.Arr
     """What `embed` computes, group by group; under jit, what is not used costs nothing.
 
     Args:
-        model, cfg, fbank, lengths: as for `embed`.
+        model: an encoder, `stacked` or not; cfg, fbank, lengths: as for `embed`.
 
     Returns:
         head [B, T, 10 * C], tdnn and, for b from 1, block{b} and transit{b} [B, T / 2, channels]; frames beyond
@@ -242,10 +285,11 @@ def layer_groups(model: Encoder, cfg: Config, fbank: jax.Array, lengths: jax.Arr
     x = jax.nn.relu(model.tdnn_norm(model.tdnn(found["head"], cfg.dtype, stride=2)))
     found["tdnn"] = x
     mask = mask[:, ::2]
+    if isinstance(model.blocks[0], nnx.List):
+        model = stacked(model)
     each = zip(model.blocks, model.transit_norms, model.transits, cfg.dilations, strict=True)
     for b, (block, norm, transit, dilation) in enumerate(each, 1):
-        for layer in block:
-            x = jnp.concatenate([x, layer(cfg, dilation, x, mask)], axis=-1)
+        x = _dense(block, cfg, dilation, x, mask)
         found[f"block{b}"] = x
         x = transit(jax.nn.relu(norm(x)), cfg.dtype)
         found[f"transit{b}"] = x
@@ -258,7 +302,7 @@ def embed(model: Encoder, cfg: Config, fbank: jax.Array, lengths: jax.Array) -> 
     """Speaker embeddings; a row does not depend on its neighbours or its padding. Compare them by cosine.
 
     Args:
-        model: encoder with loaded weights.
+        model: encoder with loaded weights; `stacked` ones compile sooner.
         cfg: its config; static under jit.
         fbank: [B, T, 80] float32 of `audio.fbank(wav, lengths, **FBANK)`, 100 frames/s.
         lengths: [B] int32, valid frames of each row (`audio.fbank_frames`).

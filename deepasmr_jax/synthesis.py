@@ -816,6 +816,8 @@ class _Part:
     def __init__(self, folder: Path, name: str, config: dict):
         self.file = checkpoint.model_file(config["components"][name]["module"])
         self.module, self.config = checkpoint.load_component(folder, name)
+        if hasattr(self.file, "stacked"):
+            self.module = self.file.stacked(self.module)
 
 
 @functools.partial(jax.jit, static_argnums=2)

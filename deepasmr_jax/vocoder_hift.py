@@ -9,6 +9,7 @@ F frames of the short spectrum, K its bins.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -162,11 +163,12 @@ class ResidualBlock(nnx.Module):
         self.snakes1 = nnx.List([Snake(channels) for _ in range(num_dilations)])
         self.snakes2 = nnx.List([Snake(channels) for _ in range(num_dilations)])
 
-    def __call__(self, x: jax.Array, dtype: str, dilations: tuple[int, ...], keep) -> jax.Array:
-        """[B, W, C] to [B, W, C]; `keep` zeroes what lies beyond a row's end."""
+    @functools.partial(jax.jit, static_argnums=(2, 3))  # blocks of one shape are traced once
+    def __call__(self, x: jax.Array, dtype: str, dilations: tuple[int, ...], valid=None) -> jax.Array:
+        """[B, W, C] to [B, W, C]; `valid` [B, W, 1]: what lies beyond a row's end is zeroed."""
         for i, dilation in enumerate(dilations):
-            y = keep(self.convs1[i](self.snakes1[i](x), dtype, dilation=dilation))
-            x = x + keep(self.convs2[i](self.snakes2[i](y), dtype))
+            y = _zeroed(self.convs1[i](self.snakes1[i](x), dtype, dilation=dilation), valid)
+            x = x + _zeroed(self.convs2[i](self.snakes2[i](y), dtype), valid)
         return x
 
 
@@ -411,12 +413,22 @@ def _check_mel(cfg: Config, mel: jax.Array) -> None:
         )
 
 
+def _valid(x: jax.Array, lengths: jax.Array | None, per_frame: int, more: int = 0) -> jax.Array | None:
+    """[B, W, 1] bool: which places of x [B, W, C] lie before `lengths * per_frame + more`; None for all."""
+    if lengths is None:
+        return None
+    ends = jnp.asarray(lengths, jnp.int32) * per_frame + more
+    return (jnp.arange(x.shape[1]) < ends[:, None])[..., None]
+
+
+def _zeroed(x: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """x with zeros where it is not valid."""
+    return x if valid is None else jnp.where(valid, x, 0.0)
+
+
 def _keep(x: jax.Array, lengths: jax.Array | None, per_frame: int, more: int = 0) -> jax.Array:
     """[B or 1, W, C] with zeros beyond `lengths * per_frame + more`, as a convolution's padding has them."""
-    if lengths is None:
-        return x
-    ends = jnp.asarray(lengths, jnp.int32) * per_frame + more
-    return jnp.where((jnp.arange(x.shape[1]) < ends[:, None])[..., None], x, 0.0)
+    return _zeroed(x, _valid(x, lengths, per_frame, more))
 
 
 def layers(
@@ -445,16 +457,14 @@ def layers(
         done *= rate
         more = int(i == num_stages - 1)
 
-        def keep(x: jax.Array, done=done, more=more) -> jax.Array:
-            return _keep(x, lengths, done, more)
-
         x = model.ups[i](jax.nn.leaky_relu(x, SLOPE), cfg.dtype, rate)
         if more:  # one frame by reflection on the left: the source's spectrum has one frame more
             x = jnp.concatenate([jax.lax.slice_in_dim(x, 1, 2, axis=1), x], axis=1)
-        source = keep(model.source_downs[i](spectrum, cfg.dtype, cfg.upsampling // done))
-        x = keep(x) + model.source_blocks[i](source, cfg.dtype, cfg.source_dilations[i], keep)
+        valid = _valid(x, lengths, done, more)
+        source = _zeroed(model.source_downs[i](spectrum, cfg.dtype, cfg.upsampling // done), valid)
+        x = _zeroed(x, valid) + model.source_blocks[i](source, cfg.dtype, cfg.source_dilations[i], valid)
         stage = model.blocks[i * num_kernels : (i + 1) * num_kernels]
-        x = sum(b(x, cfg.dtype, d, keep) for b, d in zip(stage, cfg.residual_dilations, strict=True))
+        x = sum(b(x, cfg.dtype, d, valid) for b, d in zip(stage, cfg.residual_dilations, strict=True))
         out[f"stage_{i}"] = x = x / num_kernels
     y = model.last(jax.nn.leaky_relu(x, LAST_SLOPE), cfg.dtype)
     log_magnitude, angle = jnp.split(y, 2, axis=-1)

@@ -6,9 +6,10 @@
 
     python launch/bench.py --size full --only loader --seconds 60   threads, then processes
 
-Parts: say (`deepasmr say` with a cold and a warm compilation cache, then a loaded Synthesizer), lm, hifigan, vocoder,
-speech_tokenizer, flow (JAX and PyTorch in turn, A B A B), train (updates of each stage, JAX only), loader (batches of
-each stage, and whether memory grows); see docs/speed.md.
+Parts: say (`deepasmr say` with a cold and a warm compilation cache, then a loaded Synthesizer), programs (each program
+of a request: compiled, then read from the cache), lm, hifigan, vocoder, speech_tokenizer, flow (JAX and PyTorch in turn,
+A B A B), train (updates of each stage, JAX only), loader (batches of each stage, and whether memory grows); see
+docs/speed.md.
 Beside the rows with PyTorch stands the least time that the machine's ceilings allow. Each timing waits for its result;
 the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows.
 Needs: pip install torch einops s3tokenizer, and for flow the line in tests/golden/make_flow.py.
@@ -37,7 +38,7 @@ import numpy as np  # noqa: E402
 from deepasmr_jax import config, files, flow, lm, sharding, vocoder, vocoder_istft  # noqa: E402
 from deepasmr_jax import speech_tokenizer as s3  # noqa: E402
 
-PARTS = ("say", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train", "loader")
+PARTS = ("say", "programs", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train", "loader")
 DROPPED = 2  # rounds that compile and warm up
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 STAGES = ("clip_s", "lm_s", "flow_s", "vocoder_s")
@@ -459,6 +460,55 @@ def measure_say(bench: Bench) -> None:
     bench.table("Loaded `Synthesizer`, N2A", names, rows)
 
 
+def measure_programs(bench: Bench) -> None:
+    """Seconds that each program of a short request takes to compile, then to be read from the cache on disk.
+
+    One solver step: the number of steps is a length, not a size of the program.
+    """
+    from deepasmr_jax import request, synthesis
+
+    demo = request.BUILT_IN / "demo"
+    voice = json.loads((demo / "demo.json").read_text("utf-8"))["voices"][0]
+    clip, spans, found = demo / voice["clips"]["normal"]["file"], [], []
+
+    def on_event(event: str, seconds: float, fun_name: str = "", **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            now = time.perf_counter()
+            spans.append((now - seconds, now, event.endswith("backend_compile_duration"), fun_name))
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["DEEPASMR_CACHE"] = place
+        synthesizer = synthesis.load(bench.args.model)
+        synthesizer.solver["num_steps"] = 1
+        for _ in range(2):
+            spans.clear()
+            jax.clear_caches()
+            synthesizer("Hi.", str(clip), voice_style="normal")
+            seconds: dict[str, list[float]] = {}
+            before: list[
+                tuple[float, float]
+            ] = []  # tracing and lowering since the last compilation, one in another
+            for start, end, is_compiled, name in spans:
+                if not is_compiled:
+                    before.append((start, end))
+                    continue
+                traced = reached = 0.0
+                for first, last in sorted(before):
+                    traced += max(last - max(first, reached), 0.0)
+                    reached = max(reached, last)
+                row = seconds.setdefault(name, [0.0, 0.0])
+                row[0], row[1], before = row[0] + traced, row[1] + end - start, []
+            found.append(seconds)
+        jax.config.update("jax_compilation_cache_dir", None)
+        os.environ["DEEPASMR_CACHE"] = "off"
+    jax.monitoring.unregister_event_duration_listener(on_event)
+    rows = [(name, *row, *found[1].get(name, (0.0, 0.0))) for name, row in found[0].items()]
+    rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+    names = "program | traced and lowered, s | compiled, s | traced and lowered again, s | read from disk, s"
+    bench.table("Programs of one request", names, rows)
+
+
 def measure_train(bench: Bench) -> None:
     """Updates of each stage on one batch of the tests' noise dataset; batches have one shape whatever is in them."""
     import fixture_data
@@ -601,6 +651,8 @@ def main(argv: list[str] | None = None) -> None:
             measure_say(bench)
         except (ValueError, OSError) as e:
             bench.add(f"- say: left out, {e}; give --model FOLDER, a whole model with its demo clips")
+    if "programs" in args.only:
+        measure_programs(bench)
     measures = dict(lm=measure_lm, hifigan=measure_vocoder, vocoder=measure_vocoder)
     measures |= dict(
         speech_tokenizer=measure_s3, flow=measure_flow
