@@ -829,7 +829,8 @@ def generate(
     The public code forbids only the end id before the minimum; here all ids that stop a row are, so
     that the minimum holds.
     """
-    sharding.ensure_mesh()
+    if jax.sharding.get_abstract_mesh().empty:  # inside another program the mesh is set
+        sharding.ensure_mesh()
     rows = text_ids.shape[0]
     named = dict(text_lengths=text_lengths, prompt_tokens=prompt_tokens, prompt_lengths=prompt_lengths)
     named |= dict(min_lengths=min_lengths, max_lengths=max_lengths, keys=keys)

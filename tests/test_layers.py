@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
-    {"files"},
+    {"files", "hlo"},
     {"config", "audio", "text_normalize", "weight_files", "public_names"},
     {"sharding", "metrics", "text", "page", "clip"},
     {"request", "nn", "pitch"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"input_pipeline", "checkpoint", "pool"},
     {"judges"},
     {"train", "synthesis", "evaluate"},
-    {"batch", "demo", "convert"},
+    {"batch", "demo", "convert", "plan"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
