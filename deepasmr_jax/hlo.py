@@ -167,14 +167,12 @@ class _Reader:
     def _one(self, where: str, x: _Instruction) -> Cost:
         names = self.computations[where]
         operands = [names[o] for o in x.operands if o in names]
-        if x.kind in _FREE or x.kind.endswith("-done") or x.kind.endswith("-update"):
+        if x.kind in _FREE or x.kind.endswith(("-done", "-update")) or '"AllocateBuffer"' in x.rest:
             return Cost()
         if x.kind == "while":
-            trips = re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', x.rest)
-            body = re.search(r"body=%?([\w.\-]+)", x.rest).group(1)
-            return Cost(unknown_loops=int(trips is None)).plus(
-                self.cost(body), int(trips.group(1)) if trips else 1
-            )
+            trips, body = self._trips(where, x), self._called(x, "body")
+            start = Cost(unknown_loops=int(trips is None))
+            return start.plus(self.cost(body), self.unknown_trips if trips is None else trips)
         if x.kind == "conditional":
             branches = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", x.rest)
             listed = re.search(r"branch_computations=\{([^}]*)\}", x.rest)
@@ -191,10 +189,47 @@ class _Reader:
             return out.plus(self.inner(called.group(1)))
         if x.kind in ("dot", "convolution"):
             return out.plus(Cost(flops=_product_flops(x, operands)))
-        if x.kind == "custom-call":  # a kernel says itself what it does
-            stated = re.search(r'"flops"\s*:\s*"?(\d+)', x.rest)
-            return out.plus(Cost(flops=float(stated.group(1)) if stated else 0.0))
+        if x.kind == "custom-call":
+            return out.plus(Cost(flops=_kernel_flops(x, operands)))
         return out
+
+    @staticmethod
+    def _called(x: _Instruction, role: str) -> str:
+        return re.search(rf"{role}=%?([\w.\-]+)", x.rest).group(1)
+
+    def _trips(self, where: str, x: _Instruction) -> int | None:
+        """How often a loop runs: as stated (CPU), or a counter that grows to a constant (TPU); None if unknown."""
+        if stated := re.search(r'known_trip_count"?[:=]\{"?n"?[:=]"?(\d+)', x.rest):
+            return int(stated.group(1))
+        names = self.computations[self._called(x, "condition")]
+        root = next((y for y in names.values() if y.is_root), None)
+        if root is None or root.kind != "compare" or "direction=LT" not in root.rest:
+            return None
+        counter, end = names.get(root.operands[0]), self._constant(names, root.operands[1])
+        if counter is None or counter.kind != "get-tuple-element" or end is None:
+            return None
+        place = int(re.search(r"index=(\d+)", counter.rest).group(1))
+        state = self.computations[where].get(x.operands[0])
+        begin = (
+            self._constant(self.computations[where], state.operands[place]) if state.kind == "tuple" else None
+        )
+        body = self.computations[self._called(x, "body")]
+        root = next(y for y in body.values() if y.is_root)
+        new = body.get(root.operands[place]) if root.kind == "tuple" else None
+        steps = (
+            [self._constant(body, o) for o in new.operands] if new is not None and new.kind == "add" else []
+        )
+        step = next((n for n in steps if n), 1)
+        return max(0, -(-(end - (begin or 0)) // step))
+
+    @staticmethod
+    def _constant(names: dict[str, _Instruction], name: str) -> int | None:
+        """The value of an integer constant, also through copies."""
+        x = names.get(name)
+        while x is not None and x.kind in ("copy", "bitcast", "copy-start", "copy-done") and x.operands:
+            x = names.get(x.operands[0])
+        found = re.match(r"\((-?\d+)\)", x.rest) if x is not None and x.kind == "constant" else None
+        return int(found.group(1)) if found else None
 
     def _inner(self, name: str) -> Cost:
         """Products and collectives inside a fusion, whose memory traffic is that of its ends."""
@@ -320,6 +355,25 @@ def _product_flops(x: _Instruction, operands: list[_Instruction]) -> float:
         sizes = left[labels[0].index(label)], right[labels[1].index(label)], out[labels[2].index(label)]
         total *= _pairs(*sizes, low, stride, spread, apart)
     return total
+
+
+def _kernel_flops(x: _Instruction, operands: list[_Instruction]) -> float:
+    """FLOPs of a kernel: as it states itself, or those of JAX's splash attention with the fused backward pass.
+
+    Splash attention works on whole blocks; a causal one has a grid of them, and skips those above the diagonal.
+    """
+    if stated := re.search(r'"flops"\s*:\s*"?(\d+)', x.rest):
+        return float(stated.group(1))
+    found = re.match(r"splash_m[hq]a_(fwd|dkv)", x.name)
+    if not found:
+        return 0.0
+    shapes = [o.shapes[0] for o in operands if o.shapes]
+    queries, keys = [sizes for item, sizes, _ in shapes if item == "bf16" and len(sizes) > 2][:2]
+    grids = [sizes for item, sizes, _ in shapes if item == "s8" and len(sizes) == 3]
+    blocks = keys[-2] // (queries[-2] // grids[0][-2]) if grids else 1
+    share = (blocks + 1) / (2 * blocks)
+    products = {"fwd": 2, "dkv": 5}[found.group(1)]  # the backward pass makes the scores anew
+    return 2.0 * products * math.prod(queries) * keys[-2] * share
 
 
 @functools.cache

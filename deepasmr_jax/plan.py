@@ -13,6 +13,7 @@ Letters: B rows, N positions, L layers, D width, F MLP width, H heads, K key/val
 
 import contextlib
 import dataclasses
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -26,13 +27,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from deepasmr_jax import audio, checkpoint, files, flow, hlo, input_pipeline, lm, sharding, train
+from deepasmr_jax import __version__, audio, checkpoint, files, flow, hlo, input_pipeline, lm, sharding, train
 from deepasmr_jax import config as config_lib
 
 SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW = 64, 128, 512  # LM: 20 s of speech after a prompt of 5 s
 SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 1024, 10, 0.7  # flow: 41 s, prompt included
-# what a row depends on beside its settings: a cached one of other code is made anew
-_SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding", "hlo", "plan")
+# what a program depends on beside its settings: one of other code is compiled anew
+_SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +292,13 @@ def fitted(cfg: train.TrainConfig, where: Target, rows: int | None, sample: bool
 # ---------------------------------------------------------------- the plan
 
 
-def make(cfg: train.TrainConfig, where: Target, rows: int | None = None, sample: bool = False) -> dict:
+def make(
+    cfg: train.TrainConfig,
+    where: Target,
+    rows: int | None = None,
+    sample: bool = False,
+    folder: str | os.PathLike | None = None,
+) -> dict:
     """Compiles one program for one target and counts what it does.
 
     Args:
@@ -299,6 +306,7 @@ def make(cfg: train.TrainConfig, where: Target, rows: int | None = None, sample:
         where: the target.
         rows: rows of a chip; None shares out the config's batch.
         sample: plan sampling in place of training.
+        folder: keeps the text of what was compiled, so that it is compiled once; None keeps nothing.
 
     Returns:
         facts of one chip as plain numbers; see `HEAD` for what is printed. Where a program does not fit into the
@@ -309,30 +317,62 @@ def make(cfg: train.TrainConfig, where: Target, rows: int | None = None, sample:
     """
     fit = fitted(cfg, where, rows, sample)
     num_rows = fit.data.batch_size
-    per_chip = num_rows / (where.chips // fit.mesh.model)
     out = {
         "target": where.name,
         "chips": where.chips,
         "mesh": "x".join(map(str, dataclasses.astuple(fit.mesh))),
-        "rows": per_chip,
     }
+    out["rows"] = num_rows / (where.chips // fit.mesh.model)
+    program = _program(fit, where, sample, folder)
+    if "error" in program:
+        return out | {"error": program["error"]}
+    is_decoding = sample and isinstance(fit.model, lm.Config)  # its one open loop runs to the last token
+    cost = hlo.count(program["hlo"], SAMPLE_NEW if is_decoding else 1)
+    needed = needed_flops(fit.model, num_rows, fit.data.num_tokens, sample) / where.chips
+    out |= facts(fit, where, cost, needed, program, sample)
+    if "items_per_s" in out:
+        out["days"] = cfg.steps * cfg.data.items_per_batch / out["items_per_s"] / 86400
+    return out
+
+
+def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dict:
+    """What the compiler made: its text `hlo`, `memory` in bytes, `optimal_s`, `compile_s`; or an `error`."""
+    path = None if folder is None else Path(folder) / "programs" / f"{_key(fit, where, sample)}.json.gz"
+    if path is not None and path.exists():
+        return json.loads(gzip.decompress(path.read_bytes()))
     with _mesh(fit.mesh, devices(where)):
-        lowered = _lower(fit, num_rows, sample)
+        lowered = _lower(fit, fit.data.batch_size, sample)
         start = time.perf_counter()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return out | {"error": _memory_error(str(error))}
+            out = {"error": _memory_error(str(error))}
+        else:
+            names = ("argument", "temp", "output", "alias")
+            memory = compiled.memory_analysis()
+            out = {
+                "hlo": compiled.as_text(),
+                "memory": {name: getattr(memory, f"{name}_size_in_bytes") for name in names},
+                "optimal_s": (compiled.cost_analysis() or {}).get("optimal_seconds"),
+            }
         out["compile_s"] = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    is_decoding = sample and isinstance(fit.model, lm.Config)  # its one open loop runs to the last token
-    cost = hlo.count(compiled.as_text(), SAMPLE_NEW if is_decoding else 1)
-    stated = compiled.cost_analysis() or {}
-    needed = needed_flops(fit.model, num_rows, fit.data.num_tokens, sample) / where.chips
-    return out | facts(fit, where, cost, needed, memory, stated.get("optimal_seconds"), sample)
+    if path is not None:
+        with files.atomic_path(path) as part:
+            part.write_bytes(gzip.compress(json.dumps(out).encode()))
+    return out
 
 
-def facts(cfg, where: Target, cost: hlo.Cost, needed: float, memory, optimal_s, sample: bool) -> dict:
+def _key(fit: train.TrainConfig, where: Target, sample: bool) -> str:
+    """Digest of all that a program depends on: settings, target, versions and the code of the models."""
+    sizes = SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE
+    told = [config_lib.to_dict(fit), where.name, sizes if sample else None, jax.__version__, __version__]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        told.append(importlib.metadata.version("libtpu"))
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _SOURCES)
+    return hashlib.sha256(json.dumps(told).encode() + code).hexdigest()[:16]
+
+
+def facts(cfg, where: Target, cost: hlo.Cost, needed: float, program: dict, sample: bool) -> dict:
     """Bounds from what was counted.
 
     Args:
@@ -340,13 +380,14 @@ def facts(cfg, where: Target, cost: hlo.Cost, needed: float, memory, optimal_s, 
         where: the target.
         cost: what the compiled program does.
         needed: FLOPs that the model needs of a chip.
-        memory: of the compiled program, `memory_analysis()`.
-        optimal_s: XLA's own estimate, shown where it is at least the bound; None for none.
+        program: with `memory`, bytes of argument, temp, output and alias, and `optimal_s`, XLA's own estimate or None,
+            which is shown where it is at least the bound.
         sample: whether it is sampling.
     """
+    memory, optimal_s = program["memory"], program["optimal_s"]
     out = {
-        "arguments_gb": memory.argument_size_in_bytes / 1e9,
-        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+        "arguments_gb": memory["argument"] / 1e9,
+        "temporaries_gb": memory["temp"] / 1e9,
         "flops": cost.flops,
         "needed_flops": needed,
         "flops_ratio": cost.flops / needed,
@@ -354,7 +395,7 @@ def facts(cfg, where: Target, cost: hlo.Cost, needed: float, memory, optimal_s, 
         "received_gb": {k: v / 1e9 for k, v in cost.received.items()},
         "unknown_loops": cost.unknown_loops,
     }
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    results = memory["output"] - memory["alias"]
     out["memory_gb"] = out["arguments_gb"] + out["temporaries_gb"] + results / 1e9
     if where.chip is None:
         return out
@@ -411,9 +452,9 @@ def sweep(
     configs: list[str],
     targets: list[str],
     rows: list[int | None],
-    sample: bool,
-    overrides: list[str],
-    out,
+    sample: bool = False,
+    overrides: tuple[str, ...] = (),
+    out: str | os.PathLike | None = None,
     say=print,
 ) -> list[dict]:
     """Plans of every config on every target with every number of rows; a killed sweep goes on where it was.
@@ -423,60 +464,34 @@ def sweep(
         targets: names, as `target` takes them.
         rows: rows of a chip; None for the config's batch.
         sample: plan sampling in place of training.
-        overrides: of the configs, `model.remat=dots`.
-        out: folder for rows.jsonl (what is finished), plan.md and plan.svg; None writes nothing.
+        overrides: of the configs, such as `model.remat=dots`.
+        out: folder for programs/, what is compiled, rows.jsonl, plan.md and plan.svg; None writes nothing.
         say: called with a line per row.
 
     Returns:
-        the rows, in this order.
+        the rows, in this order; one that cannot be planned has an `error`.
 
     Raises:
-        ValueError: on what can be seen before compiling: a config, an override, a target; and on a plan alone.
+        ValueError: on a config, an override or a target; of a single row on anything.
     """
     loaded = {path: config_lib.override(config_lib.load(path), *overrides) for path in configs}
     wanted = [(path, target(name), n) for path in configs for name in targets for n in rows]
-    folder = None if out is None else Path(out)
-    done = _finished(folder)
     made = []
     for path, where, n in wanted:
-        program = Path(path).stem + (" sampling" if sample else "")
-        key = _key(loaded[path], where, n, sample)
-        if key not in done:
-            try:
-                found = make(loaded[path], where, n, sample)
-            except ValueError as error:
-                if len(wanted) == 1:
-                    raise
-                found = {"target": where.name, "chips": where.chips, "rows": n, "error": str(error)}
-            if not sample and "items_per_s" in found:
-                run = loaded[path].steps * loaded[path].data.items_per_batch
-                found["days"] = run / found["items_per_s"] / 86400
-            done[key] = {"key": key, "program": program, "changes": " ".join(overrides)} | found
-            if folder is not None:
-                lines = [json.dumps(row) + "\n" for row in done.values()]
-                files.write_text(folder / "rows.jsonl", "".join(lines))
-        made.append(done[key])
-        say(sentence(done[key]))
-    if folder is not None:
-        files.write_text(folder / "plan.md", table(made) + "\n")
-        files.write_text(folder / "plan.svg", plot(made))
+        row = {"program": Path(path).stem + " sampling" * sample, "changes": " ".join(overrides)}
+        try:
+            row |= make(loaded[path], where, n, sample, out)
+        except ValueError as error:
+            if len(wanted) == 1:
+                raise
+            row |= {"target": where.name, "chips": where.chips, "rows": n, "error": str(error)}
+        made.append(row)
+        say(sentence(row))
+    if out is not None:
+        files.write_text(Path(out) / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in made))
+        files.write_text(Path(out) / "plan.md", table(made) + "\n")
+        files.write_text(Path(out) / "plan.svg", plot(made))
     return made
-
-
-def _finished(folder: Path | None) -> dict[str, dict]:
-    path = None if folder is None else folder / "rows.jsonl"
-    if path is None or not path.exists():
-        return {}
-    return {row["key"]: row for row in map(json.loads, path.read_text().splitlines())}
-
-
-def _key(cfg, where: Target, rows: int | None, sample: bool) -> str:
-    """Digest of all that a row depends on: settings, target, versions and the code of the models."""
-    facts = [config_lib.to_dict(cfg), where.name, rows, sample, jax.__version__]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        facts.append(importlib.metadata.version("libtpu"))
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _SOURCES)
-    return hashlib.sha256(json.dumps(facts).encode() + code).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- what is printed

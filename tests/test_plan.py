@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.metadata
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,7 @@ from jax.sharding import PartitionSpec
 from deepasmr_jax import cli, config, flow, hlo, lm, plan, sharding
 
 TINY = "configs/tiny.py"
-MEMORY = types.SimpleNamespace(
-    argument_size_in_bytes=4e9, temp_size_in_bytes=3e9, output_size_in_bytes=4e9, alias_size_in_bytes=4e9
-)
+MEMORY = {"argument": 4e9, "temp": 3e9, "output": 4e9, "alias": 4e9}
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +67,16 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true
   %gte.2 = bf16[24,64,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg), index=2
   %fusion.1 = bf16[64,64]{1,0:T(8,128)(2,1)S(1)} fusion(%gte.2, %gte.0), kind=kLoop, calls=%fused.1
   %convolution.1 = f32[8,64]{1,0:T(8,128)} convolution(%gte.1, %fusion.1), dim_labels=bf_io->bf, metadata={op_name="a(b)"}
-  ROOT %tuple.1 = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}, bf16[24,64,64]{2,1,0:T(8,128)(2,1)}) tuple(%gte.0, %convolution.1, %gte.2)
+  %one = s32[]{:T(128)} constant(1)
+  %add.1 = s32[]{:T(128)} add(%gte.0, %one)
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}, bf16[24,64,64]{2,1,0:T(8,128)(2,1)}) tuple(%add.1, %convolution.1, %gte.2)
 }
 
 %condition (arg.1: (s32[], f32[8,64], bf16[24,64,64])) -> pred[] {
   %arg.1 = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}, bf16[24,64,64]{2,1,0:T(8,128)(2,1)}) parameter(0)
-  ROOT %constant.1 = pred[]{:T(512)} constant(true)
+  %gte.4 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  %constant.1 = s32[]{:T(128)} constant(24), metadata={op_name="lt"}
+  ROOT %lt.1 = pred[]{:T(512)} compare(%gte.4, %constant.1), direction=LT
 }
 
 ENTRY %main (p0: f32[8,64], p1: bf16[24,64,64]) -> f32[8,64] {
@@ -83,7 +84,7 @@ ENTRY %main (p0: f32[8,64], p1: bf16[24,64,64]) -> f32[8,64] {
   %p1 = bf16[24,64,64]{2,1,0:T(8,128)(2,1)} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
   %tuple.2 = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}, bf16[24,64,64]{2,1,0:T(8,128)(2,1)}) tuple(%zero, %p0, %p1)
-  %while.1 = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}, bf16[24,64,64]{2,1,0:T(8,128)(2,1)}) while(%tuple.2), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"24"},"x":["1"]}
+  %while.1 = (s32[]{:T(128)}, f32[8,64]{1,0:T(8,128)}, bf16[24,64,64]{2,1,0:T(8,128)(2,1)}) while(%tuple.2), condition=%condition, body=%body
   %gte.3 = f32[8,64]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
   %kernel = f32[8,64]{1,0:T(8,128)} custom-call(%gte.3), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"cost_estimate":{"flops":"1000","bytes_accessed":"4096"}}}
   %all-gather-start = (f32[8,64]{1,0:T(8,128)}, f32[32,64]{1,0:T(8,128)}) all-gather-start(%kernel), replica_groups=[2,4]<=[8], dimensions={0}
@@ -98,9 +99,23 @@ def test_the_text_of_a_tpu_program_is_counted_with_its_slices_on_chip_buffers_an
     assert found.flops == 24 * 2 * 8 * 64 * 64 + 1000
     state = 8 * 64 * 4
     # a turn: the slice of the weights and a scalar are read, its copy stays on the chip; the state is read and written
-    turn = 64 * 64 * 2 + 4 + 2 * state
+    turn = 64 * 64 * 2 + 4 + 2 * state + 3 * 4  # and the counter
     assert found.hbm_bytes == 24 * turn + 2 * state + 5 * state + 2 * state
-    assert found.received == {"all-gather": 3 * state, "all-reduce": state}
+    assert found.received == {"all-gather": 3 * state, "all-reduce": state} and not found.unknown_loops
+
+
+def test_an_attention_kernel_counts_its_blocks_up_to_the_diagonal():
+    shapes = {
+        "grid": "s8[1,4,4]{2,1,0}",
+        "q": "bf16[8,14,2048,64]{3,2,1,0}",
+        "k": "bf16[8,2,2048,64]{3,2,1,0}",
+    }
+    lines = [f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(shapes.items())]
+    call = "custom-call(%grid, %q, %k), custom_call_target={}"
+    lines += [f"  %splash_mha_fwd_segmented.1 = {shapes['q']} {call}"]
+    lines += [f"  ROOT %splash_mha_dkv_segmented.1 = {shapes['q']} {call}"]
+    found = hlo.count("\n".join(["ENTRY %main () -> bf16[] {", *lines, "}"]))
+    assert found.flops == 2 * (2 + 5) * 8 * 14 * 2048 * 64 * 2048 * 10 / 16
 
 
 def test_collectives_of_a_sharded_program_are_counted_by_kind():
@@ -143,7 +158,7 @@ def test_compiled_flops_are_those_of_the_formula(name, model, sample, ratio, mon
 def test_sampling_of_a_language_model_counts_every_token(monkeypatch):
     for name, value in (("SAMPLE_TEXT", 8), ("SAMPLE_PROMPT", 8), ("SAMPLE_NEW", 40)):
         monkeypatch.setattr(plan, name, value)
-    row = plan.make(stage("lm", num_layers=2, mlp_width=512), plan.target("local"), rows=1, sample=True)
+    row = plan.make(stage("lm", num_layers=2, mlp_width=512), plan.target("local"), rows=4, sample=True)
     assert row["flops_ratio"] == pytest.approx(1, rel=0.1)
 
 
@@ -168,40 +183,40 @@ def test_the_bound_is_the_largest_of_three_times():
     cfg = config.load("configs/lm_pretrain.py")
     where = plan.target("v6e-256")
     cost = hlo.Cost(flops=918e10, hbm_bytes=1638e7, received={"all-gather": 2e9})
-    row = plan.facts(cfg, where, cost, 459e10, MEMORY, None, False)
+    row = plan.facts(cfg, where, cost, 459e10, {"memory": MEMORY, "optimal_s": None}, False)
     assert (row["compute_s"], row["hbm_s"], row["network_s"]) == pytest.approx((0.01, 0.01, 0.005))
     assert row["bound_s"] == pytest.approx(0.01) and row["utilisation"] == pytest.approx(0.5)
     assert row["flops_ratio"] == 2 and row["memory_gb"] == 7
     assert row["items_per_s"] == pytest.approx(128 * 2048 / 0.01)
     slow = dataclasses.replace(cost, hbm_bytes=1638e8)
-    row = plan.facts(cfg, where, slow, 459e10, MEMORY, -1.0, False)
+    row = plan.facts(cfg, where, slow, 459e10, {"memory": MEMORY, "optimal_s": -1.0}, False)
     assert row["limit"] == "hbm" and row["bound_s"] == pytest.approx(0.1) and "xla_s" not in row
-    assert plan.facts(cfg, where, slow, 459e10, MEMORY, 0.2, False)["xla_s"] == 0.2
+    assert plan.facts(cfg, where, slow, 459e10, {"memory": MEMORY, "optimal_s": 0.2}, False)["xla_s"] == 0.2
 
 
 def test_a_sweep_goes_on_where_it_was_and_writes_table_and_picture(tmp_path, monkeypatch, capsys):
-    arguments = ["plan", f"{TINY}:lm", "--rows", "1,3", "--set", "model.num_layers=1", "--out", str(tmp_path)]
-    real, made = plan.make, []
+    arguments = ["plan", f"{TINY}:lm", "--rows", "1,3", "--set=model.num_layers=1", "--out", str(tmp_path)]
+    real, lowered = plan._lower, []
 
-    def make(cfg, where, rows, sample):
-        made.append(rows)
-        if rows == 3:
-            raise ValueError("no room for 3 rows; use 2")
-        return real(cfg, where, rows, sample)
+    def lower(cfg, num_rows, sample):
+        lowered.append(num_rows)
+        if num_rows == 24:
+            raise ValueError("no room for 24 rows; use 8")
+        return real(cfg, num_rows, sample)
 
-    monkeypatch.setattr(plan, "make", make)
+    monkeypatch.setattr(plan, "_lower", lower)
     assert cli.main(arguments) == 1  # one row did not fit, the other is there
     assert cli.main(arguments) == 1
-    assert made == [1, 3]
+    assert lowered == [8, 24, 24]  # what was compiled is not compiled again
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert rows[0]["flops"] > 0 and rows[1]["error"] == "no room for 3 rows; use 2"
+    assert rows[0]["flops"] > 0 and rows[1]["error"] == "no room for 24 rows; use 8"
     text = (tmp_path / "plan.md").read_text()
-    assert text.count("\n") == 4 and "no room for 3 rows" in text
+    assert text.count("\n") == 4 and "no room for 24 rows" in text
     assert "not measurements" in capsys.readouterr().out
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
-    arguments[5] = "model.num_layers=2"
+    arguments[4] = "--set=model.num_layers=2"
     cli.main(arguments)
-    assert made == [1, 3, 1, 3]
+    assert lowered == [8, 24, 24, 8, 24]
 
 
 def test_a_picture_has_a_line_for_each_program_and_target():
