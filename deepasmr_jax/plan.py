@@ -363,9 +363,17 @@ def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dic
 
 
 def _key(fit: train.TrainConfig, where: Target, sample: bool) -> str:
-    """Digest of all that a program depends on: settings, target, versions and the code of the models."""
-    sizes = SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE
-    told = [config_lib.to_dict(fit), where.name, sizes if sample else None, jax.__version__, __version__]
+    """Digest of all that a program's work depends on: settings, target, versions and the code of the models.
+
+    Not the learning-rate schedule, a few scalars: fine-tuning compiles nothing that pre-training has compiled.
+    """
+    told: list = [where.name, jax.__version__, __version__, *map(config_lib.to_dict, (fit.model, fit.mesh))]
+    told += [fit.data.stage, fit.data.batch_size]
+    if sample:
+        told += [SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE]
+    else:
+        told += [fit.data.num_tokens, fit.data.mel_profile, fit.ema_decay]
+        told += [fit.optim.name, fit.optim.betas, fit.optim.clip_norm, fit.optim.weight_decay]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         told.append(importlib.metadata.version("libtpu"))
     code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _SOURCES)
