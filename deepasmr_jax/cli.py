@@ -41,7 +41,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0; 1 if `doctor` found damage, a request of `batch` failed or `data check` would leave a file out; 2 for bad input;
+    0; 1 if `doctor` found damage, a request of `batch` failed, `data check` would leave a file out or a row of `plan` did
+    not fit; 2 for bad input;
     130 after Ctrl-C.
     """
     # XLA's remarks about the machine are not for this user
@@ -203,6 +204,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     for part in ("speaker", "vocoder"):
         convert.add_argument(f"--{part}", help=f"another {part} file in place of the folder's")
+
+    plan = add(
+        commands, "plan", _plan, "bounds of a training step or of sampling on TPU chips that are not there"
+    )
+    plan.add_argument("config", nargs="+", help="configs/NAME.py of a language model or flow decoder")
+    plan.add_argument(
+        "--on", default="local", help="targets, such as v5e-8,v5p-64,v6e-256 (chips), or local (default)"
+    )
+    plan.add_argument(
+        "--rows", help="rows of the batch on each chip, such as 4,8; without it the config's batch"
+    )
+    plan.add_argument(
+        "--sample", action="store_true", help="plan sampling with the config's model instead of training"
+    )
+    plan.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field")
+    plan.add_argument(
+        "--out", help="folder for rows.jsonl, plan.md and plan.svg; a killed plan goes on there"
+    )
 
     export = add(commands, "export", _export, "a model's language model under Hugging Face's names of Qwen2")
     add_model(export, with_pool=False)
@@ -418,6 +437,25 @@ def _convert(args) -> None:
     parts = {name: getattr(args, name) for name in ("speaker", "vocoder") if getattr(args, name)}
     folder = convert.convert_cosyvoice2(args.source, args.out, args.dtype, parts, _progress)
     print(f"{folder}: ready; try  deepasmr say TEXT --voice CLIP --model {folder} --out out.wav")
+
+
+def _plan(args) -> int:
+    rows = args.rows.split(",") if args.rows else [None]
+    if not all(n is None or (n.isdigit() and int(n) > 0) for n in rows):
+        raise ValueError(
+            f"--rows {args.rows!r} is no list of whole numbers above 0; write for example --rows 4,8"
+        )
+    if args.out:
+        request.check_output_folder(args.out)
+    targets = args.on.split(",")
+    if "local" not in targets:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU is not there
+    from deepasmr_jax import plan
+
+    rows = [None if n is None else int(n) for n in rows]
+    made = plan.sweep(args.config, targets, rows, args.sample, args.set, args.out)
+    print("Bounds from a compiler, not measurements.")
+    return 1 if any("error" in row for row in made) else 0
 
 
 def _export(args) -> None:

@@ -197,13 +197,13 @@ class Attention(nnx.Module):
         self.v = nn.Linear(cfg.width, kv_inner, ("embed", "kv_heads"), **options)
         self.o = nn.Linear(inner, cfg.width, ("heads", "embed"), use_bias=False, **options)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
-        """[B, N, D], positions [B, N], mask [B, N, N] (True = allowed) -> [B, N, D]."""
+    def __call__(self, x, positions, mask, cfg: Config, segments=None) -> jax.Array:
+        """[B, N, D], positions [B, N], mask [B, N, N] (True = allowed), segments [B, N] or None -> [B, N, D]."""
         q, k, v = (f(x, cfg.dtype) for f in (self.q, self.k, self.v))
         q = nn.rotary(nn.split_heads(q, cfg.num_heads), positions, cfg.rope_base)
         k = nn.rotary(nn.split_heads(k, cfg.num_kv_heads, "kv_heads"), positions, cfg.rope_base)
         v = nn.split_heads(v, cfg.num_kv_heads, "kv_heads")
-        y = nn.attention(q, k, v, mask, dtype=cfg.dtype, causal_chunk=CAUSAL_CHUNK)
+        y = nn.attention(q, k, v, mask, dtype=cfg.dtype, causal_chunk=CAUSAL_CHUNK, segments=segments)
         return self.o(nn.merge_heads(y), cfg.dtype)
 
 
@@ -217,9 +217,9 @@ class Block(nnx.Module):
         self.mlp_norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.mlp = nn.SwiGLU(cfg.width, cfg.mlp_width, rngs=rngs, init=init)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
-        """[B, N, D], positions [B, N], mask [B, N, N] -> [B, N, D]."""
-        x = x + self.attn(self.attn_norm(x), positions, mask, cfg)
+    def __call__(self, x, positions, mask, cfg: Config, segments=None) -> jax.Array:
+        """[B, N, D], positions [B, N], mask [B, N, N], segments [B, N] or None -> [B, N, D]."""
+        x = x + self.attn(self.attn_norm(x), positions, mask, cfg, segments)
         return x + self.mlp(self.mlp_norm(x), cfg.dtype)
 
 
@@ -308,7 +308,7 @@ def _run(
     positions, mask = batch["positions"], _mask(batch)
 
     def body(x, layer):
-        return layer(x, positions, mask, cfg), x if keep else None
+        return layer(x, positions, mask, cfg, batch["segment_ids"]), x if keep else None
 
     if cfg.remat != "none":
         body = jax.checkpoint(body, policy=nn.REMAT[cfg.remat])
@@ -852,7 +852,8 @@ def generate(
     The public code forbids only the end id before the minimum; here all ids that stop a row are, so
     that the minimum holds.
     """
-    sharding.ensure_mesh()
+    if jax.sharding.get_abstract_mesh().empty:  # inside another program the mesh is set
+        sharding.ensure_mesh()
     rows = text_ids.shape[0]
     named = dict(text_lengths=text_lengths, prompt_tokens=prompt_tokens, prompt_lengths=prompt_lengths)
     named |= dict(min_lengths=min_lengths, max_lengths=max_lengths, keys=keys)

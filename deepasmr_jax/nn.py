@@ -323,6 +323,7 @@ def attention(
     scale: float | None = None,
     dtype: str = "float32",
     causal_chunk: int | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped query heads; query head h reads key head h // (H/K).
 
@@ -339,6 +340,8 @@ def attention(
         dtype: type of the operands of both products.
         causal_chunk: promise that N = S and that the mask, [B or 1, N, S], allows no key after its query.
             Queries are then taken in chunks of this many, each with the keys up to its end only.
+        segments: with causal_chunk, [B, N] int32: promise that of the keys not after a query the mask allows those
+            with the query's id, all others being padding. A TPU kernel needs no more than that.
 
     Returns:
         [B, N, H, E] float32.
@@ -346,6 +349,11 @@ def attention(
     Raises:
         ValueError: if K does not divide H.
     """
+    if _has_kernel(q, k, mask, causal_chunk, segments):
+        own = None if mask is None else mask[:, 0].astype(jnp.int32)
+        ids = (segments, segments) if causal_chunk else (None if own is None else jnp.ones_like(own), own)
+        q = q * (q.shape[3] ** -0.5 if scale is None else scale)
+        return _attend_by_kernel(q, k, v, *ids, is_causal=bool(causal_chunk))
     if causal_chunk and q.shape[1] > causal_chunk:
         chunks = []
         for start in range(0, q.shape[1], causal_chunk):
@@ -442,6 +450,73 @@ def _attend_by_head(
     return jax.shard_map(local, in_specs=specs, out_specs=rows)(
         *(jax.sharding.reshard(x, s) for x, s in zip((q, k, v, mask), specs, strict=True))
     )
+
+
+def _has_kernel(q, k, mask, causal_chunk, segments) -> bool:
+    """Whether the TPU kernel computes this attention: self-attention over many positions whose mask it can express.
+
+    By the platform of the current mesh, and not by `platform_dependent`: its gradient would keep what the forms of
+    all platforms keep, and so the scores. Where products are asked for in full float32, the plain form stays.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if getattr(device, "platform", None) != "tpu" or axes_of(q)[1]:
+        return False
+    if jax.config.jax_default_matmul_precision not in (None, "default", "bfloat16", "fastest"):
+        return False
+    fits = segments is not None if causal_chunk else mask is None or mask.shape[:2] == (q.shape[0], 1)
+    return fits and q.shape[1] == k.shape[1] and q.shape[1] >= 256
+
+
+def _attend_by_kernel(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_ids: jax.Array | None,
+    key_ids: jax.Array | None,
+    is_causal: bool,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of scaled queries by JAX's splash kernel, which keeps the scores on the chip; operands bfloat16.
+
+    A query sees the keys with its id, and with `is_causal` none after it. The length is padded to a multiple of 128.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    rows = PartitionSpec(*axes_of(q))
+    length = q.shape[1]
+    extra = -length % 128
+    if query_ids is None:
+        query_ids = key_ids = jnp.ones(
+            (q.shape[0], length), jnp.int32, out_sharding=PartitionSpec(rows[0], None)
+        )
+    size = length + extra
+    # one block of queries at a time; a causal kernel skips blocks of keys, the other keeps all keys on the chip
+    block = next(n for n in (512, 384, 256, 128) if size % n == 0)
+    keys = block if is_causal or size > 2048 else size
+    blocks = splash.splash_attention_kernel.BlockSizes(
+        block_q=block, block_kv=keys, block_q_dkv=block, block_kv_dkv=keys, use_fused_bwd_kernel=True
+    )
+
+    def local(q, k, v, query_ids, key_ids):
+        q, k, v = (jnp.moveaxis(x.astype(jnp.bfloat16), 2, 1) for x in (q, k, v))
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in (q, k, v))
+        ids = (jnp.pad(x, ((0, 0), (0, extra)), constant_values=-1) for x in (query_ids, key_ids))
+        one = (
+            splash.splash_attention_mask.CausalMask if is_causal else splash.splash_attention_mask.FullMask
+        )((size, size))
+        mask = splash.splash_attention_mask.MultiHeadMask([one] * q.shape[1])
+        kernel = splash.splash_attention_kernel.make_splash_mha(
+            mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret
+        )
+        y = jax.vmap(kernel)(q, k, v, splash.splash_attention_kernel.SegmentIds(*ids))
+        return jnp.moveaxis(y[:, :, :length], 1, 2).astype(jnp.float32)
+
+    ids = PartitionSpec(rows[0], None)
+    heads = PartitionSpec(rows[0], None, rows[2], None)
+    specs = heads, heads, heads, ids, ids
+    operands = zip((q, k, v, query_ids, key_ids), specs, strict=True)
+    run = jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)
+    return run(*(jax.sharding.reshard(x, s) for x, s in operands))
 
 
 def grouped_conv(x: jax.Array, kernel: jax.Array, groups: int, stride: int = 1) -> jax.Array:

@@ -10,6 +10,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("slice", "data", "model")
@@ -55,7 +56,10 @@ def make_mesh(slice: int = 1, data: int = 1, model: int = 1, devices=None) -> Me
             f"mesh {slice}x{data}x{model} does not use the {len(devices)} devices of {hosts} hosts evenly; slice x "
             f"data x model has to be {len(devices)}, and slice x data a multiple of {hosts}"
         )
-    mesh = jax.make_mesh((slice, data, model), MESH_AXES, (AxisType.Explicit,) * 3, devices=devices[:count])
+    # jax.make_mesh refuses an axis of 8 chips on a torus of 16 x 16, which is split here
+    shape = (slice, data, model)
+    grid = mesh_utils.create_device_mesh(shape, devices[:count], allow_split_physical_axes=True)
+    mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
     jax.set_mesh(mesh)
     return mesh
 

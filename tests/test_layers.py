@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
-    {"files", "weight_tensors"},
+    {"files", "weight_tensors", "hlo"},
     {"config", "audio", "text_normalize", "weight_torch", "weight_onnx", "public_names"},
     {"sharding", "metrics", "text", "page", "clip", "weight_files", "public_cosyvoice2", "public_models"},
     {"request", "nn", "pitch"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"input_pipeline", "checkpoint", "pool"},
     {"judges", "samples"},
     {"train", "synthesis", "evaluate"},
-    {"batch", "demo", "convert", "data_check"},
+    {"batch", "demo", "convert", "data_check", "plan"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -118,6 +118,23 @@ def test_rotary_refuses_an_odd_head():
         nn.rotary(normal(1, 2, 1, 7), np.zeros((1, 2)), 1e4)
 
 
+@pytest.mark.parametrize("is_causal, heads, length", [(True, (2, 1), 256), (False, (1, 1), 200)])
+def test_the_tpu_kernel_is_the_plain_attention_forward_and_backward(is_causal, heads, length):
+    q, k, v = (normal(1, length, n, 64, seed=i) for i, n in enumerate((heads[0], heads[1], heads[1])))
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (1, length))), jnp.int32)
+    mask = ids[:, :, None] == ids[:, None]
+    if is_causal:
+        mask = mask & jnp.tri(length, dtype=bool)
+    by_kernel = lambda q, k, v: nn._attend_by_kernel(q / 8, k, v, ids, ids, is_causal, interpret=True)
+    plain = lambda q, k, v: nn.attention(q, k, v, mask)
+    rounding = 2e-2  # of bfloat16 operands
+    np.testing.assert_allclose(by_kernel(q, k, v), plain(q, k, v), atol=rounding)
+    found = jax.grad(lambda *x: jnp.sum(jnp.sin(by_kernel(*x))), (0, 1, 2))(q, k, v)
+    wanted = jax.grad(lambda *x: jnp.sum(jnp.sin(plain(*x))), (0, 1, 2))(q, k, v)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=2 * rounding, rtol=1e-2)
+
+
 def test_attention_matches_numpy_with_grouped_heads_and_mask():
     q, k, v = normal(2, 5, 6, 4), normal(2, 7, 2, 4, seed=1), normal(2, 7, 2, 4, seed=2)
     mask = np.random.default_rng(3).random((2, 5, 7)) < 0.6

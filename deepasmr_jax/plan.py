@@ -1,0 +1,612 @@
+"""Plan before you rent: memory, FLOPs, traffic and the time they allow, of a step on TPU chips that are not there.
+
+The true program is compiled ahead of time for a named TPU topology (the `libtpu` package brings the compiler; no
+TPU is needed) or for this machine. What it does is counted from its text (`hlo.py`), what it needs is given by the
+compiler, and what the model needs by the formulas below. The largest of FLOPs over peak, HBM bytes over bandwidth
+and received bytes over interconnect bandwidth is a bound: the step takes at least that long. These are bounds from
+a compiler, not measurements; a chip reaches less.
+
+Programs: the train step of a config, or (`sample`) one batch of sampling with its model: `lm.generate` on a text of
+64 symbols, a prompt of 128 speech tokens and 512 new ones, `flow.sample` of 1024 tokens with 10 guided steps.
+Letters: B rows, N positions, L layers, D width, F MLP width, H heads, K key/value heads, E head size, V speech rows.
+"""
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from deepasmr_jax import __version__, audio, checkpoint, files, flow, hlo, input_pipeline, lm, sharding, train
+from deepasmr_jax import config as config_lib
+
+SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW = 64, 128, 512  # LM: 20 s of speech after a prompt of 5 s
+SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 1024, 10, 0.7  # flow: 41 s, prompt included
+# what a program depends on beside its settings: one of other code is compiled anew
+_SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of TPU chip.
+
+    tflops: peak in bfloat16. hbm_gb, hbm_gb_per_s: memory, in 1e9 bytes. link_gb_per_s: of one interconnect link in
+    one direction. shapes: topology of a slice by its number of chips. wraps: an axis closes to a ring if it is this
+    long (2-d) or every axis is a multiple of it (3-d). kind: `device_kind` of JAX. options: for the topology.
+    """
+
+    tflops: float
+    hbm_gb: float
+    hbm_gb_per_s: float
+    link_gb_per_s: float
+    shapes: dict[int, str]
+    wraps: int
+    kind: str
+    options: dict = dataclasses.field(default_factory=dict)
+
+
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+
+
+def _shapes(names: tuple[str, ...]) -> dict[int, str]:
+    return {math.prod(map(int, name.split("x"))): name for name in names}
+
+
+# Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables of the chips as of 2026: peak, HBM, "bidirectional
+# interconnect bandwidth per chip" (400, 1200, 800 GB/s for v5e, v5p, v6e), which is links x 2 directions: 4 links in
+# a 2-d torus, 6 in a 3-d one. The links of v4: Jouppi et al. (2023), "TPU v4", table 4, six of 50 GB/s. A 2-d slice
+# closes to a ring on an axis of 16, a 3-d one if it is made of whole cubes of 4x4x4.
+CHIPS = {
+    "v4": Chip(275, 34.4, 1200, 50, _shapes(_CUBES), 4, "TPU v4", {"chip_config_name": "megacore"}),
+    "v5e": Chip(197, 16, 819, 50, _shapes(_FLAT), 16, "TPU v5 lite"),
+    "v5p": Chip(459, 95, 2765, 100, _shapes(_CUBES), 4, "TPU v5"),
+    "v6e": Chip(918, 32, 1638, 100, _shapes(_FLAT), 16, "TPU v6 lite"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a program is to run: `chips` of a kind of CHIPS, wired as `shape`; this machine if `chip` is None."""
+
+    name: str
+    chip: str | None
+    chips: int
+    shape: str = ""
+
+    @property
+    def links(self) -> int:
+        """Interconnect links of the chip that has the fewest: one in the corner, where the slice is no torus."""
+        if self.chip is None:
+            return 0
+        sizes, wraps = [int(n) for n in self.shape.split("x")], CHIPS[self.chip].wraps
+        if len(sizes) == 3:
+            is_ring = [all(n % wraps == 0 for n in sizes)] * 3
+        else:
+            is_ring = [n == wraps for n in sizes]
+        return sum(0 if n == 1 else 2 if ring else 1 for n, ring in zip(sizes, is_ring, strict=True))
+
+
+def target(name: str) -> Target:
+    """The target of a name: KIND-CHIPS, such as v5e-8 (chips are counted, also where a cloud counts cores), or local.
+
+    Raises:
+        ValueError: on an unknown kind or a number of chips that no slice has.
+    """
+    if name == "local":
+        return Target(name, None, jax.local_device_count())
+    kind, _, count = name.partition("-")
+    if kind not in CHIPS:
+        raise ValueError(
+            f"target {name!r} is unknown; use local, or one of {', '.join(CHIPS)} with chips: v5e-8"
+        )
+    shapes = CHIPS[kind].shapes
+    if not count.isdigit() or int(count) not in shapes:
+        raise ValueError(
+            f"target {name!r}: a {kind} slice has {', '.join(map(str, shapes))} chips; write {kind}-8"
+        )
+    return Target(name, kind, int(count), shapes[int(count)])
+
+
+def devices(where: Target) -> list:
+    """The devices of a target, for the compiler only unless it is this machine.
+
+    Raises:
+        ValueError: if libtpu is not installed or does not know the topology.
+    """
+    if where.chip is None:
+        return jax.devices()
+    try:
+        importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            f"a plan for {where.name} needs the TPU compiler: pip install 'deepasmr_jax[plan]', or plan for local"
+        ) from None
+    # no TPU is looked for, and two plans may run at a time
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    from jax.experimental import topologies
+
+    chip = CHIPS[where.chip]
+    options = dict(chip.options)
+    if where.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{where.chip}:{where.shape}", **options
+        )
+    except Exception as error:  # of the plug-in, of several types
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"libtpu has no topology {where.chip}:{where.shape}: {first}") from error
+    return list(found.devices)
+
+
+# ---------------------------------------------------------------- what a model needs
+
+
+def model_flops(cfg, num_rows: int, num_tokens: int) -> float:
+    """FLOPs of the products of one forward pass over full rows; of attention the causal half where it is causal.
+
+    Args:
+        cfg: Config of lm or flow.
+        num_rows: B.
+        num_tokens: positions of a row (lm), speech tokens (flow).
+
+    Raises:
+        ValueError: on the Config of another model.
+    """
+    if isinstance(cfg, lm.Config):
+        heads = cfg.num_heads * cfg.head_dim
+        layer = cfg.width * (2 * heads + 2 * cfg.num_kv_heads * cfg.head_dim + 3 * cfg.mlp_width)
+        each = cfg.num_layers * layer + cfg.width * cfg.num_speech_rows
+        pairs = num_tokens * (num_tokens + 1) / 2
+        return 2.0 * num_rows * (num_tokens * each + cfg.num_layers * 2 * heads * pairs)
+    if isinstance(cfg, flow.Config):
+        positions, heads = (
+            -(-flow.num_frames(cfg, num_tokens) // cfg.patch_frames),
+            cfg.num_heads * cfg.head_dim,
+        )
+        frame, width = cfg.patch_frames * cfg.mel_bins, cfg.width
+        layer = 4 * width * heads + 2 * cfg.mlp_ratio * width**2 + width**2  # half of them merge 2 D to D
+        ends = (2 * frame + cfg.token_width) * width + frame * width
+        ends += 2 * cfg.conv_kernel * width * width // cfg.conv_groups
+        pairs = (positions + 1) ** 2  # one position more, of the time
+        each = (positions + 1) * cfg.num_layers * layer + positions * ends
+        return 2.0 * num_rows * (each + cfg.num_layers * 2 * heads * pairs)
+    raise ValueError(f"no formula for a {type(cfg).__module__} model; plan the configs of lm and flow")
+
+
+def needed_flops(cfg, num_rows: int, num_tokens: int, sample: bool) -> float:
+    """FLOPs that a train step needs, three forward passes without remat, or a batch of sampling."""
+    if not sample:
+        return 3 * model_flops(cfg, num_rows, num_tokens)
+    if isinstance(cfg, flow.Config):
+        return 2 * SAMPLE_STEPS * model_flops(cfg, num_rows, SAMPLE_TOKENS)
+    heads = cfg.num_heads * cfg.head_dim
+    prompt = SAMPLE_TEXT + SAMPLE_PROMPT + 2
+    head = 2.0 * num_rows * cfg.width * cfg.num_speech_rows
+    start = model_flops(cfg, num_rows, prompt) - (prompt - 1) * head
+    one = (model_flops(cfg, num_rows, 1) - 4.0 * num_rows * cfg.num_layers * heads) * SAMPLE_NEW
+    pairs = SAMPLE_NEW * prompt + SAMPLE_NEW * (SAMPLE_NEW + 1) / 2
+    return start + one + 4.0 * num_rows * cfg.num_layers * heads * pairs
+
+
+# ---------------------------------------------------------------- programs
+
+
+def _abstract(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """An array split over its first axis, on the current mesh."""
+    split = sharding.spec("batch", *[None] * (len(shape) - 1))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(sharding.ensure_mesh(), split))
+
+
+def batch(data: input_pipeline.Config, num_rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of the stages lm and flow, on the current mesh; keys as in input_pipeline.py.
+
+    Raises:
+        ValueError: on another stage.
+    """
+    if data.stage == "lm":
+        names = ("tokens", "kinds", "segment_ids", "positions", "targets")
+        return {name: _abstract((num_rows, data.num_tokens), jnp.int32) for name in names}
+    if data.stage != "flow":
+        raise ValueError(f"no plan for the stage {data.stage!r}; plan the configs of lm and flow")
+    profile = audio.mel_profile(data.mel_profile)
+    frames = data.num_tokens * profile.sample_rate // profile.hop_samples // audio.TOKEN_RATE
+    return {
+        "speech_tokens": _abstract((num_rows, data.num_tokens), jnp.int32),
+        "num_tokens": _abstract((num_rows,), jnp.int32),
+        "mel": _abstract((num_rows, frames, profile.num_mels), jnp.float32),
+        "prompt_frames": _abstract((num_rows,), jnp.int32),
+    }
+
+
+def _lower(cfg: train.TrainConfig, num_rows: int, sample: bool):
+    """The traced program, for the devices of the current mesh."""
+    # the key is made inside: an array cannot be made on devices that are not there
+    if not sample:
+        state = checkpoint.abstract(lambda: train.init(cfg, jax.random.key(cfg.seed)))
+        return train.make_step(cfg).lower(state, (batch(cfg.data, num_rows),))
+    model_cfg = cfg.model
+    file = checkpoint.model_file(cfg.module)
+    model = checkpoint.abstract(lambda: file.init(model_cfg, jax.random.key(0)))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_rows))
+    keys = _abstract(keys.shape, keys.dtype)
+    count = _abstract((num_rows,), jnp.int32)
+    if isinstance(model_cfg, lm.Config):
+        weights = checkpoint.abstract(lambda m: lm.unstack(m, model_cfg), model)
+        text, prompt = (_abstract((num_rows, n), jnp.int32) for n in (SAMPLE_TEXT, SAMPLE_PROMPT))
+        call = lambda weights, *x: lm.generate(weights, model_cfg, lm.Sampling(), *x, SAMPLE_NEW)
+        return jax.jit(call).lower(weights, text, count, prompt, count, count, count, keys)
+    frames = flow.num_frames(model_cfg, SAMPLE_TOKENS)
+    mel = _abstract((num_rows, frames, model_cfg.mel_bins), jnp.float32)
+    tokens = _abstract((num_rows, SAMPLE_TOKENS), jnp.int32)
+    call = lambda model, *x: flow.sample(model, model_cfg, *x, SAMPLE_STEPS, SAMPLE_GUIDANCE)
+    return jax.jit(call).lower(model, tokens, count, mel, count, keys)
+
+
+def fitted(cfg: train.TrainConfig, where: Target, rows: int | None, sample: bool) -> train.TrainConfig:
+    """The config on the mesh of a target, without accumulation.
+
+    The config's `mesh.data` and `mesh.model` are kept as far as there are chips, `mesh.slice` takes the rest; for
+    sampling the weights are whole on every chip.
+
+    Args:
+        cfg: the run.
+        where: the target.
+        rows: rows of a chip; None shares out the config's batch.
+        sample: whether it is for sampling.
+
+    Raises:
+        ValueError: if the chips or the batch are not divided.
+    """
+    model = cfg.mesh.model
+    if where.chips % model:
+        raise ValueError(
+            f"mesh.model {model} does not divide the {where.chips} chips of {where.name}; lower it"
+        )
+    data = 1 if sample else math.gcd(cfg.mesh.data, where.chips // model)
+    mesh = train.Mesh(slice=where.chips // model // data, data=data, model=model)
+    total = cfg.data.batch_size if rows is None else rows * (where.chips // model)
+    if total % (mesh.slice * mesh.data):
+        raise ValueError(
+            f"data.batch_size {total} is not a multiple of the {mesh.slice * mesh.data} chips of {where.name} that "
+            "share it; give the rows of a chip with --rows, such as --rows 8"
+        )
+    data_cfg = dataclasses.replace(cfg.data, batch_size=total)
+    return dataclasses.replace(cfg, accumulation=1, mesh=mesh, data=data_cfg)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def make(
+    cfg: train.TrainConfig,
+    where: Target,
+    rows: int | None = None,
+    sample: bool = False,
+    folder: str | os.PathLike | None = None,
+) -> dict:
+    """Compiles one program for one target and counts what it does.
+
+    Args:
+        cfg: the run whose step, or whose model's sampling, is planned.
+        where: the target.
+        rows: rows of a chip; None shares out the config's batch.
+        sample: plan sampling in place of training.
+        folder: keeps the text of what was compiled, so that it is compiled once; None keeps nothing.
+
+    Returns:
+        facts of one chip as plain numbers; see `HEAD` for what is printed. Where a program does not fit into the
+        memory, `error` says so in place of the facts.
+
+    Raises:
+        ValueError: as `devices`, `fitted` and `batch`.
+    """
+    fit = fitted(cfg, where, rows, sample)
+    num_rows = fit.data.batch_size
+    out = {
+        "target": where.name,
+        "chips": where.chips,
+        "mesh": "x".join(map(str, dataclasses.astuple(fit.mesh))),
+    }
+    out["rows"] = num_rows / (where.chips // fit.mesh.model)
+    program = _program(fit, where, sample, folder)
+    if "error" in program:
+        return out | {"error": program["error"]}
+    is_decoding = sample and isinstance(fit.model, lm.Config)  # its one open loop runs to the last token
+    cost = hlo.count(program["hlo"], SAMPLE_NEW if is_decoding else 1)
+    needed = needed_flops(fit.model, num_rows, fit.data.num_tokens, sample) / where.chips
+    out |= facts(fit, where, cost, needed, program, sample)
+    if "items_per_s" in out:
+        out["days"] = cfg.steps * cfg.data.items_per_batch / out["items_per_s"] / 86400
+    return out
+
+
+def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dict:
+    """What the compiler made: its text `hlo`, `memory` in bytes, `optimal_s`, `compile_s`; or an `error`."""
+    path = None if folder is None else Path(folder) / "programs" / f"{_key(fit, where, sample)}.json.gz"
+    if path is not None and path.exists():
+        return json.loads(gzip.decompress(path.read_bytes()))
+    with _mesh(fit.mesh, devices(where)):
+        lowered = _lower(fit, fit.data.batch_size, sample)
+        start = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            out = {"error": _memory_error(str(error))}
+        else:
+            names = ("argument", "temp", "output", "alias")
+            memory = compiled.memory_analysis()
+            out = {
+                "hlo": compiled.as_text(),
+                "memory": {name: getattr(memory, f"{name}_size_in_bytes") for name in names},
+                "optimal_s": (compiled.cost_analysis() or {}).get("optimal_seconds"),
+            }
+        out["compile_s"] = time.perf_counter() - start
+    if path is not None:
+        with files.atomic_path(path) as part:
+            part.write_bytes(gzip.compress(json.dumps(out).encode()))
+    return out
+
+
+def _key(fit: train.TrainConfig, where: Target, sample: bool) -> str:
+    """Digest of all that a program's work depends on: settings, target, versions and the code of the models.
+
+    Not the learning-rate schedule, a few scalars: fine-tuning compiles nothing that pre-training has compiled.
+    """
+    told: list = [where.name, jax.__version__, __version__, *map(config_lib.to_dict, (fit.model, fit.mesh))]
+    told += [fit.data.stage, fit.data.batch_size]
+    if sample:
+        told += [SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE]
+    else:
+        told += [fit.data.num_tokens, fit.data.mel_profile, fit.ema_decay]
+        told += [fit.optim.name, fit.optim.betas, fit.optim.clip_norm, fit.optim.weight_decay]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        told.append(importlib.metadata.version("libtpu"))
+    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _SOURCES)
+    return hashlib.sha256(json.dumps(told).encode() + code).hexdigest()[:16]
+
+
+def facts(cfg, where: Target, cost: hlo.Cost, needed: float, program: dict, sample: bool) -> dict:
+    """Bounds from what was counted.
+
+    Args:
+        cfg: the run on the target's mesh.
+        where: the target.
+        cost: what the compiled program does.
+        needed: FLOPs that the model needs of a chip.
+        program: with `memory`, bytes of argument, temp, output and alias, and `optimal_s`, XLA's own estimate or None,
+            which is shown where it is at least the bound.
+        sample: whether it is sampling.
+    """
+    memory, optimal_s = program["memory"], program["optimal_s"]
+    out = {
+        "arguments_gb": memory["argument"] / 1e9,
+        "temporaries_gb": memory["temp"] / 1e9,
+        "flops": cost.flops,
+        "needed_flops": needed,
+        "flops_ratio": cost.flops / needed,
+        "hbm_gb": cost.hbm_bytes / 1e9,
+        "received_gb": {k: v / 1e9 for k, v in cost.received.items()},
+        "unknown_loops": cost.unknown_loops,
+    }
+    results = memory["output"] - memory["alias"]
+    out["memory_gb"] = out["arguments_gb"] + out["temporaries_gb"] + results / 1e9
+    if where.chip is None:
+        return out
+    chip = CHIPS[where.chip]
+    received = sum(out["received_gb"].values())
+    times = {
+        "compute_s": cost.flops / (chip.tflops * 1e12),
+        "hbm_s": out["hbm_gb"] / chip.hbm_gb_per_s,
+        "network_s": received / (where.links * chip.link_gb_per_s) if received else 0.0,
+    }
+    bound = max(times.values())
+    out |= times | {
+        "memory_share": out["memory_gb"] / chip.hbm_gb,
+        "bound_s": bound,
+        "limit": max(times, key=times.get).removesuffix("_s"),
+        "utilisation": needed / (chip.tflops * 1e12) / bound,
+    }
+    if optimal_s is not None and optimal_s >= bound:
+        out["xla_s"] = float(optimal_s)
+    rows = cfg.data.batch_size
+    if sample:
+        tokens = SAMPLE_NEW if isinstance(cfg.model, lm.Config) else SAMPLE_TOKENS
+        out["speech_s_per_s"] = rows * tokens / audio.TOKEN_RATE / bound
+    else:
+        out["items_per_s"] = cfg.data.items_per_batch / bound
+    return out
+
+
+@contextlib.contextmanager
+def _mesh(sizes: train.Mesh, found: list):
+    """A mesh on these devices for a while; then the one before, or one local device."""
+    before = jax.sharding.get_mesh()
+    try:
+        yield sharding.make_mesh(sizes.slice, sizes.data, sizes.model, devices=found)
+    finally:
+        if before.empty:
+            sharding.make_mesh()
+        else:
+            jax.set_mesh(before)
+
+
+def _memory_error(message: str) -> str:
+    """One sentence for a program that the compiler refused."""
+    used = re.search(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message)
+    if used:
+        return f"needs {used.group(1)} of {used.group(2)} HBM; fewer rows, more remat or more chips"
+    return " ".join(message.split())[:300]
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def sweep(
+    configs: list[str],
+    targets: list[str],
+    rows: list[int | None],
+    sample: bool = False,
+    overrides: tuple[str, ...] = (),
+    out: str | os.PathLike | None = None,
+    say=print,
+) -> list[dict]:
+    """Plans of every config on every target with every number of rows; a killed sweep goes on where it was.
+
+    Args:
+        configs: paths, as `config.load` takes them.
+        targets: names, as `target` takes them.
+        rows: rows of a chip; None for the config's batch.
+        sample: plan sampling in place of training.
+        overrides: of the configs, such as `model.remat=dots`.
+        out: folder for programs/, what is compiled, rows.jsonl, plan.md and plan.svg; None writes nothing.
+        say: called with a line per row.
+
+    Returns:
+        the rows, in this order; one that cannot be planned has an `error`.
+
+    Raises:
+        ValueError: on a config, an override or a target; of a single row on anything.
+    """
+    loaded = {path: config_lib.override(config_lib.load(path), *overrides) for path in configs}
+    wanted = [(path, target(name), n) for path in configs for name in targets for n in rows]
+    made = []
+    for path, where, n in wanted:
+        row = {"program": Path(path).stem + " sampling" * sample, "changes": " ".join(overrides)}
+        try:
+            row |= make(loaded[path], where, n, sample, out)
+        except ValueError as error:
+            if len(wanted) == 1:
+                raise
+            row |= {"target": where.name, "chips": where.chips, "rows": n, "error": str(error)}
+        made.append(row)
+        say(sentence(row))
+    if out is not None:
+        files.write_text(Path(out) / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in made))
+        files.write_text(Path(out) / "plan.md", table(made) + "\n")
+        files.write_text(Path(out) / "plan.svg", plot(made))
+    return made
+
+
+# ---------------------------------------------------------------- what is printed
+
+HEAD = {
+    "program": "program",
+    "changes": "changes",
+    "target": "chips",
+    "mesh": "mesh",
+    "rows": "rows a chip",
+    "memory": "memory GB (arguments + temporaries)",
+    "ratio": "TFLOPs, x needed",
+    "traffic": "HBM GB",
+    "received": "received GB",
+    "times": "ms compute / HBM / network",
+    "utilisation": "utilisation at most",
+    "speed": "at best",
+}
+
+
+def cells(row: dict) -> dict[str, str]:
+    """The printable cells of a row, by the names of HEAD."""
+    out = {name: str(row.get(name, "")) for name in ("program", "changes", "target", "mesh")}
+    out["rows"] = f"{row['rows']:g}" if row.get("rows") else ""
+    if "error" in row:
+        return out | {"memory": row["error"]}
+    share = f", {100 * row['memory_share']:.0f} %" if "memory_share" in row else ""
+    out["memory"] = f"{row['memory_gb']:.1f} ({row['arguments_gb']:.1f} + {row['temporaries_gb']:.1f}){share}"
+    out["ratio"] = f"{row['flops'] / 1e12:.3g}, x {row['flops_ratio']:.2f}"
+    out["traffic"] = f"{row['hbm_gb']:.3g}"
+    kinds = [f"{kind} {size:.3g}" for kind, size in row["received_gb"].items() if size >= 5e-4]
+    out["received"] = ", ".join(kinds) or "none"
+    if "bound_s" in row:
+        out["times"] = " / ".join(f"{1000 * row[name]:.3g}" for name in ("compute_s", "hbm_s", "network_s"))
+        out["utilisation"] = f"{100 * row['utilisation']:.0f} % ({row['limit']})"
+        if "days" in row:
+            out["speed"] = f"{row['days']:.3g} days"
+        elif "speech_s_per_s" in row:
+            out["speed"] = f"{row['speech_s_per_s']:.3g} s of speech a s"
+    return out
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table; columns that are empty everywhere are left out."""
+    lines = [cells(row) for row in rows]
+    names = [name for name in HEAD if any(line.get(name) for line in lines)]
+    head = [" | ".join(HEAD[n] for n in names), " | ".join("---" for _ in names)]
+    body = [" | ".join(line.get(n) or "–" for n in names) for line in lines]
+    return "\n".join(f"| {line} |" for line in head + body)
+
+
+def sentence(row: dict) -> str:
+    """A row as one line."""
+    c = cells(row)
+    changes = f", {c['changes']}" if c["changes"] else ""
+    start = f"{c['program']} on {c['target']}, {c['rows'] or '?'} rows a chip{changes}: "
+    if "error" in row:
+        return start + row["error"]
+    text = f"memory {c['memory']}, TFLOPs {c['ratio']} needed, HBM {c['traffic']} GB, received GB: {c['received']}"
+    if "bound_s" in row:
+        text += f"; at least {1000 * row['bound_s']:.3g} ms ({c['times']}), utilisation at most {c['utilisation']}"
+        text += f", {c['speed']}" if c.get("speed") else ""
+        text += f"; XLA's estimate {1000 * row['xla_s']:.3g} ms" if "xla_s" in row else ""
+    if row["unknown_loops"]:
+        text += f"; loops of unknown length: {row['unknown_loops']}"
+    return start + text
+
+
+def plot(rows: list[dict]) -> str:
+    """An SVG picture: bounded utilisation over rows of a chip, a line for each program and target."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if "utilisation" in row:
+            lines.setdefault(f"{row['program']}, {row['target']}", []).append(
+                (row["rows"], row["utilisation"])
+            )
+    left, top, width, height = 60, 20, 420, 280
+    most = max((x for points in lines.values() for x, _ in points), default=1)
+    least = min((x for points in lines.values() for x, _ in points), default=1)
+    span = max(math.log2(most / least), 1e-9)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + width * (math.log2(x / least) / span if most > least else 0.5), top + height * (1 - y)
+
+    total = (left + width + 300, max(top + height + 50, top + 20 * len(lines) + 20))
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total[0]} {total[1]}" font-family="sans-serif" '
+        'font-size="12"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for i in range(0, 6):
+        y = place(least, i / 5)[1]
+        out.append(
+            f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/><text x="20" y="{y + 4:.1f}">{20 * i} %</text>'
+        )
+    for x in sorted({x for points in lines.values() for x, _ in points}):
+        out.append(
+            f'<text x="{place(x, 0)[0]:.1f}" y="{top + height + 18}" text-anchor="middle">{x:g}</text>'
+        )
+    out.append(
+        f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">rows a chip</text>'
+    )
+    for i, (name, points) in enumerate(lines.items()):
+        colour = f"hsl({360 * i // max(len(lines), 1)},70%,40%)"
+        spots = [place(*point) for point in sorted(points)]
+        out.append(
+            f'<polyline fill="none" stroke="{colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in spots)}"/>'
+        )
+        out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
+        out.append(f'<text x="{left + width + 15}" y="{top + 20 * i + 12}" fill="{colour}">{name}</text>')
+    return "\n".join([*out, "</svg>\n"])
