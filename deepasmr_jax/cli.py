@@ -41,8 +41,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code.
 
-    0; 1 if `doctor` found damage, a request of `batch` failed, `data check` would leave a file out or a row of `plan` did
-    not fit; 2 for bad input; 130 after Ctrl-C.
+    0; 1 if `doctor` found damage, a request of `batch` failed, `data check` would leave a file out or a row of `plan`
+    did not fit; 2 for bad input; 130 after Ctrl-C.
     """
     # XLA's remarks about the machine are not for this user
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -7,8 +7,8 @@
     python launch/bench.py --size full --only loader --seconds 60   threads, then processes
 
 Parts: say (`deepasmr say` with a cold and a warm compilation cache, then a loaded Synthesizer), programs (each program
-of a request: compiled, then read from the cache), lm, hifigan, vocoder, speech_tokenizer, flow (JAX and PyTorch in turn,
-A B A B), train (updates of each stage, JAX only), loader (batches of each stage, and whether memory grows); see
+of a request: compiled, then read from the cache), lm, hifigan, vocoder, speech_tokenizer, flow (JAX and PyTorch in
+turn, A B A B), train (updates of each stage, JAX only), loader (batches of each stage, and whether memory grows); see
 docs/speed.md.
 Beside the rows with PyTorch stands the least time that the machine's ceilings allow. Each timing waits for its result;
 the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows.
