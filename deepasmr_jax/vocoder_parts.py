@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -52,6 +53,39 @@ class Conv(nnx.Module):
             x.astype(dtype), kernel, strides, pads, None, dilations, layout, precision=precision
         )
         return y.astype(jnp.float32) + self.bias[...]
+
+
+def conv_by_products(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> tuple[jax.Array, jax.Array]:
+    """Convolution of one row without padding, as two matrix products over taps and channels.
+
+    For a CPU, which has bfloat16 products but no bfloat16 convolution. The windows of a half should fit in the
+    cache. They come from a gather, which reads a window of all taps as one stretch; two of them, because XLA
+    would compute what makes `x` anew for every tap if there were a single reader.
+
+    Args:
+        x: [W, in] bfloat16.
+        kernel: [k, in, out] bfloat16.
+        dilation: distance of the taps.
+
+    Returns:
+        The first and the second half of [W - (k - 1) * dilation, out] float32.
+    """
+    size, channels, num_out = kernel.shape
+    num = x.shape[0] - (size - 1) * dilation
+    x = jnp.pad(x, ((0, -x.shape[0] % dilation), (0, 0)))
+    # as integers: XLA would turn bfloat16 into float32 and back around the gather
+    x = jax.lax.bitcast_convert_type(x, jnp.uint16).reshape(-1, dilation * channels)
+
+    def products(start: int, end: int) -> jax.Array:
+        at = np.arange(start, end)
+        starts = jnp.asarray(np.stack([at // dilation, at % dilation * channels], 1).astype(np.int32))
+        numbers = jax.lax.GatherDimensionNumbers((1, 2), (), (0, 1))
+        windows = jax.lax.gather(x, starts, numbers, (size, channels), mode="promise_in_bounds")
+        windows = jax.lax.bitcast_convert_type(windows.reshape(end - start, size * channels), kernel.dtype)
+        flat = kernel.reshape(size * channels, num_out)
+        return jnp.dot(windows, flat, preferred_element_type=jnp.float32)
+
+    return products(0, num // 2), products(num // 2, num)
 
 
 class Upsample(nnx.Module):

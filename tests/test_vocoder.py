@@ -1,5 +1,6 @@
 """HiFi-GAN against PyTorch modules written independently, its sizes, masks, mesh and training."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -100,6 +101,40 @@ def test_a_padded_row_equals_the_row_alone_and_is_silent_after_its_end(cfg):
         alone = np.asarray(run(model, cfg, mel[i : i + 1, :n]))[0]
         np.testing.assert_allclose(wav[i, : n * 256], alone, atol=1e-5)
         assert not wav[i, n * 256 :].any()
+
+
+@pytest.mark.parametrize("cfg", [PAIRED, SINGLE], ids=["paired", "single"])
+def test_tiles_of_products_equal_the_convolutions_in_bfloat16(cfg):
+    sharding.make_mesh(1, 2, 1)
+    block, dilations = filled(cfg, 6).generator.blocks[2], cfg.residual_dilations[2]
+    x = np.random.default_rng(1).standard_normal((2, 333, block.convs1[0].kernel.shape[1])).astype(np.float32)
+    given = sharding.put({"x": x, "ends": np.int32([333, 150])})
+    x, ends = vocoder._keep(given["x"], given["ends"]), given["ends"]
+    run = jax.jit(vocoder._residual_tiled, static_argnums=(3, 4))
+    for end in (ends, None):  # a tile's margin reaches over its neighbours, the start, and both ends
+        whole = np.asarray(vocoder._residual_whole(block, x, end, dilations, "bfloat16"))
+        tiled = np.asarray(run(block, x, end, dilations, 100))
+        assert np.std(whole - x) > 0.05  # the convolutions count
+        # XLA rounds the result of a bfloat16 convolution; a product keeps its float32
+        np.testing.assert_allclose(tiled, whole, rtol=0, atol=0.04 * np.std(whole - x))
+
+
+def test_a_wide_generator_in_bfloat16_takes_tiles_and_has_the_gradient_of_the_convolutions(monkeypatch):
+    cfg = dataclasses.replace(TINY, dtype="bfloat16")
+    model = filled(cfg, 7).generator
+    mel = np.random.default_rng(2).standard_normal((2, 4, 80)).astype(np.float32)
+    sums, grads, forms = [], [], []
+    tiled = vocoder._residual_tiled
+    monkeypatch.setattr(vocoder, "_residual_tiled", lambda *a, **k: forms.append(1) or tiled(*a, **k))
+    for channels in (1, 1000):
+        monkeypatch.setattr(vocoder, "TILED_CHANNELS", channels)
+        run = jax.jit(lambda m: jnp.sum(vocoder.apply(m, cfg, mel) ** 2))
+        sums.append(float(run(model)))
+        grads.append(jax.tree.leaves(jax.jit(jax.grad(run))(model)))
+        assert len(forms) == 2  # both blocks, and only the first time; never for a gradient
+    np.testing.assert_allclose(sums[0], sums[1], rtol=1e-2)
+    for a, b in zip(*grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 + 1e-3 * np.abs(b).max())
 
 
 def test_training_overfits_one_batch_with_both_players():
