@@ -219,23 +219,22 @@ def _to_frames(x: jax.Array, size: int, num_frames: int) -> jax.Array:
     return x.reshape(shape, out_sharding=jax.P(nn.axes_of(x)[0], None, None))[:, :num_frames]
 
 
-def stacked(model: Encoder) -> Encoder:
+def stacked(model: Encoder, xp=np) -> Encoder:
     """The encoder with each dense block as one `DenseLayer` of stacked weights, for a program that compiles sooner.
 
     A layer reads the channels before it: weights are filled up with zeros to the width of the block's last layer.
-    Outside of jit the copy is made by NumPy.
+    `xp` makes the copy: NumPy on the host, outside of jit only, or jax.numpy.
     """
     model = jax.tree.map(lambda x: x, model)  # another module of the same arrays
-    model.blocks = nnx.List([_stack(block) for block in model.blocks])
+    model.blocks = nnx.List([_stack(block, xp) for block in model.blocks])
     return model
 
 
-def _stack(layers: nnx.List) -> DenseLayer:
+def _stack(layers: nnx.List, xp) -> DenseLayer:
     """Layers of one dense block as one of stacked weights."""
 
     def one(*each):
         size, rest = max(w.shape[0] for w in each), [(0, 0)] * (each[0].ndim - 1)
-        xp = jnp if any(isinstance(w, jax.core.Tracer) for w in each) else np
         stack = xp.stack([xp.pad(w, [(0, size - w.shape[0]), *rest]) for w in each])
         return stack if xp is jnp else sharding.replicate(stack)
 
@@ -286,7 +285,7 @@ def layer_groups(model: Encoder, cfg: Config, fbank: jax.Array, lengths: jax.Arr
     found["tdnn"] = x
     mask = mask[:, ::2]
     if isinstance(model.blocks[0], nnx.List):
-        model = stacked(model)
+        model = stacked(model, jnp)
     each = zip(model.blocks, model.transit_norms, model.transits, cfg.dilations, strict=True)
     for b, (block, norm, transit, dilation) in enumerate(each, 1):
         x = _dense(block, cfg, dilation, x, mask)

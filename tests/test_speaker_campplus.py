@@ -115,6 +115,16 @@ def test_padding_and_neighbours_do_not_change_an_embedding(model):
         np.testing.assert_allclose(together[row], alone[0], rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_stacked_at_loading_give_the_same_embedding(model):
+    fbank = np.random.default_rng(2).standard_normal((1, 20, 80)).astype(np.float32)
+    lengths = np.asarray([18], np.int32)
+    kept = len(model.blocks[1])
+    stacked = speaker_campplus.stacked(model)
+    assert stacked.blocks[1].local.kernel.shape[0] == kept == len(model.blocks[1])
+    expected = embed(model, CONFIG, fbank, lengths)
+    np.testing.assert_allclose(embed(stacked, CONFIG, fbank, lengths), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_two_devices_give_the_embeddings_of_one():
     fbank = np.random.default_rng(1).standard_normal((2, 20, 80)).astype(np.float32)
     found = []
