@@ -224,9 +224,6 @@ def test_a_sweep_goes_on_where_it_was_and_writes_table_and_picture(tmp_path, mon
     assert text.count("\n") == 4 and "no room for 24 rows" in text
     assert "not measurements" in capsys.readouterr().out
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
-    arguments[4] = "--set=model.num_layers=2"
-    cli.main(arguments)
-    assert lowered == [8, 24, 24, 8, 24]
 
 
 def test_a_picture_has_a_line_for_each_program_and_target():
