@@ -257,6 +257,10 @@ class _Reader:
             return 2 * _bytes(operands[1].shapes)
         if x.kind == "scatter":
             return 3 * _bytes(operands[-1].shapes)
+        if x.kind in ("slice-start", "dynamic-slice-start"):  # of (source, slice, context)
+            return _bytes(x.shapes[1:2], only_hbm=False) + _bytes(x.shapes[1:2])
+        if x.kind == "copy-start":  # of (copy, source, context)
+            return _bytes(operands[0].shapes) + _bytes(x.shapes[:1])
         if x.kind.endswith("-start"):  # the result repeats the operands
             return sum(_bytes(o.shapes) for o in operands) + max((_bytes([s]) for s in x.shapes), default=0.0)
         return sum(_bytes(o.shapes) for o in operands) + _bytes(x.shapes)
