@@ -25,8 +25,6 @@ from deepasmr_jax import audio, nn, ode, sharding
 from deepasmr_jax.sharding import spec, split_rows
 
 TIME_FEATURES = 256  # sinusoids of the flow time, E2 TTS
-# layers whose kernels enter products of `cfg.dtype` alone, for `nn.round_kernels`
-PRODUCTS = ("input", "query", "key", "value", "out", "skip", "mlp_in", "mlp_out", "output")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -553,6 +553,7 @@ def unstack(model: SpeechLM, cfg: Config) -> DecodeWeights:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _unstack_layer(layers: Block, index: jax.Array, cfg: Config) -> dict[str, jax.Array]:
     """The weights of one layer, as an entry of `DecodeWeights.layers`."""
+
     def joined(parts: list[jax.Array], num: int) -> jax.Array:
         """Arrays [..., num*n] side by side, interleaved in `num` runs that stay on their parts of the mesh."""
         lead, split = parts[0].shape[:-1], [None] * (parts[0].ndim - 1)
@@ -600,9 +601,20 @@ def _stored(kernel: jax.Array, cfg: Config) -> jax.Array:
 
 
 def _product(x: jax.Array, kernel: jax.Array, cfg: Config, out_sharding: PartitionSpec) -> jax.Array:
-    """[B, N, in] times a `_stored` kernel: [B, N, out] float32."""
+    """[B, N, in] times a `_stored` kernel: [B, N, out] float32.
+
+    Rows and positions are one axis in between: with two, XLA turns the kernel back before the product.
+    """
+    rows, _, last = nn.axes_of(x)
+    if x.shape[0] * x.shape[1] == 1:
+        rows = None  # a single row is on one device: said so, `nn.product` may repeat it
+    x = jax.sharding.reshard(x, PartitionSpec(rows, None, last))
+    flat = x.reshape(-1, x.shape[2], out_sharding=PartitionSpec(rows, last))
     right = "io" if cfg.dtype == "float32" else "oi"
-    return nn.product(f"bni,{right}->bno", x, kernel, cfg.dtype, out_sharding)
+    split = PartitionSpec(rows, *out_sharding[2:])
+    y = nn.product(f"ni,{right}->no", flat, kernel, cfg.dtype, split)
+    y = y.reshape(*x.shape[:2], -1, out_sharding=PartitionSpec(rows, None, *out_sharding[2:]))
+    return jax.sharding.reshard(y, out_sharding)
 
 
 def _without_data(x: jax.Array, first: int) -> PartitionSpec:

@@ -100,39 +100,6 @@ class Linear(nnx.Module):
         return y + self.bias[...] if self.use_bias else y
 
 
-def round_kernels(model, names: tuple[str, ...], dtype: str):
-    """A copy of a model whose kernels that only enter products in `dtype` are stored in it.
-
-    `product` rounds its operands, so the results stay the same bit for bit; what it saves is reading and rounding
-    float32 weights at every call, and memory. For use, not for training: the rounded weights have no small steps.
-
-    Args:
-        model: a module.
-        names: the layers, wherever they stand, whose `kernel` is meant; the `PRODUCTS` of the model's file.
-        dtype: float32 (the model is returned as it is) or bfloat16.
-
-    Raises:
-        ValueError: if a name is no layer of the model.
-    """
-    if dtype == "float32" or not names:
-        return model
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(model), strict=True)
-    words = [[str(getattr(key, "name", getattr(key, "key", ""))) for key in path] for path in paths]
-    layers = [w[w.index("kernel") - 1] if "kernel" in w[1:] else None for w in words]
-    if missing := set(names).difference(layers):
-        raise ValueError(f"the model has no kernel in {', '.join(sorted(missing))}; correct the names")
-    is_chosen = [layer in names for layer in layers]
-    rounded = iter(_round([x for x, chosen in zip(leaves, is_chosen, strict=True) if chosen], dtype))
-    leaves = [next(rounded) if chosen else x for x, chosen in zip(leaves, is_chosen, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(model), leaves)
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _round(arrays: list[jax.Array], dtype: str) -> list[jax.Array]:
-    """The arrays in another type, by one program."""
-    return [x.astype(dtype) for x in arrays]
-
-
 def product(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding: PartitionSpec) -> jax.Array:
     """Einsum of two arrays with operands in `dtype`, accumulated and returned in float32.
 

@@ -18,8 +18,6 @@ from flax import nnx
 from deepasmr_jax import audio, nn, text
 
 NUM_DIGITS = 8
-# layers whose kernels enter products of `cfg.dtype` alone, for `nn.round_kernels`
-PRODUCTS = ("conv1", "conv2", "query", "key", "value", "out", "mlp_in", "mlp_out")
 FSQ_SCALE = 0.9990000128746033  # float32 constant of the released graph
 WINDOW_FRAMES = 3000  # 30 s at 100 Hz, the longest input the released model was trained on
 STRIDE_FRAMES = 2600  # 4 s overlap

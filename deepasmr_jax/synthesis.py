@@ -23,7 +23,7 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from deepasmr_jax import audio, checkpoint, lm, nn, page, pool, sharding
+from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import text as text_lib
 from deepasmr_jax.request import STYLES, Request, check_model, from_row
@@ -815,8 +815,7 @@ class _Part:
 
     def __init__(self, folder: Path, name: str, config: dict):
         self.file = checkpoint.model_file(config["components"][name]["module"])
-        module, self.config = checkpoint.load_component(folder, name)
-        self.module = nn.round_kernels(module, getattr(self.file, "PRODUCTS", ()), self.config.dtype)
+        self.module, self.config = checkpoint.load_component(folder, name)
 
 
 @functools.partial(jax.jit, static_argnums=2)
