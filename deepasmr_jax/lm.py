@@ -169,8 +169,9 @@ class Sampling:
 class Cache:
     """Keys (after rotary) and values of all positions so far; entry s of a row is its position s.
 
-    keys, values: one [B, S, K, E] float32 array per layer. Separate arrays, because a slice of one stacked
-    array would be copied at every token.
+    keys, values: one [B, K, E, S] float32 array per layer. Separate arrays, because a slice of one stacked
+    array would be copied at every token; positions last, because XLA's CPU products want them there and would
+    copy the whole cache into that order at every token.
     """
 
     keys: tuple[jax.Array, ...]
@@ -178,10 +179,11 @@ class Cache:
 
 
 def grow(cache: Cache, size: int) -> Cache:
-    """The cache with room for `size` positions."""
+    """A cache with room for `size` positions of keys and values as a pass over whole rows gives them, [B, N, K, E]."""
 
     def one(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0)))
+        x = jnp.transpose(x, (0, 2, 3, 1))
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3])))
 
     return jax.tree.map(one, cache)
 
@@ -516,10 +518,13 @@ def dpo_loss(
 class DecodeWeights:
     """The weights in the form decoding wants: one buffer per layer and product, not split over `data`.
 
+    A matrix is [in, out] in float32 and [out, in] in bfloat16 (see `_stored`), two axes always: of more, XLA
+    copies the matrix into another order at every product.
+
     text_table, marker_table, speech_table: as in `SpeechLM`, float32.
-    layers: per layer a dict of attn_norm [D], qkv [D, K, H/K + 2, E] (query heads of a group, then its key
-        and value), qkv_bias [K, H/K + 2, E], o [K, H/K, E, D], mlp_norm [D], gate_up [D, 2, F], down [F, D];
-        matrices in `cfg.dtype`, the rest float32.
+    layers: per layer a dict of attn_norm [D], qkv [D, K*(H/K + 2)*E] (query heads of a group, then its key and
+        value), qkv_bias [K*(H/K + 2)*E], o [H*E, D], mlp_norm [D], gate_up [D, 2*F] (per part of the mesh's
+        `model` axis the gate's columns, then the other's), down [F, D]; matrices in `cfg.dtype`, the rest float32.
     norm: [D]; head: [D, V] in `cfg.dtype`; head_bias: [V].
     """
 
@@ -548,13 +553,13 @@ def unstack(model: SpeechLM, cfg: Config) -> DecodeWeights:
 @functools.partial(jax.jit, static_argnames="cfg")
 def _unstack_layer(layers: Block, index: jax.Array, cfg: Config) -> dict[str, jax.Array]:
     """The weights of one layer, as an entry of `DecodeWeights.layers`."""
-    group = cfg.num_heads // cfg.num_kv_heads
-    kv, size, width = cfg.num_kv_heads, cfg.head_dim, cfg.width
 
-    def grouped(x: jax.Array, *shape: int) -> jax.Array:
-        """Kernel [D, heads*E] or bias [heads*E] in this shape, the split over `model` now on the kv heads."""
-        names = ["kv_heads" if at == x.ndim - 1 else None for at in range(len(shape))]
-        return x.reshape(shape, out_sharding=spec(*names))
+    def joined(parts: list[jax.Array], num: int) -> jax.Array:
+        """Arrays [..., num*n] side by side, interleaved in `num` runs that stay on their parts of the mesh."""
+        lead, split = parts[0].shape[:-1], [None] * (parts[0].ndim - 1)
+        runs = [x.reshape(*lead, num, -1, out_sharding=PartitionSpec(*split, "model", None)) for x in parts]
+        x = jnp.concatenate(runs, axis=-1)
+        return x.reshape(*lead, -1, out_sharding=PartitionSpec(*split, "model"))
 
     def taken(x: jax.Array) -> jax.Array:
         one = jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
@@ -562,20 +567,16 @@ def _unstack_layer(layers: Block, index: jax.Array, cfg: Config) -> dict[str, ja
 
     block = jax.tree.map(taken, layers)
     attn, mlp = block.attn, block.mlp
-    parts = ((attn.q, group), (attn.k, 1), (attn.v, 1))
-    kernels = [grouped(m.kernel[...], width, kv, n, size) for m, n in parts]
-    biases = [grouped(m.bias[...], kv, n, size) for m, n in parts]
-    out = attn.o.kernel[...].reshape(
-        (kv, group, size, width), out_sharding=spec("kv_heads", None, None, None)
-    )
+    heads, ups = (attn.q, attn.k, attn.v), (mlp.gate, mlp.up)
+    num_parts = jax.sharding.get_abstract_mesh().shape["model"]
     return {
         "attn_norm": block.attn_norm.scale[...],
-        "qkv": jnp.concatenate(kernels, axis=2).astype(cfg.dtype),
-        "qkv_bias": jnp.concatenate(biases, axis=1),
-        "o": out.astype(cfg.dtype),
+        "qkv": _stored(joined([m.kernel[...] for m in heads], cfg.num_kv_heads), cfg),
+        "qkv_bias": joined([m.bias[...] for m in heads], cfg.num_kv_heads),
+        "o": _stored(attn.o.kernel[...], cfg),
         "mlp_norm": block.mlp_norm.scale[...],
-        "gate_up": jnp.stack([mlp.gate.kernel[...], mlp.up.kernel[...]], axis=1).astype(cfg.dtype),
-        "down": mlp.down.kernel[...].astype(cfg.dtype),
+        "gate_up": _stored(joined([m.kernel[...] for m in ups], num_parts), cfg),
+        "down": _stored(mlp.down.kernel[...], cfg),
     }
 
 
@@ -587,7 +588,33 @@ def _unstack_ends(model: SpeechLM, cfg: Config):
         return jax.sharding.reshard(param[...], _without_data(param[...], 0))
 
     tables = tuple(map(whole, (model.text_table, model.marker_table, model.speech_table)))
-    return tables, whole(model.norm.scale), whole(model.head.kernel).astype(cfg.dtype), whole(model.head.bias)
+    head = _stored(whole(model.head.kernel), cfg)
+    return tables, whole(model.norm.scale), head, whole(model.head.bias)
+
+
+def _stored(kernel: jax.Array, cfg: Config) -> jax.Array:
+    """A kernel [in, out] in `cfg.dtype` as decoding reads it: in bfloat16 turned, in float32 as it is.
+
+    XLA's CPU products of few rows read bfloat16 faster so, and float32 a third slower (docs/speed.md).
+    """
+    return kernel if cfg.dtype == "float32" else kernel.T.astype(cfg.dtype)
+
+
+def _product(x: jax.Array, kernel: jax.Array, cfg: Config, out_sharding: PartitionSpec) -> jax.Array:
+    """[B, N, in] times a `_stored` kernel: [B, N, out] float32.
+
+    Rows and positions are one axis in between: with two, XLA turns the kernel back before the product.
+    """
+    rows, _, last = nn.axes_of(x)
+    if x.shape[0] * x.shape[1] == 1:
+        rows = None  # a single row is on one device: said so, `nn.product` may repeat it
+    x = jax.sharding.reshard(x, PartitionSpec(rows, None, last))
+    flat = x.reshape(-1, x.shape[2], out_sharding=PartitionSpec(rows, last))
+    right = "io" if cfg.dtype == "float32" else "oi"
+    split = PartitionSpec(rows, *out_sharding[2:])
+    y = nn.product(f"ni,{right}->no", flat, kernel, cfg.dtype, split)
+    y = y.reshape(*x.shape[:2], -1, out_sharding=PartitionSpec(rows, None, *out_sharding[2:]))
+    return jax.sharding.reshard(y, out_sharding)
 
 
 def _without_data(x: jax.Array, first: int) -> PartitionSpec:
@@ -605,26 +632,29 @@ def _layer(
     """
     group, size = cfg.num_heads // cfg.num_kv_heads, cfg.head_dim
     rows = nn.axes_of(x)[0]
-    whole, heads = PartitionSpec(rows, None, None), PartitionSpec(rows, None, "model", None)
-    grouped = PartitionSpec(*heads, None)
+    whole, split = PartitionSpec(rows, None, None), PartitionSpec(rows, None, "model")
+    heads, grouped = PartitionSpec(*split, None), PartitionSpec(*split, None, None)
+    lead, num_parts = x.shape[:2], jax.sharding.get_abstract_mesh().shape["model"]
     y = nn.rms_norm(x, w["attn_norm"], cfg.norm_eps)
-    qkv = nn.product("bnd,dkge->bnkge", y, w["qkv"], cfg.dtype, grouped) + w["qkv_bias"]
-    q = qkv[:, :, :, :group].reshape((*x.shape[:2], cfg.num_heads, size), out_sharding=heads)
+    qkv = _product(y, w["qkv"], cfg, split) + w["qkv_bias"]
+    qkv = qkv.reshape((*lead, cfg.num_kv_heads, group + 2, size), out_sharding=grouped)
+    q = qkv[:, :, :, :group].reshape((*lead, cfg.num_heads, size), out_sharding=heads)
     q = nn.rotary(q, positions, cfg.rope_base)
-    keys, values = nn.rotary(qkv[:, :, :, group], positions, cfg.rope_base), qkv[:, :, :, group + 1]
+    seen = kept = nn.rotary(qkv[:, :, :, group], positions, cfg.rope_base), qkv[:, :, :, group + 1]
     if cache is not None:
-        write = jax.vmap(lambda rows, new, at: jax.lax.dynamic_update_slice(rows, new, (at, 0, 0)))
-        keys, values = (
-            write(old, new, positions[:, 0]) for old, new in zip(cache, (keys, values), strict=True)
+        write = jax.vmap(
+            lambda rows, new, at: jax.lax.dynamic_update_slice(rows, new[0, :, :, None], (0, 0, at))
         )
-    y = nn.attention(q, keys, values, mask)
-    y = y.reshape((*x.shape[:2], cfg.num_kv_heads, group, size), out_sharding=grouped)
-    x = x + nn.product("bnkge,kged->bnd", y, w["o"], cfg.dtype, whole)
+        kept = tuple(write(old, new, positions[:, 0]) for old, new in zip(cache, kept, strict=True))
+        seen = tuple(jnp.transpose(x, (0, 3, 1, 2)) for x in kept)
+    y = nn.attention(q, *seen, mask)
+    x = x + _product(nn.merge_heads(y), w["o"], cfg, whole)
     y = nn.rms_norm(x, w["mlp_norm"], cfg.norm_eps)
-    split = PartitionSpec(rows, None, None, "model")
-    y = nn.product("bnd,dgf->bngf", y, w["gate_up"], cfg.dtype, split)
-    y = jax.nn.silu(y[:, :, 0]) * y[:, :, 1]
-    return x + nn.product("bnf,fd->bnd", y, w["down"], cfg.dtype, whole), (keys, values)
+    y = _product(y, w["gate_up"], cfg, split)
+    y = y.reshape((*lead, num_parts, 2, cfg.mlp_width // num_parts), out_sharding=grouped)
+    y = jax.nn.silu(y[:, :, :, 0]) * y[:, :, :, 1]
+    y = y.reshape((*lead, cfg.mlp_width), out_sharding=split)
+    return x + _product(y, w["down"], cfg, whole), kept
 
 
 def layers(
@@ -647,7 +677,8 @@ def layers(
             None: S is N, and x looks at itself.
 
     Returns:
-        ([B, N, D] float32 before the final norm, keys and values that were looked at).
+        ([B, N, D] float32 before the final norm, the cache; without one the keys and values of x, [B, N, K, E], for
+        `grow`).
     """
     kept = []
     for index, w in enumerate(weights.layers):
@@ -707,7 +738,7 @@ def decode_step(
         (logits [B, V] float32 for the next token, cache).
     """
     kinds = jnp.full_like(tokens, SPEECH)
-    mask = jnp.arange(cache.keys[0].shape[1]) <= positions[:, None, None]
+    mask = jnp.arange(cache.keys[0].shape[3]) <= positions[:, None, None]
     x = embed(weights, tokens[:, None], kinds[:, None])
     x, cache = layers(weights, cfg, x, positions[:, None], mask, cache)
     return _head(weights, cfg, x[:, 0]), cache
@@ -716,7 +747,7 @@ def decode_step(
 def _head(weights: DecodeWeights, cfg: Config, x: jax.Array) -> jax.Array:
     """Speech logits [B, V] of the last layer's states [B, D]."""
     x = nn.rms_norm(x[:, None], weights.norm, cfg.norm_eps)
-    return nn.product("bnd,dv->bnv", x, weights.head, cfg.dtype, nn.like(x, None))[:, 0] + weights.head_bias
+    return _product(x, weights.head, cfg, nn.like(x, None))[:, 0] + weights.head_bias
 
 
 def sample_token(scores: jax.Array, recent: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -381,21 +381,33 @@ def requests(num_rows, text_columns=6, prompt_columns=5, padding=0):
     return text, text_lengths, prompt, prompt_lengths
 
 
-def test_cached_logits_equal_the_full_forward(model):
-    rng = np.random.default_rng(6)
+@pytest.mark.parametrize(
+    "dtype, num_rows, mesh, atol",
+    [  # bfloat16 against the float32 forward: logits up to 5, an error of 2^-9 in each of some ten products
+        ("float32", 2, MESHES[0], 3e-5),
+        ("bfloat16", 2, MESHES[0], 0.08),
+        ("bfloat16", 1, MESHES[0], 0.08),
+        ("bfloat16", 2, (1, 2, 2), 0.08),
+    ],
+)
+def test_cached_logits_equal_the_full_forward(model, dtype, num_rows, mesh, atol):
+    sharding.make_mesh(*mesh)
+    cfg, rng = dataclasses.replace(TINY, dtype=dtype), np.random.default_rng(6)
     batch = rows([[random_utterance(rng, 3, 9)], [random_utterance(rng, 5, 7)]], 14)
-    full = np.asarray(logits(model, TINY, batch))
-    weights = lm.unstack(model, TINY)
-    start = np.array([6, 8])  # rows are at different places
+    batch = {name: x[:num_rows] for name, x in batch.items()}
+    full = np.asarray(logits(spread(model), TINY, sharding.put(batch)))
+    weights = lm.unstack(spread(model), cfg)
+    start, row = np.array([6, 8])[:num_rows], np.arange(num_rows)  # rows are at different places
     inside = np.arange(14) < start[:, None]
+    put = lambda *arrays: sharding.put(dict(enumerate(arrays))).values()
     scores, cache = jax.jit(lm.prefill, static_argnums=(1, 5))(
-        weights, TINY, batch["tokens"], batch["kinds"] * inside, start, 20
+        weights, cfg, *put(batch["tokens"], batch["kinds"] * inside, start), 20
     )
     step = jax.jit(lm.decode_step, static_argnums=1)
     for i in range(6):
-        np.testing.assert_allclose(scores, full[[0, 1], start + i - 1], atol=3e-5)
-        scores, cache = step(weights, TINY, batch["tokens"][[0, 1], start + i], start + i, cache)
-    np.testing.assert_allclose(scores, full[[0, 1], start + 5], atol=3e-5)
+        np.testing.assert_allclose(scores, full[row, start + i - 1], atol=atol)
+        scores, cache = step(weights, cfg, *put(batch["tokens"][row, start + i], start + i), cache)
+    np.testing.assert_allclose(scores, full[row, start + 5], atol=atol)
 
 
 def reference_sample(scores, generated, key, s):
