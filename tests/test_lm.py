@@ -383,11 +383,11 @@ def requests(num_rows, text_columns=6, prompt_columns=5, padding=0):
 
 @pytest.mark.parametrize(
     "dtype, num_rows, mesh, atol",
-    [  # bfloat16 against the float32 forward: logits up to 5, an error of 2^-9 in each of some ten products
+    [  # bfloat16 against the float32 forward, logits up to 4.7; without a cache it is off by up to 0.14
         ("float32", 2, MESHES[0], 3e-5),
-        ("bfloat16", 2, MESHES[0], 0.08),
-        ("bfloat16", 1, MESHES[0], 0.08),
-        ("bfloat16", 2, (1, 2, 2), 0.08),
+        ("bfloat16", 2, MESHES[0], 0.16),
+        ("bfloat16", 1, MESHES[0], 0.16),
+        ("bfloat16", 2, (1, 2, 2), 0.16),
     ],
 )
 def test_cached_logits_equal_the_full_forward(model, dtype, num_rows, mesh, atol):
