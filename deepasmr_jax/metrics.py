@@ -16,11 +16,11 @@ from jax.extend import core
 
 from deepasmr_jax import files
 
-# greatest bfloat16 FLOP/s of one device (dense products), by the start of its name in JAX. TPUs: the numbers that come
-# with JAX (pallas/mosaic/tpu_info.py), per device; GPUs: the makers' data sheets, SXM where there are several forms
+# greatest bfloat16 FLOP/s of one device (dense products), by the start of its name in JAX. TPUs: the tables of chips
+# in docs.cloud.google.com/tpu/docs; GPUs: the makers' data sheets, SXM where there are several forms
 PEAK_FLOPS = {
     "TPU v4": 275e12, "TPU v4 lite": 137e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
-    "TPU v6 lite": 920e12, "TPU v6e": 920e12, "NVIDIA A100": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L4": 121e12,
 }  # fmt: skip
 

@@ -27,7 +27,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from deepasmr_jax import __version__, audio, checkpoint, files, flow, hlo, input_pipeline, lm, sharding, train
+from deepasmr_jax import (
+    __version__,
+    audio,
+    checkpoint,
+    files,
+    flow,
+    hlo,
+    input_pipeline,
+    lm,
+    metrics,
+    sharding,
+    train,
+)
 from deepasmr_jax import config as config_lib
 
 SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW = 64, 128, 512  # LM: 20 s of speech after a prompt of 5 s
@@ -40,12 +52,11 @@ _SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding")
 class Chip:
     """One kind of TPU chip.
 
-    tflops: peak in bfloat16. hbm_gb, hbm_gb_per_s: memory, in 1e9 bytes. link_gb_per_s: of one interconnect link in
+    hbm_gb, hbm_gb_per_s: memory, in 1e9 bytes. link_gb_per_s: of one interconnect link in
     one direction. shapes: topology of a slice by its number of chips. wraps: an axis closes to a ring if it is this
     long (2-d) or every axis is a multiple of it (3-d). kind: `device_kind` of JAX. options: for the topology.
     """
 
-    tflops: float
     hbm_gb: float
     hbm_gb_per_s: float
     link_gb_per_s: float
@@ -63,15 +74,15 @@ def _shapes(names: tuple[str, ...]) -> dict[int, str]:
     return {math.prod(map(int, name.split("x"))): name for name in names}
 
 
-# Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables of the chips as of 2026: peak, HBM, "bidirectional
+# Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables of the chips as of 2026: HBM, "bidirectional
 # interconnect bandwidth per chip" (400, 1200, 800 GB/s for v5e, v5p, v6e), which is links x 2 directions: 4 links in
 # a 2-d torus, 6 in a 3-d one. The links of v4: Jouppi et al. (2023), "TPU v4", table 4, six of 50 GB/s. A 2-d slice
 # closes to a ring on an axis of 16, a 3-d one if it is made of whole cubes of 4x4x4.
 CHIPS = {
-    "v4": Chip(275, 34.4, 1200, 50, _shapes(_CUBES), 4, "TPU v4", {"chip_config_name": "megacore"}),
-    "v5e": Chip(197, 16, 819, 50, _shapes(_FLAT), 16, "TPU v5 lite"),
-    "v5p": Chip(459, 95, 2765, 100, _shapes(_CUBES), 4, "TPU v5"),
-    "v6e": Chip(918, 32, 1638, 100, _shapes(_FLAT), 16, "TPU v6 lite"),
+    "v4": Chip(34.4, 1200, 50, _shapes(_CUBES), 4, "TPU v4", {"chip_config_name": "megacore"}),
+    "v5e": Chip(16, 819, 50, _shapes(_FLAT), 16, "TPU v5 lite"),
+    "v5p": Chip(95, 2765, 100, _shapes(_CUBES), 4, "TPU v5"),
+    "v6e": Chip(32, 1638, 100, _shapes(_FLAT), 16, "TPU v6 lite"),
 }
 
 
@@ -410,7 +421,7 @@ def facts(cfg, where: Target, cost: hlo.Cost, needed: float, program: dict, samp
     chip = CHIPS[where.chip]
     received = sum(out["received_gb"].values())
     times = {
-        "compute_s": cost.flops / (chip.tflops * 1e12),
+        "compute_s": cost.flops / (metrics.PEAK_FLOPS[chip.kind]),
         "hbm_s": out["hbm_gb"] / chip.hbm_gb_per_s,
         "network_s": received / (where.links * chip.link_gb_per_s) if received else 0.0,
     }
@@ -419,7 +430,7 @@ def facts(cfg, where: Target, cost: hlo.Cost, needed: float, program: dict, samp
         "memory_share": out["memory_gb"] / chip.hbm_gb,
         "bound_s": bound,
         "limit": max(times, key=times.get).removesuffix("_s"),
-        "utilisation": needed / (chip.tflops * 1e12) / bound,
+        "utilisation": needed / (metrics.PEAK_FLOPS[chip.kind]) / bound,
     }
     if optimal_s is not None and optimal_s >= bound:
         out["xla_s"] = float(optimal_s)
