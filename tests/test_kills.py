@@ -94,14 +94,14 @@ def kill_often(place: Path, kills: int, steps: int, seed: int = 0) -> tuple[list
             time.sleep(draw.uniform(0, 0.05))
         else:
             process.join(draw.uniform(0.1, life_s))
-        if process.exitcode is not None:  # it came to its end first
-            assert process.exitcode == 0, Path(f"{parts}.log").read_text()[-2000:]
+        process.kill()
+        code = runs.finish(process)
+        if code != -9:  # it came to its end first
+            assert code == 0, Path(f"{parts}.log").read_text()[-2000:]
             assert not differences(whole, parts, steps)
             shutil.rmtree(parts)
             Path(f"{parts}.batches").unlink()
             continue
-        process.kill()
-        assert runs.finish(process) == -9
         done = len(metrics.read(parts / "metrics.jsonl")) if (parts / "metrics.jsonl").exists() else 0
         told.append(
             {
