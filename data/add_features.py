@@ -22,7 +22,17 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import tfds_files  # noqa: E402
 
-from deepasmr_jax import audio, checkpoint, config, files, input_pipeline, sharding, synthesis, text  # noqa: E402
+from deepasmr_jax import (  # noqa: E402
+    audio,
+    checkpoint,
+    config,
+    data_check,
+    files,
+    input_pipeline,
+    sharding,
+    synthesis,
+    text,
+)
 
 # ---------------------------------------------------------------- features
 
@@ -121,13 +131,15 @@ def _pad(wavs: list[np.ndarray], width: int, num_rows: int) -> tuple[np.ndarray,
     return wav, lengths
 
 
-REPORT = "report.jsonl"
-PARTS = ".parts"  # of the report, one a shard
 _ORIGIN = {
     "name": "the text tokenizer",
     "vocab_size": "a text vocabulary of size",
     "speech_tokenizer": "the speech tokenizer of sha256",
     "mel_profile": "the mel profile",
+    "speaker": "the speaker encoder of sha256",
+    "corpus": "the corpus",
+    "corpus_size": "a corpus of",
+    "shard_size": "the shard size",
 }
 
 
@@ -148,20 +160,20 @@ def add_features(
         model: exported model folder.
         out: version folder to write, e.g. `FEATURES/1.0.0`.
         text_tokenizer: "mini", or the folder of a Qwen tokenizer; its name and vocabulary size are written beside
-            the features (input_pipeline.MADE_WITH_FILE), for the language model to compare; so are the
-            checksum of the speech tokenizer and the mel profile, for an interrupted pass.
+            the features (input_pipeline.MADE_WITH_FILE), for the language model to compare; so is all else that an
+            interrupted pass must go on with (`_ORIGIN`).
         mel_profile: name of the mel recipe; a flow refuses features of another one.
         batch_size: rows per compiled call.
         shard_size: records per output file.
         process: "I/N": only the shards of process I of N; when all have ended, "0/1" completes the folder.
 
     Returns:
-        Number of records left out, which `REPORT` names: shorter than one token, or a text that cannot be encoded. None
-        if shards of other processes are still to come.
+        Number of records left out, which the report names: shorter than one token, or a text that cannot be encoded.
+        None if shards of other processes are still to come.
 
     Raises:
-        ValueError: if a folder is missing, `out` was begun with another text tokenizer, speech tokenizer or mel
-            profile, or no record is left.
+        ValueError: if a folder or the speech tokenizer is missing, `out` was begun with something else of `_ORIGIN`, or
+            no record is left.
     """
     import tensorflow_datasets as tfds
 
@@ -169,11 +181,18 @@ def add_features(
     folder = Path(out)
     source = tfds.builder_from_directory(str(data))
     tokenizer = text.MiniTokenizer() if text_tokenizer == "mini" else text.QwenTokenizer(text_tokenizer)
+    checkpoint.component_config(model, "speech_tokenizer")  # refuses a model without one
+    components = checkpoint.read_config(model)["components"]
+    size = (f"{name} {i.num_examples} records {i.num_bytes} bytes" for name, i in source.info.splits.items())
     made = {
         "name": "mini" if text_tokenizer == "mini" else "qwen",
         "vocab_size": tokenizer.vocab_size,
-        "speech_tokenizer": checkpoint.read_config(model)["components"]["speech_tokenizer"]["sha256"],
+        "speech_tokenizer": components["speech_tokenizer"]["sha256"],
         "mel_profile": mel_profile,
+        "speaker": components.get("speaker", {"sha256": "none"})["sha256"],
+        "corpus": str(Path(data).resolve()),
+        "corpus_size": ", ".join(size),
+        "shard_size": shard_size,
     }
     _note_origin(folder, made)
     extract = Extractor(model, mel_profile, batch_size)
@@ -228,27 +247,23 @@ def _fit(rows: list[dict], tokenizer) -> tuple[list[dict], list[str]]:
                 tokenizer.encode(
                     sample, row["language"]
                 )  # refuses if a package or a file is missing, not the text
-            line = {
-                "where": row["id"],
-                "id": row["id"],
-                "problem": "no_features",
-                "why": str(error),
-                "kept": False,
-            }
-            problems.append(json.dumps(line, ensure_ascii=False) + "\n")
+            problems.append(data_check.Problem(row["id"], row["id"], "no_features", str(error)).line())
             continue
         fit.append(row | {"text_ids": ids, "duration_s": len(row["audio"]) / audio.SAMPLE_RATE})
     return fit, problems
 
 
 def _problems_file(path: Path) -> Path:
-    return path.parent / PARTS / f"{path.name}.jsonl"
+    return path.parent / tfds_files.PARTS / f"{path.name}.jsonl"
 
 
 def _complete(folder: Path, paths: dict[str, list[Path]], features, description: str) -> int:
     """Joins the reports and writes what makes the folder a dataset. Returns the number of records left out."""
     left_out = 0
-    with files.atomic_path(folder / REPORT) as part, part.open("w", encoding="utf-8") as report:
+    with (
+        files.atomic_path(folder / data_check.BUILD_REPORT) as part,
+        part.open("w", encoding="utf-8") as report,
+    ):
         for path in (path for of_split in paths.values() for path in of_split):
             found = _problems_file(path)  # a shard of an older version of this pass has none
             lines = found.read_text("utf-8") if found.exists() else ""
@@ -259,7 +274,8 @@ def _complete(folder: Path, paths: dict[str, list[Path]], features, description:
     }
     lengths = {split: counts for split, counts in lengths.items() if sum(counts)}
     if not lengths:
-        raise ValueError(f"no record is left, see {folder / REPORT}")
+        raise ValueError(f"no record is left, see {folder / data_check.BUILD_REPORT}")
+    tfds_files.remove_left_overs(folder)
     tfds_files.write_metadata(folder, features, lengths, description)
     return left_out
 
@@ -304,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if left_out:
-        print(f"{left_out} records are left out, see {Path(o.out) / REPORT}")
+        print(f"{left_out} records are left out, see {Path(o.out) / data_check.BUILD_REPORT}")
     return 1 if left_out else 0
 
 

@@ -255,12 +255,17 @@ def vetted(work: str | Path, recordings: Sequence[Recording]) -> tuple[list[Reco
 # ---------------------------------------------------------------- make: pieces, transcripts, segments, card
 
 
-def check_settings(work: str | Path, settings: dict) -> None:
-    """Writes WORK/settings.json, or refuses a work folder whose segments were begun with other settings."""
+def check_settings(work: str | Path, settings: dict) -> bool:
+    """Writes WORK/settings.json, or refuses a work folder whose segments were begun with other settings.
+
+    Returns:
+        Whether it was written now.
+    """
     store = Folder(work)
     if not store.exists("settings.json"):
         store.write("settings.json", json.dumps(settings).encode())
-    elif (before := json.loads(store.read("settings.json"))) != settings:
+        return True
+    if (before := json.loads(store.read("settings.json"))) != settings:
         changed = [
             f"{k} {before.get(k)!r}, not {settings.get(k)!r}"
             for k in settings
@@ -270,6 +275,7 @@ def check_settings(work: str | Path, settings: dict) -> None:
             f"{work} was begun with {', '.join(changed)}; give the same options, or delete its segments, corpus and "
             "settings.json (and transcripts, for another recogniser)"
         )
+    return False
 
 
 def make(
@@ -322,12 +328,21 @@ def _make(args, beam_args: list[str]) -> int:
         "highest sample rate": settings.sample_rate, **dataclasses.asdict(settings.cut),
     }  # fmt: skip
     if args.beam:
-        import asmr_db_beam
-
-        check_settings(args.work, facts)
+        try:
+            import asmr_db_beam
+        except ImportError as e:
+            raise ValueError(f"--beam needs {e.name}; pip install -e '.[beam]'") from None
+        is_new = check_settings(args.work, facts)
         shared = args.store or args.work
-        counts = asmr_db_beam.run(shared, recordings, args.recognizer, args.model, settings, beam_args)
         store = asmr_db_beam.Shared(shared)
+        try:
+            counts = asmr_db_beam.run(shared, recordings, args.recognizer, args.model, settings, beam_args)
+        except (
+            ValueError
+        ):  # only the workers can tell whether the recogniser works: what never did pins nothing
+            if is_new and not store.names("transcripts"):
+                Folder(args.work).remove("settings.json")
+            raise
     else:
         if beam_args or args.store:
             raise ValueError(f"--store and options of a Beam runner ({' '.join(beam_args)}) need --beam")

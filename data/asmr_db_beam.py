@@ -123,6 +123,7 @@ def run(
         result = pipeline.run()
         result.wait_until_finish()
     except Exception as e:  # of any runner; the way out is in the last line of what a worker said
-        raise ValueError(f"the Beam pipeline stopped: {str(e).strip().splitlines()[-1]}") from e
+        reason = str(e).strip() or type(e).__name__
+        raise ValueError(f"the Beam pipeline stopped: {reason.splitlines()[-1]}") from e
     found = result.metrics().query(beam.metrics.MetricsFilter().with_namespace("asmr_db"))["counters"]
     return Counter({c.key.metric.name: c.committed or c.attempted or 0 for c in found})

@@ -17,8 +17,9 @@ PAPER = {"en": (532.8, 13), "zh": (141.7, 22), "all": (674.5, 35)}
 def finish(store: Store, recordings: Sequence[Recording], is_vetted: bool, settings: Mapping) -> dict:
     """Writes corpus/manifest.jsonl, corpus/README.md and failures.jsonl out of what the pieces left.
 
-    Only pieces of `recordings` count: files of a recording that was refused later stay where they are and are not
-    listed.
+    Speaker, style, topic and a language that is given are those of `recordings`, also where the index was corrected
+    after a piece was finished. Only pieces of `recordings` count: files of a recording that was refused later stay
+    where they are and are not listed.
 
     Args:
         is_vetted: whether somebody listened to every creator.
@@ -30,7 +31,10 @@ def finish(store: Store, recordings: Sequence[Recording], is_vetted: bool, setti
     wanted = {r.id: r for r in recordings}
     lines, left_out, failures = [], defaultdict(float), []
     for name in store.names("segments"):
-        lines += [row for row in _rows(store.read(name)) if row["recording"] in wanted]
+        for row in _rows(store.read(name)):
+            if (r := wanted.get(row["recording"])) is not None:
+                facts = {"speaker": r.speaker, "language": r.language or row["language"]}
+                lines.append(row | facts | {"style": r.style, "topic": r.topic})
     for name in store.names("left_out"):
         if _recording_of(name) in wanted:
             for row in _rows(store.read(name)):

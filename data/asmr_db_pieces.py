@@ -3,7 +3,8 @@
 `asmr_db.py` calls them in a loop on one machine, `asmr_db_beam.py` in a Beam pipeline on many; both give the same
 files. A store is the work folder (`Folder` here, any Beam file system there), whose parts are:
 
-    transcripts/PIECE.json    what the recogniser heard; a piece that has one is not transcribed again
+    transcripts/PIECE.json    what the recogniser heard; a piece that has one is not transcribed again, unless its
+                              recording has another length now, or another model is heard with
     corpus/audio/SPEAKER/PIECE-NNN.flac
     segments/PIECE.jsonl      manifest lines of the piece; written last: a piece that has it is finished
     left_out/PIECE.jsonl      what of the piece is in no segment, and why
@@ -179,6 +180,11 @@ def pieces(recording: Recording, store: Store) -> list[Piece]:
         _write_failure(store, failure, recording, "cut", e)
         return []
     store.remove(failure)
+    gone = len(found)  # pieces of a longer recording that was here before
+    while store.exists(f"transcripts/{recording.id}-{gone:03d}.json"):
+        for name in ("left_out/{}.jsonl", "segments/{}.jsonl", "failures/{}.json", "transcripts/{}.json"):
+            store.remove(name.format(f"{recording.id}-{gone:03d}"))
+        gone += 1
     return found
 
 
@@ -193,8 +199,13 @@ def make_piece(
     Raises:
         Unusable: if the recogniser itself cannot work.
     """
-    if store.exists(f"segments/{piece.id}.jsonl"):
-        return "before"
+    finished = f"segments/{piece.id}.jsonl"
+    if store.exists(finished):
+        if _heard_before(piece, store, recognizer) is not False:
+            return "before"
+        for row in filter(None, store.read(finished).decode().split("\n")):
+            store.remove(f"corpus/{json.loads(row)['audio']}")
+        store.remove(finished)
     recording, step = piece.recording, "read"
     failure = f"failures/{piece.id}.json"
     try:
@@ -228,7 +239,7 @@ def make_piece(
         _write_failure(store, failure, recording, step, e, piece)
         return "failed"
     store.write(f"left_out/{piece.id}.jsonl", json_lines(left_out))
-    store.write(f"segments/{piece.id}.jsonl", json_lines(lines))
+    store.write(finished, json_lines(lines))
     store.remove(failure)
     return "made"
 
@@ -267,17 +278,26 @@ def _sound(recording: Recording, file: BinaryIO):
         ) from None
 
 
-def _transcript(piece: Piece, store: Store, recognizer, heard: np.ndarray) -> list[Phrase]:
+def _origin(piece: Piece, recognizer) -> dict:
+    """What a transcript is of, kept with it."""
+    return {"recognizer": recognizer.name, "start_s": piece.start_s, "end_s": piece.end_s}
+
+
+def _heard_before(piece: Piece, store: Store, recognizer) -> bool | None:
+    """Whether the transcript is of this piece and recogniser; None if there is none."""
     name = f"transcripts/{piece.id}.json"
     if not store.exists(name):
+        return None
+    found = json.loads(store.read(name))
+    return all(found.get(key) == value for key, value in _origin(piece, recognizer).items())
+
+
+def _transcript(piece: Piece, store: Store, recognizer, heard: np.ndarray) -> list[Phrase]:
+    name = f"transcripts/{piece.id}.json"
+    if not _heard_before(piece, store, recognizer):
         phrases = recognizer(heard, piece.recording.language)
         rows = [dataclasses.asdict(p) for p in phrases]
-        kept = {
-            "recognizer": recognizer.name,
-            "start_s": piece.start_s,
-            "end_s": piece.end_s,
-            "phrases": rows,
-        }
+        kept = _origin(piece, recognizer) | {"phrases": rows}
         store.write(name, json.dumps(kept, ensure_ascii=False).encode())
     rows = json.loads(store.read(name))["phrases"]
     return [Phrase(**(row | {"words": tuple(Word(**w) for w in row["words"])})) for row in rows]

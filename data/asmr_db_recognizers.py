@@ -5,6 +5,8 @@ says what it is. Two are here: `FastTranscription`, a client of the Microsoft RE
 its key from the environment; and `Whisper`, a local model folder through `transformers`. `make` builds one by name.
 """
 
+import hashlib
+import http.client
 import io
 import json
 import os
@@ -146,7 +148,7 @@ class FastTranscription:
                 if e.code not in RETRY_STATUS:
                     raise ValueError(f"the speech service refused the piece ({reason})") from None
                 wait_s = _retry_after(e.headers.get("Retry-After"), wait_s)
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as e:
+            except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as e:
                 reason = str(getattr(e, "reason", e)) or type(e).__name__
             if attempt < MAX_TRIES:
                 self._sleep(min(wait_s, MAX_WAIT_S))
@@ -200,6 +202,15 @@ def _retry_after(value: str | None, default_s: float) -> float:
         return default_s
 
 
+def _digest(folder: Path) -> str:
+    """Of the weights of a model folder, so that another model of the same name is told from it."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
 class Whisper:
     """A Whisper model in a local folder, read by `transformers`; needs PyTorch (extra `whisper`).
 
@@ -236,7 +247,7 @@ class Whisper:
         self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model.to(self._device).eval()
-        self.name = f"whisper {Path(folder).name}"
+        self.name = f"whisper {Path(folder).name} {_digest(Path(folder))}"
 
     def __call__(self, wav: np.ndarray, language: str) -> list[Phrase]:
         """Transcribes a piece: [W] float32 at 16 kHz; language "en", "zh" or "" (the model detects it)."""

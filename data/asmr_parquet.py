@@ -2,7 +2,7 @@
 
 Parquet: `audio` is a struct of `bytes` and `path`, or plain bytes; the other columns as in `data_check.ALIASES`. The
 published sister set of the same laboratory has `audio_id`, `caption` and `creator_id`; the speech set is said to follow
-it, which nobody here has seen: name other columns with --field. Also reads CosyVoice's Parquet rows (`utt`,
+it, but its column names are not published: name other columns with --field. Also reads CosyVoice's Parquet rows (`utt`,
 `audio_data`, `text`, `spk`). A file is read in batches of a few rows.
 """
 
@@ -34,7 +34,7 @@ def read(unit: tuple, options) -> Iterator[data_check.Item | data_check.Problem]
     path, group = Path(unit[0]), unit[1]
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
         known = {n for names in data_check.ALIASES.values() for n in names} | set(options.fields.values())
-        columns = [name for name in file.schema_arrow.names if name in known]
+        columns = [name for name in file.schema_arrow.names if name in known | {"attributes"}]
         row_number = 0
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
             for row in batch.to_pylist():

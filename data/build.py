@@ -51,8 +51,6 @@ LAYOUTS = {
 }
 SPLITS = ("train", "valid")
 LABELS = ("speaker", "language", "style")
-PARTS = ".parts"  # in the output folder until it is complete
-REPORT = "report.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +96,14 @@ def split_of(item: data_check.Item, options: Options) -> str:
     key = item.speaker if options.split_by == "speaker" else item.pair_id or item.id
     number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
     return "valid" if number < options.valid_share * 2**64 else "train"
+
+
+def units_of(layout: str, source: str | Path, options: Options) -> list[tuple]:
+    """The units of a source; ValueError if it has none."""
+    units = LAYOUTS[layout][0].units(Path(source), options)
+    if not units:
+        raise ValueError(f"{source} holds no utterance: its lists or tables are empty")
+    return units
 
 
 def items(layout: str, unit: tuple, options: Options) -> Iterator[data_check.Item | data_check.Problem]:
@@ -147,7 +153,7 @@ def build(
     out, index, count = Path(out), *tfds_files.process_of(process)
     if (out / "dataset_info.json").exists():
         raise ValueError(f"{out} is complete already: remove it, or give another --out")
-    units = LAYOUTS[layout][0].units(Path(source), options)
+    units = units_of(layout, source, options)
     num_shards = min(options.shards, len(units))
     limits = [len(units) * i // num_shards for i in range(num_shards + 1)]
     _note_plan(out, layout, source, options, units)
@@ -187,7 +193,7 @@ def _note_plan(out: Path, layout: str, source: str | Path, options: Options, uni
         json.dumps([units, dataclasses.asdict(options)], sort_keys=True).encode()
     ).hexdigest()
     plan = {"layout": layout, "source": str(source), "mark": mark}
-    path = out / PARTS / "plan.json"
+    path = out / tfds_files.PARTS / "plan.json"
     if path.exists() and (found := json.loads(path.read_text())) != plan:
         same = all(found.get(key) == plan[key] for key in ("layout", "source"))
         told = "another source or other options" if same else f"{found.get('layout')} {found.get('source')}"
@@ -196,7 +202,7 @@ def _note_plan(out: Path, layout: str, source: str | Path, options: Options, uni
 
 
 def _part(out: Path, shard: int) -> Path:
-    return out / PARTS / f"{shard:05d}.json"
+    return out / tfds_files.PARTS / f"{shard:05d}.json"
 
 
 @functools.cache
@@ -247,7 +253,7 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
     lengths, samples = {s: [] for s in SPLITS}, Counter()
     keep = "duplicate" in options.rules.keep
     with (
-        files.atomic_path(out / REPORT) as report_part,
+        files.atomic_path(out / data_check.BUILD_REPORT) as report_part,
         open(report_part, "w", encoding="utf-8", errors="backslashreplace") as report,
     ):
         for shard in range(num_shards):
@@ -274,13 +280,18 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
             kinds.update(p.problem for p in problems)
             report.writelines(p.line() for p in problems)
     if not sum(map(sum, lengths.values())):
-        raise ValueError(f"no utterance is fit, see {out / REPORT}; --keep KIND keeps some kinds of problem")
+        raise ValueError(
+            f"no utterance is fit, see {out / data_check.BUILD_REPORT}; --keep KIND keeps some kinds of problem"
+        )
     for split in [s for s in SPLITS if not sum(lengths[s])]:
         for path in out.glob(f"*-{split}.array_record-*"):
             path.unlink()
         del lengths[split]
-    tfds_files.write_metadata(out, _features(), lengths, f"Built by data/build.py; see {REPORT}.")
-    shutil.rmtree(out / PARTS)
+    tfds_files.write_metadata(
+        out, _features(), lengths, f"Built by data/build.py; see {data_check.BUILD_REPORT}."
+    )
+    shutil.rmtree(out / tfds_files.PARTS)
+    tfds_files.remove_left_overs(out)
     hours = {s: round(samples[s] / audio.SAMPLE_RATE / 3600, 4) for s in lengths}
     return {"records": {s: sum(n) for s, n in lengths.items()}, "hours": hours, "left_out": left_out} | dict(
         kinds
@@ -346,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = _options(args)
         if args.command == "check":
-            units = LAYOUTS[args.layout][0].units(Path(args.source), options)
+            units = units_of(args.layout, args.source, options)
             found = (item for unit in units for item in items(args.layout, unit, options))
             counts = data_check.check(found, args.out, options.rules, functools.partial(print, flush=True))
         else:

@@ -26,7 +26,7 @@ def units(source: Path, options) -> list[tuple]:
         return [(str(path), path.stat().st_size) for path in tars]
     if source.is_file():
         return manifest.units(source, options)
-    paths = sorted(source.rglob("*.jsonl"))
+    paths = data_check.manifests(source, is_deep=True)
     if not paths:
         raise ValueError(
             f"{source} holds neither *.tar nor *.jsonl; give Emilia's folder or one language of it"
@@ -40,7 +40,7 @@ def read(unit: tuple, options) -> Iterator[data_check.Item | data_check.Problem]
         yield from manifest.read(unit, options)
         return
     path = Path(unit[0])
-    name, parts = None, {}
+    name, parts, too_big = None, {}, None
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
@@ -51,9 +51,12 @@ def read(unit: tuple, options) -> Iterator[data_check.Item | data_check.Problem]
                 if stem != name:
                     yield from _sample(path, name, parts, options)
                     name, parts = stem, {}
+                if stem == too_big:  # its problem is told already
+                    continue
                 if member.size > MAX_BYTES:
                     why = f"{member.size} bytes, the limit is {MAX_BYTES}"
                     yield data_check.Problem(f"{path} {member.name}", stem, "too_long", why)
+                    parts, too_big = {}, stem
                     continue
                 parts[f".{suffix.lower()}"] = archive.extractfile(member).read()
         yield from _sample(path, name, parts, options)

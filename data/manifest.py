@@ -1,7 +1,7 @@
 """Layout `manifest`: JSON lines with `audio` (a path relative to the manifest), `text`, `speaker`, `language`, `style`.
 
 Also `id`, `pair_id`, `split` (train or valid), and `from_s`, `to_s` for a part of a long recording. SOURCE is one
-file, or a folder with *.jsonl.
+file, or a folder with *.jsonl, of which data_check.jsonl and report.jsonl are taken for reports and passed over.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,7 @@ RANGE_BYTES = 1 << 20  # of lines in one unit
 
 def units(source: Path, options) -> list[tuple]:
     """(file, first byte, byte after the last, number of the first line) of pieces of whole lines, in order."""
-    paths = [source] if source.is_file() else sorted(source.glob("*.jsonl"))
-    paths = [p for p in paths if p.name != data_check.REPORT and not p.name.startswith(".")]
+    paths = [source] if source.is_file() else data_check.manifests(source)
     if not paths:
         raise ValueError(f"{source} is no manifest and holds no *.jsonl; write one line per utterance")
     return [(str(path), *piece) for path in paths for piece in line_ranges(path)]

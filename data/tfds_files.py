@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from deepasmr_jax import files  # noqa: E402
 
+PARTS = ".parts"  # folder beside the shards for what a pass keeps of each, until it is complete
+
 
 class ShardWriter:
     """Writes records one by one; `size` is the sum of the serialized sizes in bytes, `count` their number."""
@@ -94,6 +96,12 @@ def num_records(path: Path) -> int:
 def shard_name(dataset: str, split: str, shard: int, num_shards: int) -> str:
     """File name of a shard, in the pattern that TFDS reads."""
     return f"{dataset}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Removes what kills left of unfinished files (`files.atomic_path`); no process may write there any more."""
+    for path in folder.glob(".*.part.*"):
+        path.unlink(missing_ok=True)
 
 
 def process_of(number: str) -> tuple[int, int]:

@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--rate", type=int, default=0, help="Hz that every file must have (default: any from 16000)"
     )
-    check.add_argument("--max-seconds", type=float, default=30.0, help="longest file (default 30)")
+    check.add_argument("--max-seconds", type=float, help="longest file (default 30)")
     check.add_argument(
         "--keep", action="append", default=[], help="a kind of problem that makes no file unfit"
     )
@@ -407,10 +407,11 @@ def _doctor(args) -> int:
 
 def _data_check(args) -> int:
     folder = Path(args.folder)
-    out = Path(args.out) if args.out else (folder if folder.is_dir() else folder.parent) / "data_check.jsonl"
     from deepasmr_jax import data_check
 
-    rules = data_check.Rules(args.rate, args.max_seconds, tuple(args.keep), needs_labels=False)
+    out = Path(args.out) if args.out else (folder if folder.is_dir() else folder.parent) / data_check.REPORT
+    max_seconds = data_check.MAX_SECONDS if args.max_seconds is None else args.max_seconds
+    rules = data_check.Rules(args.rate, max_seconds, tuple(args.keep), needs_labels=False)
     items = data_check.find(folder)
     request.check_output(out, (".jsonl",))
     counts = data_check.check(items, out, rules, _progress)

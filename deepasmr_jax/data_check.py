@@ -36,10 +36,13 @@ KINDS = {
     "no_text": "text missing or empty",
     "bad_label": "speaker, language or style missing or unknown",
     "duplicate": "the same sound, sample by sample, as an earlier one",
+    "no_features": "the second pass cannot read its sound or text",
 }
 KEPT = ("clipped",)
-FIRM = ("unreadable", "too_short", "bad_label")
+FIRM = ("unreadable", "too_short", "bad_label", "no_features")
 REPORT = "data_check.jsonl"  # beside what was checked
+BUILD_REPORT = "report.jsonl"  # in what a build or a second pass made
+END_S = 0.01  # that `to_s` may lie beyond the end: manifests round it
 MAX_SECONDS = 30.0  # of the speech tokenizer's window, and of Emilia's longest pieces
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab")  # of a transcript beside the audio, first found
@@ -253,6 +256,8 @@ def _read_file(item: Item, rules: Rules, add: Callable) -> tuple[np.ndarray | No
             add("wrong_rate", f"it has {rate} Hz, wanted are {wanted}")
         first = round(item.from_s * rate)
         stop = round(item.to_s * rate) if item.to_s else file.frames
+        if file.frames < stop <= file.frames + END_S * rate:
+            stop = file.frames
         if not 0 <= first < stop <= file.frames:
             raise ValueError(
                 f"the part from {item.from_s:g} s to {stop / rate:g} s does not lie in its {file.frames / rate:g} s"
@@ -440,6 +445,13 @@ def read_records(folder: str | os.PathLike) -> Iterator[Item | Problem]:
             yield Item(where=where, **({"id": where} | row))
 
 
+def manifests(folder: Path, is_deep: bool = False) -> list[Path]:
+    """The *.jsonl of a folder, or also below it, in order; reports and hidden files are none."""
+    paths = sorted(folder.rglob("*.jsonl") if is_deep else folder.glob("*.jsonl"))
+    hidden = (any(part.startswith(".") for part in p.relative_to(folder).parts) for p in paths)
+    return [p for p, h in zip(paths, hidden, strict=True) if not h and p.name not in (REPORT, BUILD_REPORT)]
+
+
 def find(folder: str | os.PathLike) -> Iterator[Item | Problem]:
     """Items of a folder of unknown kind: records, else manifests *.jsonl, else audio files with texts beside.
 
@@ -453,9 +465,8 @@ def find(folder: str | os.PathLike) -> Iterator[Item | Problem]:
         raise ValueError(f"there is no folder {root}; give a corpus, or records that were built from one")
     if (root / "dataset_info.json").is_file():
         return read_records(root)
-    manifests = sorted(p for p in root.glob("*.jsonl") if p.name != REPORT and not p.name.startswith("."))
-    if manifests:
-        return (item for path in manifests for item in read_manifest(path))
+    if paths := manifests(root):
+        return (item for path in paths for item in read_manifest(path))
     if next(audio_folders(root), None) is not None:
         return (item for inner in audio_folders(root) for item in read_folder(inner, root))
     packed = next((p for p in root.rglob("*") if p.suffix in (".tar", ".parquet")), None)

@@ -59,7 +59,7 @@ def serve(answer: Callable[[np.ndarray], dict]) -> Iterator[Service]:
         def _send(self, status: int, headers: dict, body):
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
-            for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            for name, value in ({"Content-Length": str(len(content))} | headers).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -396,6 +397,28 @@ def test_a_piece_that_was_transcribed_before_a_kill_is_not_sent_again(listed, se
     assert (work / "corpus" / "manifest.jsonl").read_bytes() == before
 
 
+def test_a_recording_of_another_length_is_heard_again_and_a_corrected_index_is_followed(listed, service):
+    path, work = listed
+    _make(work)
+    manifest = work / "corpus" / "manifest.jsonl"
+    before = [row for _, row in request.read_json_lines(manifest)]
+    soundfile.write(path.parent / "a2.flac", SCENE.wav[: 20 * RATE], RATE, subtype="PCM_16")
+    index = work / "index.jsonl"
+    index.write_text(index.read_text("utf-8").replace('"topic": "talk"', '"topic": "sleep"'), "utf-8")
+    assert _make(work) == 0 and len(service.asked) == 4
+    after = [row for _, row in request.read_json_lines(manifest)]
+    assert {r["topic"] for r in before if r["recording"] == "b1"} == {"talk"}
+    assert {r["topic"] for r in after if r["recording"] == "b1"} == {"sleep"}
+    assert [r for r in after if r["recording"] == "a1"] == [r for r in before if r["recording"] == "a1"]
+    assert max(r["end_s"] for r in after if r["recording"] == "a2") <= 20
+    there = {p.relative_to(work / "corpus").as_posix() for p in (work / "corpus" / "audio").rglob("*.flac")}
+    assert there == {r["audio"] for r in after}
+    store = Folder(work)
+    for name in ("transcripts/a2-001.json", "segments/a2-001.jsonl"):  # of a recording that was longer
+        store.write(name, store.read(name.replace("001", "000")))
+    assert _make(work) == 0 and [row for _, row in request.read_json_lines(manifest)] == after
+
+
 def test_a_failed_piece_is_listed_with_its_reason_and_tried_again(listed, service, capsys):
     _, work = listed
     service.refusals = [(400, {}, {"message": "Audio is empty."})]
@@ -484,6 +507,25 @@ def test_a_corpus_of_nothing_still_has_a_card():
 
 
 # ---------------------------------------------------------------- Beam
+
+
+def test_beam_that_is_missing_or_cannot_begin_pins_no_settings(listed, monkeypatch, capsys):
+    _, work = listed
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    monkeypatch.delitem(sys.modules, "asmr_db_beam", raising=False)
+    assert _make(work, "--beam") == 2
+    assert "pip install -e '.[beam]'" in capsys.readouterr().err and not (work / "settings.json").exists()
+
+    def run(*arguments):
+        assert (work / "settings.json").exists()
+        raise ValueError("the Beam pipeline stopped: no key")
+
+    fake = types.SimpleNamespace(Shared=Folder, run=run)
+    monkeypatch.setitem(sys.modules, "asmr_db_beam", fake)
+    assert _make(work, "--beam", "--max-s", "20") == 2
+    assert "no key" in capsys.readouterr().err and not (work / "settings.json").exists()
+    Folder(work).write("transcripts/a1-000.json", b"{}")  # it had worked
+    assert _make(work, "--beam", "--max-s", "20") == 2 and (work / "settings.json").exists()
 
 
 def test_the_beam_pipeline_makes_the_same_corpus(listed, service, monkeypatch):

@@ -83,6 +83,12 @@ def test_a_server_that_is_not_there_is_tried_again_and_then_named(client):
     assert client.waits == [1, 2, 4, 8]
 
 
+def test_an_answer_that_is_cut_off_is_asked_for_again(service, client):
+    service.refusals = [(200, {"Content-Length": "1000"}, b'{"phrases": [')] * 2
+    assert len(client(SCENE.wav, "en")) == len(SCENE.sentences)
+    assert client.waits == [1, 2] and len(service.asked) == 3
+
+
 def test_a_refused_piece_is_not_sent_again(service, client):
     body = {"code": "InvalidArgument", "message": "x", "innerError": {"message": "Locale is wrong."}}
     service.refusals = [(400, {}, body)]
@@ -193,6 +199,13 @@ def test_a_local_whisper_gives_phrases_in_order_within_the_sound(whisper_folder,
     assert [p.start_s for p in phrases] == sorted(p.start_s for p in phrases)
     if seconds > 30:
         assert phrases[-1].end_s > 28  # the second window was heard too
+
+
+def test_another_model_of_the_same_name_has_another_name_in_transcripts(whisper_folder, tmp_path):
+    first = recognizers.make("whisper", str(whisper_folder)).name
+    assert first == recognizers.make("whisper", str(whisper_folder)).name
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert first.split()[-1] == recognizers._digest(whisper_folder) != recognizers._digest(tmp_path)
 
 
 def test_pickled_weights_are_not_read(whisper_folder, tmp_path):

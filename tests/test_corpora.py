@@ -16,6 +16,7 @@ import sounds
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 
 import build  # noqa: E402
+import emilia  # noqa: E402
 import manifest  # noqa: E402
 import measure  # noqa: E402
 import tfds_files  # noqa: E402
@@ -58,14 +59,14 @@ def records(folder: Path) -> dict[str, dict]:
 
 def report(folder: Path) -> dict[str, str]:
     """Kind of problem by id (or place) in the report."""
-    rows = [json.loads(line) for line in (folder / build.REPORT).read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (folder / data_check.BUILD_REPORT).read_text("utf-8").splitlines()]
     return {row["id"] or row["where"]: row["problem"] for row in rows}
 
 
 def made(tmp_path: Path, layout: str, source: Path, **options):
     out = tmp_path / "out" / layout / "1.0.0"
     counts = build.build(layout, source, out, build.Options(**options))
-    assert not (out / build.PARTS).exists() and not list(out.glob(".*"))
+    assert not (out / tfds_files.PARTS).exists() and not list(out.glob(".*"))
     return counts, records(out), report(out)
 
 
@@ -102,6 +103,7 @@ def test_a_manifest_with_parts_of_a_recording_splits_and_all_that_may_be_wrong(t
             {"audio": "a.wav", "id": "german", **said, "language": "de", "to_s": 0.5},
             {"audio": "a.wav", "id": "nobody", **said, "speaker": None, "to_s": 0.6},
             {"audio": "a.wav", "id": "beyond", **said, "from_s": 1.0, "to_s": 2.5},
+            {"audio": "a.wav", "id": "rounded", **said, "from_s": 0.2, "to_s": 2.009},
             {"audio": "a.wav", "id": "blink", **said, "to_s": 0.05},
             {"audio": "a.wav", "id": "half", **said, "to_s": 0.7, "text": "HALF"},
             {"text": "no audio", "id": "mute"},
@@ -112,18 +114,21 @@ def test_a_manifest_with_parts_of_a_recording_splits_and_all_that_may_be_wrong(t
         + "\n",
     )
     counts, found, why = made(tmp_path, "manifest", source, valid_share=0.0)
-    assert set(found) == {"whole", "part", "mp3", "breath", "loud", "chinese"}
+    assert set(found) == {"whole", "part", "mp3", "breath", "loud", "chinese", "rounded"}
     assert why == {
         "again": "duplicate", "slow": "wrong_rate", "broken": "unreadable", "nowhere": "unreadable",
         "empty": "unreadable", "silence": "silent", "loud": "clipped", "textless": "no_text", "german": "bad_label",
         "nobody": "bad_label", "beyond": "unreadable", "blink": "too_short", "mute": "unreadable",
-        "half": "bad_label", f"line 20 of {source / 'train.jsonl'}": "unreadable",
-        f"line 21 of {source / 'train.jsonl'}": "unreadable",
+        "half": "bad_label", f"line 21 of {source / 'train.jsonl'}": "unreadable",
+        f"line 22 of {source / 'train.jsonl'}": "unreadable",
     }  # fmt: skip
-    assert counts["left_out"] == 15 and counts["records"] == {"train": 5, "valid": 1}
+    assert counts["left_out"] == 15 and counts["records"] == {"train": 6, "valid": 1}
     assert found["part"]["split"] == "valid" and found["chinese"]["language"] == "zh"
     whole, _ = soundfile.read(source / "a.wav", dtype="int16")
     np.testing.assert_array_equal(found["whole"]["audio"], whole)  # 16 bits at 16 kHz stay what they are
+    np.testing.assert_array_equal(
+        found["rounded"]["audio"], whole[RATE // 5 :]
+    )  # to_s is beyond the end by 9 ms
     np.testing.assert_array_equal(found["part"]["audio"], whole[RATE // 2 : RATE])
     assert len(found["mp3"]["audio"]) == RATE and found["mp3"]["pair_id"] == "p"
     assert found["whole"]["pair_id"] == "whole" and found["whole"]["language"] == "en"
@@ -169,6 +174,18 @@ def test_asmr_parquet_with_embedded_audio_by_row_group(tmp_path):
         torn: "unreadable",
     }
     assert {r["style"] for r in found.values()} == {"asmr"} and found["u2"]["speaker"] == "2"
+
+
+def test_the_speaker_of_a_parquet_file_may_be_among_the_attributes(tmp_path):
+    columns = {
+        "id": ["u"],
+        "audio": [wave(1)],
+        "text": ["Hush."],
+        "attributes": [{"speaker": "ann", "age": 3}],
+    }
+    parquet(tmp_path / "a.parquet", columns)
+    _, found, why = made(tmp_path, "asmr", tmp_path / "a.parquet")
+    assert found["u"]["speaker"] == "ann" and not why
 
 
 def test_asmr_folder_with_lines_and_cosyvoice_rows(tmp_path):
@@ -230,6 +247,25 @@ def test_emilia_as_tar_files_and_as_lines_with_mp3(tmp_path):
     out = tmp_path / "lines_out" / "1.0.0"
     build.build("emilia", tmp_path / "lines", out, build.Options())
     assert set(records(out)) == {"EN_0", "EN_1"} and records(out)["EN_0"]["style"] == "normal"
+
+
+def test_of_an_emilia_sample_with_a_member_too_big_one_problem_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(emilia, "MAX_BYTES", 20_000)
+    about = json.dumps({"text": "Hi.", "speaker": "s", "language": "en"}).encode()
+    big = {"a.json": about, "a.mp3": bytes(30_000), "a.txt": b"Hi.", "b.mp3": bytes(30_000), "b.json": about}
+    tar(tmp_path / "x.tar", big | {"c.mp3": wave(1, 0.5, 24000, "MP3"), "c.json": about})
+    counts, found, why = made(tmp_path, "emilia", tmp_path / "x.tar")
+    assert set(found) == {"c"} and why == {"a": "too_long", "b": "too_long"} and counts["left_out"] == 2
+
+
+@pytest.mark.parametrize("layout", ["manifest", "emilia", "asmr"])
+def test_reports_and_hidden_files_beside_a_manifest_are_none(tmp_path, layout):
+    source = many(tmp_path / "mine")
+    for name in (data_check.REPORT, data_check.BUILD_REPORT, "._m.jsonl", ".parts/x.jsonl"):
+        put(source / name, b"\x00 no manifest")
+    _, found, why = made(tmp_path, layout, source)
+    assert len(found) == 39 and [*why.values()] == ["duplicate"]
+    assert sum(1 for _ in data_check.find(source)) == 40
 
 
 def test_chains_and_whisper40_are_pairs_by_speaker_and_text(tmp_path):
@@ -356,14 +392,16 @@ def test_a_killed_build_goes_on_and_ends_like_one_that_was_not(tmp_path, monkeyp
         with pytest.raises(ValueError, match="begun with another source or other options"):
             build.build("manifest", source, halted, build.Options(valid_share=0.2))
         first = len(examined)
+        put(halted / ".0123abcd.part.many-train.array_record-00000-of-00001", b"left by a kill")
         # and once more at the end, after the duplicate was taken out
         patched.setattr(tfds_files, "write_metadata", lambda *a: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             build.build("manifest", source, halted, options)
         assert first < len(examined) < 40 + first  # shards that were whole are not read again
     assert build.build("manifest", source, halted, options) == counts
+    assert not list(halted.glob(".*"))
     assert content(halted) == content(whole) and len(content(whole)) > 4
-    assert (halted / build.REPORT).read_text() == (whole / build.REPORT).read_text()
+    assert (halted / data_check.BUILD_REPORT).read_text() == (whole / data_check.BUILD_REPORT).read_text()
     with pytest.raises(ValueError, match="is complete already"):
         build.build("manifest", source, halted, options)
 
@@ -407,6 +445,17 @@ def test_a_source_of_another_layout_is_refused_in_one_sentence(tmp_path, capsys)
     ):
         assert build.main(["build", *arguments, str(tmp_path / "p" / "1.0.0"), *words]) == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_source_without_any_utterance_is_refused_in_one_sentence(tmp_path, capsys):
+    put(tmp_path / "m.jsonl", "")
+    for name in ("wav.scp", "text", "utt2spk"):
+        put(tmp_path / "kaldi" / name, "")
+    for layout, source in (("manifest", "m.jsonl"), ("kaldi", "kaldi")):
+        for command, out in (("build", "o/1.0.0"), ("check", "r.jsonl")):
+            assert build.main([command, layout, str(tmp_path / source), "--out", str(tmp_path / out)]) == 2
+            err = capsys.readouterr().err
+            assert "holds no utterance" in err and err.count("\n") == 1 and not (tmp_path / out).exists()
 
 
 def test_the_loader_makes_batches_of_a_corpus_that_was_built(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, checkpoint, clip, input_pipeline, speaker_campplus, synthesis
+from deepasmr_jax import audio, checkpoint, clip, data_check, input_pipeline, speaker_campplus, synthesis
 
 
 def with_campplus(folder):
@@ -111,7 +111,7 @@ def test_processes_share_a_pass_that_goes_on_after_a_kill_and_names_what_it_leav
     alone, shared = tmp_path / "a" / "f" / "1.0.0", tmp_path / "b" / "f" / "1.0.0"
     assert tools.main([*options, str(alone)]) == 1
     assert "2 records are left out" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (alone / tools.REPORT).read_text("utf-8").splitlines()]
+    lines = [json.loads(line) for line in (alone / data_check.BUILD_REPORT).read_text("utf-8").splitlines()]
     assert [line["id"] for line in lines] == ["train_3", "valid_1"] and "600 samples" in lines[1]["why"]
     rows = contents(alone)
     assert len(rows) == 9 and rows[0]["duration_s"] == pytest.approx(len(rows[0]["audio"]) / 16000)
@@ -130,10 +130,26 @@ def test_processes_share_a_pass_that_goes_on_after_a_kill_and_names_what_it_leav
         tools.main([*options, str(shared)])
     assert not (shared / "dataset_info.json").exists() and len(list(shared.glob("f-*"))) == 4
     monkeypatch.setattr(tools.tfds_files, "write_shard", write_shard)
+    capsys.readouterr()
+    for name, other in (
+        ("--shard-size", "3"),
+        ("--data", fixture_data.write(tmp_path / "c", {"train": 9, "valid": 2})),
+    ):
+        changed = [*options, str(shared)]
+        changed[changed.index(name) + 1] = other
+        assert tools.main(changed) == 2 and "was begun with" in capsys.readouterr().err
+    model = with_campplus(tmp_path / "model")  # another speaker encoder
+    changed[:4] = ["--data", corpus, "--model", str(model)]
+    assert tools.main(changed) == 2 and "the speaker encoder of sha256" in capsys.readouterr().err
+    made = json.loads((model / "config.json").read_text())
+    del made["components"]["speech_tokenizer"]
+    (model / "config.json").write_text(json.dumps(made))
+    assert tools.main(changed) == 2 and "no component 'speech_tokenizer'" in capsys.readouterr().err
+    (shared / ".0123abcd.part.f-train.array_record-00000-of-00005").write_bytes(b"left by a kill")
     assert tools.main([*options, str(shared), "--process", "2/3"]) == 0
     assert not (shared / "dataset_info.json").exists()
     assert tools.main([*options, str(shared)]) == 1
-    assert contents(shared) == rows
-    assert (shared / tools.REPORT).read_text() == (alone / tools.REPORT).read_text()
+    assert contents(shared) == rows and not list(shared.glob(".*.part.*"))
+    assert (shared / data_check.BUILD_REPORT).read_text() == (alone / data_check.BUILD_REPORT).read_text()
     assert tools.main([*options, str(shared), "--process", "3/3"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
