@@ -337,9 +337,8 @@ def _make(args, beam_args: list[str]) -> int:
         store = asmr_db_beam.Shared(shared)
         try:
             counts = asmr_db_beam.run(shared, recordings, args.recognizer, args.model, settings, beam_args)
-        except (
-            ValueError
-        ):  # only the workers can tell whether the recogniser works: what never did pins nothing
+        except ValueError:
+            # only the workers can tell whether the recogniser works: what never did pins nothing
             if is_new and not store.names("transcripts"):
                 Folder(args.work).remove("settings.json")
             raise

@@ -182,7 +182,8 @@ def pieces(recording: Recording, store: Store) -> list[Piece]:
     store.remove(failure)
     gone = len(found)  # pieces of a longer recording that was here before
     while store.exists(f"transcripts/{recording.id}-{gone:03d}.json"):
-        for name in ("left_out/{}.jsonl", "segments/{}.jsonl", "failures/{}.json", "transcripts/{}.json"):
+        _remove_segments(f"{recording.id}-{gone:03d}", store)
+        for name in ("left_out/{}.jsonl", "failures/{}.json", "transcripts/{}.json"):
             store.remove(name.format(f"{recording.id}-{gone:03d}"))
         gone += 1
     return found
@@ -203,9 +204,7 @@ def make_piece(
     if store.exists(finished):
         if _heard_before(piece, store, recognizer) is not False:
             return "before"
-        for row in filter(None, store.read(finished).decode().split("\n")):
-            store.remove(f"corpus/{json.loads(row)['audio']}")
-        store.remove(finished)
+        _remove_segments(piece.id, store)
     recording, step = piece.recording, "read"
     failure = f"failures/{piece.id}.json"
     try:
@@ -276,6 +275,15 @@ def _sound(recording: Recording, file: BinaryIO):
         raise ValueError(
             f"{recording.audio} is not audio that can be read ({reason}); convert it to wav, flac, ogg or mp3"
         ) from None
+
+
+def _remove_segments(piece_id: str, store: Store) -> None:
+    """Removes the segments of a piece, if it has any, and their audio."""
+    name = f"segments/{piece_id}.jsonl"
+    if store.exists(name):
+        for row in filter(None, store.read(name).decode().split("\n")):
+            store.remove(f"corpus/{json.loads(row)['audio']}")
+        store.remove(name)
 
 
 def _origin(piece: Piece, recognizer) -> dict:

@@ -415,8 +415,18 @@ def test_a_recording_of_another_length_is_heard_again_and_a_corrected_index_is_f
     assert there == {r["audio"] for r in after}
     store = Folder(work)
     for name in ("transcripts/a2-001.json", "segments/a2-001.jsonl"):  # of a recording that was longer
-        store.write(name, store.read(name.replace("001", "000")))
-    assert _make(work) == 0 and [row for _, row in request.read_json_lines(manifest)] == after
+        store.write(name, store.read(name.replace("001", "000")).replace(b"a2-000", b"a2-001"))
+    old = (
+        work
+        / "corpus"
+        / next(r["audio"] for r in after if r["recording"] == "a2").replace("a2-000", "a2-001")
+    )
+    old.write_bytes(b"x")
+    assert (
+        _make(work) == 0
+        and [row for _, row in request.read_json_lines(manifest)] == after
+        and not old.exists()
+    )
 
 
 def test_a_failed_piece_is_listed_with_its_reason_and_tried_again(listed, service, capsys):
