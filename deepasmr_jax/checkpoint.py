@@ -418,8 +418,7 @@ class Checkpoints:
     def __init__(self, folder, keep: int = 2, keep_every: int = 0):
         from orbax.checkpoint import v1 as ocp
 
-        # a save that fails logs some hundred lines of tracebacks; its error comes as one sentence, see `_explained`
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("absl").addFilter(_not_of_orbax)  # until `close`
         self.folder = Path(folder).absolute() / "checkpoints"
         policies = ocp.training.preservation_policies
         rules = [policies.LatestN(keep)]
@@ -486,6 +485,7 @@ class Checkpoints:
         """Finishes the save in progress and releases the folder."""
         self.wait()
         self._checkpointer.close()
+        logging.getLogger("absl").removeFilter(_not_of_orbax)
 
     def restore(self, abstract_state, data) -> tuple[int, object] | None:
         """The newest complete checkpoint.
@@ -534,6 +534,11 @@ class Checkpoints:
             del targets["data"]
         loaded = ocp.load_checkpointables(path, targets)["state"]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [loaded[name] for name in flat])
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """A save that fails logs some hundred lines of tracebacks; its error comes as one sentence of `_explained`."""
+    return "orbax" not in record.pathname
 
 
 def _flat(state) -> dict:

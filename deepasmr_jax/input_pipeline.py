@@ -60,7 +60,7 @@ class Config:
     data_dirs: tuple[str, ...] = ()  # TFDS version folders; their records are joined
     split: str = "train"
     styles: tuple[str, ...] = ("normal", "asmr")
-    style_weights: tuple[float, ...] = (1.0, 1.0)  # share of the hours per style
+    style_weights: tuple[float, ...] = (1.0, 1.0)  # share of the hours heard per style
     languages: tuple[str, ...] = ()  # empty: all
     seed: int = 0
     # lm and flow
@@ -294,12 +294,13 @@ class Mixture:
         cfg: names styles, weights and seed.
         index: the records.
         usable: bool per record; the others are never drawn.
+        lengths: what a row takes of each record, in any unit; None: all of it.
 
     Raises:
         ValueError: if a style with a weight has no usable record.
     """
 
-    def __init__(self, cfg: Config, index: Index, usable: np.ndarray):
+    def __init__(self, cfg: Config, index: Index, usable: np.ndarray, lengths: np.ndarray | None = None):
         if cfg.languages:
             usable = usable & np.isin(index.language, cfg.languages)
         pools = [np.flatnonzero(usable & (index.style == style)) for style in cfg.styles]
@@ -311,7 +312,8 @@ class Mixture:
                 )
         total = sum(len(p) for p, w in zip(pools, cfg.style_weights, strict=True) if w > 0)
         # a share of the hours is one of the utterances where these are equally long
-        hours = [index.num_samples[p].mean() if len(p) else 1.0 for p in pools]
+        lengths = index.num_samples if lengths is None else lengths
+        hours = [lengths[p].mean() if len(p) else 1.0 for p in pools]
         shares = np.array(cfg.style_weights) / np.maximum(hours, 1.0)
         shares /= shares.sum()
         self._pools, self._seed = pools, cfg.seed
@@ -599,7 +601,8 @@ class _Flow:
         for folder in cfg.data_dirs:
             check_mel_profile(folder, cfg.mel_profile)
         usable = (index.num_tokens > 0) & np.isin(index.style, cfg.styles)
-        self.mixture = Mixture(cfg, index, usable)
+        row_samples = cfg.num_tokens * audio.SAMPLE_RATE // audio.TOKEN_RATE
+        self.mixture = Mixture(cfg, index, usable, np.minimum(index.num_samples, row_samples))
         self.num_rows = len(self.mixture)
         profile = audio.mel_profile(cfg.mel_profile)
         numerator, denominator = profile.frames_per_token
@@ -688,7 +691,8 @@ class _Waves:
         )
         self._length = -(-cfg.num_samples * audio.SAMPLE_RATE // self._rate)  # of a piece in the record
         least = self._length if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
-        self.mixture = Mixture(cfg, index, index.num_samples >= least)
+        taken = np.minimum(index.num_samples, self._length)
+        self.mixture = Mixture(cfg, index, index.num_samples >= least, taken)
         self.num_rows = len(self.mixture)
         self._speakers = {name: i for i, name in enumerate(speakers(cfg))} if cfg.stage == "speaker" else {}
 

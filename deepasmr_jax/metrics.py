@@ -8,6 +8,7 @@ and the seconds of the first are kept apart as `compile_s`.
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from jax.extend import core
 
 from deepasmr_jax import files
 
-# greatest bfloat16 FLOP/s of one device (dense products), by the start of its name in JAX. TPUs: the tables of chips
-# in docs.cloud.google.com/tpu/docs; GPUs: the makers' data sheets, SXM where there are several forms
+# greatest bfloat16 FLOP/s of one device (dense products), by the first words of its name in JAX. TPUs: the tables of
+# chips in docs.cloud.google.com/tpu/docs; GPUs: the makers' data sheets, SXM where there are several forms
 PEAK_FLOPS = {
     "TPU v4": 275e12, "TPU v4 lite": 137e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
+    "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L4": 121e12,
 }  # fmt: skip
 
@@ -158,7 +159,8 @@ class StepTimer:
 
 def peak_flops(device) -> float | None:
     """Greatest bfloat16 FLOP/s of a device; None if it is not in `PEAK_FLOPS`, such as a CPU."""
-    found = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    # up to the end of a word: an "NVIDIA L40" is no "NVIDIA L4"
+    found = [name for name in PEAK_FLOPS if re.match(re.escape(name) + r"(?!\w)", device.device_kind)]
     return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
@@ -166,7 +168,8 @@ def flops(function, *args) -> float:
     """Floating-point operations of the matrix products and convolutions of a function; nothing is run.
 
     A multiplication with its addition counts as two, a scan as often as it runs, a `while` once, and of several
-    branches the greatest. Attention counts as it is computed, masked scores included.
+    branches the greatest; a `shard_map` as often as its work is split, a Pallas kernel as often as its grid has cells.
+    Attention counts as it is computed, masked scores included.
 
     Args:
         function: of arrays.
@@ -187,9 +190,24 @@ def _count(jaxpr) -> float:
             total += 2 * out * math.prod(kernel) / kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         else:
             inner = [_count(j) for value in eqn.params.values() for j in _jaxprs(value)]
-            times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            times = _times(eqn)
             total += times * (max(inner, default=0) if eqn.primitive.name == "cond" else sum(inner))
     return total
+
+
+def _times(eqn) -> int:
+    """How often the body of an equation runs, on all devices together."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return params["length"]
+    if name == "pallas_call":
+        return math.prod(n for n in params["grid_mapping"].grid if isinstance(n, int))
+    if name == "shard_map":  # axes that split nothing repeat the same work
+        specs = (*params["in_specs"], *params["out_specs"])
+        parts = [part for spec in specs for part in spec if part is not None]
+        used = {axis for part in parts for axis in (part if isinstance(part, tuple) else (part,))}
+        return math.prod(params["mesh"].shape[axis] for axis in used)
+    return 1
 
 
 def _jaxprs(value) -> list:

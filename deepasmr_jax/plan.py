@@ -45,7 +45,7 @@ from deepasmr_jax import config as config_lib
 SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW = 64, 128, 512  # LM: 20 s of speech after a prompt of 5 s
 SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 1024, 10, 0.7  # flow: 41 s, prompt included
 # what a program depends on beside its settings: one of other code is compiled anew
-_SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding")
+_SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding", "plan", "audio", "checkpoint", "input_pipeline")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def devices(where: Target) -> list:
             platform="tpu", topology_name=f"{where.chip}:{where.shape}", **options
         )
     except Exception as error:  # of the plug-in, of several types
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"libtpu has no topology {where.chip}:{where.shape}: {first}") from error
     return list(found.devices)
 

@@ -41,8 +41,8 @@ def make_mesh(slice: int = 1, data: int = 1, model: int = 1, devices=None) -> Me
         devices: the devices to use; the first `slice * data * model` of `jax.devices()` if None.
 
     Raises:
-        ValueError: if fewer devices exist than the mesh needs; with several hosts also if it leaves devices out, or
-            if a host would have no rows of its own.
+        ValueError: if fewer devices exist than the mesh needs, or `slice` is no multiple of the TPU slices; with
+            several hosts also if it leaves devices out, or if a host would have no rows of its own.
     """
     count, hosts = slice * data * model, jax.process_count()
     devices = list(jax.devices() if devices is None else devices)
@@ -56,12 +56,25 @@ def make_mesh(slice: int = 1, data: int = 1, model: int = 1, devices=None) -> Me
             f"mesh {slice}x{data}x{model} does not use the {len(devices)} devices of {hosts} hosts evenly; slice x "
             f"data x model has to be {len(devices)}, and slice x data a multiple of {hosts}"
         )
-    # jax.make_mesh refuses an axis of 8 chips on a torus of 16 x 16, which is split here
-    shape = (slice, data, model)
-    grid = mesh_utils.create_device_mesh(shape, devices[:count], allow_split_physical_axes=True)
-    mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
+    mesh = Mesh(_grid((slice, data, model), devices[:count]), MESH_AXES, axis_types=(AxisType.Explicit,) * 3)
     jax.set_mesh(mesh)
     return mesh
+
+
+def _grid(shape: tuple[int, int, int], devices: list) -> np.ndarray:
+    """The devices in the shape of the mesh, near ones side by side; between TPU slices only the first axis runs."""
+    found = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    if shape[0] % found:
+        raise ValueError(
+            f"the devices are of {found} TPU slices, mesh.slice is {shape[0]}; set mesh.slice={found} and mesh.data x "
+            "mesh.model to the chips of one slice"
+        )
+    # jax.make_mesh refuses an axis of 8 chips on a torus of 16 x 16, which is split here
+    if found == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (shape[0] // found, *shape[1:]), (found, 1, 1), devices, allow_split_physical_axes=True
+    )
 
 
 def ensure_mesh() -> Mesh:

@@ -541,6 +541,10 @@ class _Stop:
         self.saves = wish == 1
         return wish == 2
 
+    def saved(self) -> None:
+        """Call after a save, which all hosts do at the same step: what was gathered before it no longer holds."""
+        self._gathered = None
+
 
 def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = None) -> TrainState:
     """Runs or resumes a training and exports the weights at its end.
@@ -663,6 +667,7 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
             if step > saved_step and (step % cfg.save_every == 0 or stop.saves):
                 flush()  # never save what has not been seen to be finite
                 save()
+                stop.saved()
             before = time.perf_counter()
             batch = next(data)
             waited_s.append(time.perf_counter() - before)

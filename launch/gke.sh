@@ -18,7 +18,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage() {
-  sed -n '2,18p' "$0" >&2
+  sed -n '2,16p' "$0" >&2
   exit 2
 }
 

@@ -166,6 +166,15 @@ def test_styles_are_drawn_in_the_wanted_shares_of_the_hours(folder, weights, sha
     assert whispered / index.num_samples[drawn].sum() == pytest.approx(share, abs=0.03)
 
 
+def test_shares_of_the_hours_are_of_what_the_rows_take(folder):
+    cfg = make_config(folder, "speaker", num_samples=3200)  # one crop of each record, however long it is
+    index = input_pipeline.read_index(cfg)
+    samples = np.where(index.style == "asmr", 3 * index.num_samples, index.num_samples)
+    mixture = input_pipeline._Waves(cfg, dataclasses.replace(index, num_samples=samples)).mixture
+    drawn = np.concatenate([mixture.order(epoch) for epoch in range(5)])
+    assert np.mean(index.style[drawn] == "asmr") == pytest.approx(0.5, abs=0.03)
+
+
 def test_a_style_with_a_small_share_goes_on_in_the_next_epoch(folder):
     cfg = make_config(folder, "flow", style_weights=(3.0, 1.0))
     index = equally_long(input_pipeline.read_index(cfg))

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
 
-from deepasmr_jax import lm, metrics, page
+from deepasmr_jax import lm, metrics, page, sharding
 
 
 def test_metrics_of_lost_steps_are_dropped_on_resume(tmp_path):
@@ -81,6 +83,22 @@ def test_flops_count_products_in_loops_branches_and_recomputed_layers_and_convol
     assert metrics.flops(conv, jnp.ones((1, 10, 4)), jnp.ones((3, 2, 6))) == 2 * 5 * 6 * 3 * 2
 
 
+def test_flops_of_a_split_function_and_of_a_kernel_are_those_of_all_its_parts():
+    sharding.make_mesh(1, 2, 2)  # rows are split in two, and both halves of `model` do the same
+    x, w = jnp.ones((4, 3)), jnp.ones((3, 5))
+    rows = sharding.spec("batch", None)
+    split = jax.shard_map(lambda x, w: x @ w, in_specs=(rows, PartitionSpec()), out_specs=rows)
+    assert metrics.flops(split, sharding.split_rows(x), w) == 2 * 4 * 3 * 5
+
+    def kernel(x, out):
+        out[...] = x[...] @ x[...]
+
+    block = pl.BlockSpec((8, 8), lambda i, j: (i, j))
+    shape = jax.ShapeDtypeStruct((24, 16), jnp.float32)
+    call = pl.pallas_call(kernel, shape, grid=(3, 2), in_specs=[block], out_specs=block, interpret=True)
+    assert metrics.flops(call, shape) == 6 * 2 * 8**3
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_flops_of_the_language_model_are_two_for_each_weight_and_position_and_attention(remat):
     cfg = lm.mini(
@@ -103,4 +121,5 @@ def test_flops_of_the_language_model_are_two_for_each_weight_and_position_and_at
 def test_the_peak_of_a_device_goes_by_the_longest_name_that_fits():
     kind = lambda name: metrics.peak_flops(types.SimpleNamespace(device_kind=name))
     assert kind("TPU v5 lite") == 197e12 and kind("TPU v5p") == 459e12 and kind("NVIDIA H200") == 989e12
-    assert kind("cpu") is None
+    assert kind("NVIDIA L4") == 121e12 and kind("NVIDIA A100-SXM4-40GB") == 312e12
+    assert kind("cpu") is kind("NVIDIA L40") is kind("NVIDIA L40S") is None

@@ -240,7 +240,7 @@ def test_a_picture_has_a_line_for_each_program_and_target():
     "options, words",
     [
         (["--on", "v9x-8"], "target 'v9x-8' is unknown"),
-        (["--on", "v5e-7"], "1, 2, 4, 8, 16"),
+        (["--on", "v5e-7"], "1, 4, 8, 16"),
         (["--on", "v6e-256"], "data.batch_size 8 is not a multiple of the 256 chips of v6e-256"),
         (["--rows", "four"], "--rows 'four'"),
         (["--set", "model.layers=2"], "did you mean 'num_layers'?"),
@@ -249,7 +249,7 @@ def test_a_picture_has_a_line_for_each_program_and_target():
 def test_bad_input_is_one_sentence(options, words, capsys):
     assert cli.main(["plan", f"{TINY}:lm", *options]) == 2
     error = capsys.readouterr().err
-    assert words.replace("1, 2, 4", "1, 4") in error and error.count("\n") == 1
+    assert words in error and error.count("\n") == 1
 
 
 def test_a_missing_compiler_and_an_unknown_stage_are_one_sentence(monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """The mesh and the table of axis names: what is refused, and how names become splits."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -23,6 +25,26 @@ def test_axis_names_become_mesh_axes():
 def test_wrong_axis_names_are_refused(names, words):
     with pytest.raises(ValueError, match=words):
         sharding.spec(*names)
+
+
+def tpus(slices):
+    """Stand-ins for slices of 2 x 2 TPU chips with one core each."""
+    chips = [(i, x, y) for i in range(slices) for y in range(2) for x in range(2)]
+    names = dict(platform="tpu", device_kind="TPU v6 lite", core_on_chip=0)
+    return [
+        types.SimpleNamespace(slice_index=i, coords=(x, y, 0), id=n, process_index=i, **names)
+        for n, (i, x, y) in enumerate(chips)
+    ]
+
+
+def test_only_the_first_axis_of_the_mesh_runs_between_tpu_slices():
+    for shape in ((2, 4, 1), (2, 2, 2), (4, 2, 1)):
+        grid = sharding._grid(shape, tpus(2))
+        assert grid.shape == shape and len({d.id for d in grid.flat}) == 8
+        assert [len({d.slice_index for d in row.flat}) for row in grid] == [1] * shape[0]
+    assert sharding._grid((1, 4, 1), tpus(1)).shape == (1, 4, 1)
+    with pytest.raises(ValueError, match="of 2 TPU slices, mesh.slice is 1; set mesh.slice=2"):
+        sharding._grid((1, 8, 1), tpus(2))
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_refused():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -554,3 +555,29 @@ def test_an_unknown_optimizer_or_schedule_is_refused(field, value, known):
 def test_a_vocoder_of_another_mel_profile_than_its_data_is_refused():
     with pytest.raises(ValueError, match="data.mel_profile 'cv2' is not the model's 'mini'"):
         config.override(config.load(f"{TINY}:vocoder"), "data.mel_profile=cv2")
+
+
+def test_several_hosts_save_once_where_the_checkpoint_of_one_is_too_old(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding, "greatest", lambda wish: wish)
+    stop, saved_at, saves = train._Stop(None), 0, []
+    for step in range(12):  # a checkpoint is too old after five steps
+        assert not stop.due(step, step - saved_at >= 5)
+        if stop.saves:
+            saved_at = step
+            saves.append(step)
+            stop.saved()
+    assert saves == [6]
+    stop.reason = "SIGTERM"
+    assert [stop.due(step) for step in (12, 13)] == [False, True]
+
+
+def test_checkpoints_leave_the_log_of_other_libraries_alone(tmp_path):
+    log = logging.getLogger("absl")
+    before = log.level, list(log.filters)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    record = lambda path: logging.LogRecord("absl", logging.ERROR, path, 1, "text", None, None)
+    assert log.filter(record("site-packages/grain/_src/x.py"))
+    assert not log.filter(record("site-packages/orbax/checkpoint/x.py"))
+    checkpoints.close()
+    assert (log.level, log.filters) == before
