@@ -47,6 +47,12 @@ SETTINGS = {
         "flow": {"num_steps": 10, "guidance": 1.0, "method": "euler", "schedule": "cosine"},
         # mean level of N2N and A2A above the recordings with that guidance, on sentences of `valid`
         "output_gain_db": {"normal": -3.5, "asmr": -4.0},
+        # the training sentences have 5 to 14 words and marks, in English never a comma, and 6 to 16 characters: more in
+        # one go is read badly
+        "chunks": {
+            "en": {"longest": 14, "merge_below": 3, "apart": "clauses"},
+            "zh": {"longest": 16, "merge_below": 3, "apart": "sentences"},
+        },
     },
     "provenance": {
         "data": "synthetic speech only (data/synthetic.py): flite and espeak-ng read, WORLD whispers",

@@ -227,6 +227,7 @@ class Synthesizer:
         self.solver |= settings.get("flow", {})
         # style -> what guidance makes too loud, negative
         self.output_gain_db = settings.get("output_gain_db", {})
+        self.chunks = settings.get("chunks", {})  # language -> arguments of text.split_sentences
         self.clip_level_db = settings.get("clip_level_db", {})  # style -> level of the training data
         vocoder_config = self._parts["vocoder"].config
         self._vocoder_configs = {  # a vocoder with a voice source can be told to whisper
@@ -545,12 +546,16 @@ class Synthesizer:
         """The chunks of a request's text as normalised, each followed by its symbols for the model."""
         language = request.language or text_lib.detect_language(request.text)
         lines = []
-        for chunk in text_lib.split_sentences(request.text, language):
+        for chunk in self._chunks(request.text, language):
             lines.append(self.tokenizer.spoken(chunk, language))
             lines.append(
                 "  " + " ".join(self.tokenizer.decode_symbols(self.tokenizer.encode(chunk, language)))
             )
         return lines
+
+    def _chunks(self, text: str, language: str) -> list[str]:
+        """The pieces of a text that are spoken one by one, as long as this model can."""
+        return text_lib.split_sentences(text, language, **self.chunks.get(language, {}))
 
     # ------------------------------------------------------------------------------------------ the hops
 
@@ -619,7 +624,7 @@ class Synthesizer:
             prompt_ids=encode(prompt.transcript, prompt.language),
             prompt_tokens=prompt.tokens if isinstance(prompt, Clip) else prompt.speech_tokens,
             similarity=similarity,
-            chunks=[encode(c, language) for c in text_lib.split_sentences(request.text, language)],
+            chunks=[encode(c, language) for c in self._chunks(request.text, language)],
             notes=notes,
         )
 

@@ -112,7 +112,7 @@ def _cut(piece: str, length: Callable[[str], int], longest: int, join: str) -> l
     """A sentence above `longest` in parts: at commas, else at blanks, else anywhere."""
     if length(piece) <= longest:
         return [piece]
-    parts = [p.strip() for p in re.split(r"(?<=[，、])|(?<=,)(?=\s)", piece) if p.strip()]
+    parts = _clauses(piece)
     if len(parts) == 1:
         parts = piece.split() if " " in piece else [piece[: len(piece) // 2], piece[len(piece) // 2 :]]
     if len(parts) == 1 or min(map(len, parts)) == 0:
@@ -127,6 +127,11 @@ def _cut(piece: str, length: Callable[[str], int], longest: int, join: str) -> l
     return result
 
 
+def _clauses(sentence: str) -> list[str]:
+    """The parts of a sentence between commas, each with its comma."""
+    return [p.strip() for p in re.split(r"(?<=[，、])|(?<=,)(?=\s)", sentence) if p.strip()]
+
+
 def rough_length(text: str) -> int:
     """Chinese characters plus Latin words plus marks: near the BPE count the split rules were made for."""
     return len(re.findall(f"[{CJK}]|[^\\W_{CJK}]+|[^\\w\\s]", text))
@@ -139,6 +144,7 @@ def split_sentences(
     longest: int = 80,
     full: int = 60,
     merge_below: int = 20,
+    apart: str | None = None,
 ) -> list[str]:
     """Chunks of whole sentences, each short enough for one generation: at most `longest` + `full`.
 
@@ -153,28 +159,40 @@ def split_sentences(
         language: "en" or "zh".
         length: measures a piece; default: characters for Chinese, words and marks for English. Give the size
             of a tokenizer's result for exact limits.
-        longest, full, merge_below: in units of `length`.
+        longest, full, merge_below: in units of `length`; `full` counts without `apart` only.
+        apart: None: several sentences may share a chunk. For a model that was trained on single sentences:
+            "sentences" makes every one a chunk, "clauses" every part between commas too, unless it is below
+            `merge_below`; what is above `longest` is cut as above.
 
     Raises:
-        ValueError: text empty or without words; unknown language; limits out of order.
+        ValueError: text empty or without words; unknown language or `apart`; limits out of order.
 
     Source: CosyVoice2's paragraph split (80 / 60 / 20).
     """
     check(text, limit=None)
     check_language(language)
+    if apart not in (None, "sentences", "clauses"):
+        raise ValueError(f"unknown apart {apart!r}; choose sentences, clauses or None")
+    full = longest if apart else full
     if not 0 <= merge_below <= full <= longest or longest < 1:
         raise ValueError(f"need merge_below <= full <= longest, found {merge_below}, {full}, {longest}")
     length = length or (len if language == "zh" else rough_length)
     join = "" if language == "zh" else " "
     chunks, current = [], ""
-    for piece in (q for p in _sentences(text) for q in _cut(p, length, longest, join)):
-        grown = f"{current}{join}{piece}" if current else piece
-        if current and length(grown) > longest and length(current) > full:
-            chunks.append(current)
-            current = piece
-        else:
-            current = grown
-    if chunks and length(current) < merge_below:
+    for sentence in _sentences(text):
+        clauses = _clauses(sentence) if apart == "clauses" else [sentence]
+        for number, piece in enumerate(q for p in clauses for q in _cut(p, length, longest, join)):
+            grown = f"{current}{join}{piece}" if current else piece
+            if apart:
+                is_whole = not number or length(current) >= merge_below or length(grown) > longest
+            else:
+                is_whole = length(grown) > longest and length(current) > full
+            if current and is_whole:
+                chunks.append(current)
+                current = piece
+            else:
+                current = grown
+    if chunks and not apart and length(current) < merge_below:
         chunks[-1] = f"{chunks[-1]}{join}{current}"
     elif current:
         chunks.append(current)

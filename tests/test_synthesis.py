@@ -195,6 +195,13 @@ def test_a_clip_far_from_the_training_level_is_aligned_and_the_output_follows_th
     np.testing.assert_allclose(quiet.audio, 0.05 * loud.audio, atol=2e-3 * np.abs(loud.audio).max())
 
 
+def test_a_model_says_how_much_it_speaks_in_one_go(made, monkeypatch):
+    request = ask(text="Close your eyes, and listen. Stay.")
+    assert len(made.reading(request)) == 2  # a chunk and its symbols
+    monkeypatch.setattr(made, "chunks", {"en": {"longest": 14, "merge_below": 3, "apart": "clauses"}})
+    assert made.reading(request)[::2] == ["Close your eyes.", "and listen.", "Stay."]
+
+
 def test_the_output_gain_of_a_style_changes_its_level_and_nothing_else(made, monkeypatch):
     as_is = made.batch([ask(seed=1), ask(seed=1, style="normal")])
     monkeypatch.setattr(made, "output_gain_db", {"asmr": -6.0})

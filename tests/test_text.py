@@ -1,5 +1,6 @@
 """Text: languages, sentence chunks, pronunciation, both tokenizers, and every refusal."""
 
+import functools
 import gzip
 import json
 import sys
@@ -325,3 +326,19 @@ def test_the_stock_qwen_folder_is_refused_with_the_reason(tmp_path):
         text.QwenTokenizer(qwen_folder(tmp_path / "stock", stock))
     with pytest.raises(ValueError, match="no folder"):
         text.QwenTokenizer(tmp_path / "absent")
+
+
+def test_single_sentences_and_clauses_are_chunks_where_a_model_was_trained_on_them():
+    apart = functools.partial(text.split_sentences, longest=12, merge_below=3)
+    with pytest.raises(ValueError, match="apart 'words'"):
+        apart("hello", "en", apart="words")
+    words = "Close your eyes, and listen to the rain. Yes, stay. It is 3,000 miles!"
+    assert apart(words, "en", apart="sentences") == [
+        "Close your eyes, and listen to the rain.", "Yes, stay.", "It is 3,000 miles!"
+    ]  # fmt: skip
+    assert apart(words, "en", apart="clauses") == [
+        "Close your eyes.", "and listen to the rain.", "Yes, stay.", "It is 3,000 miles!"
+    ]  # fmt: skip
+    assert apart("把眼睛闭上，听雨。好。", "zh", apart="sentences") == ["把眼睛闭上，听雨。", "好。"]
+    chunks = apart("word " * 40, "en", apart="clauses")
+    assert len(chunks) == 4 and all(text.rough_length(c) <= 13 for c in chunks)
