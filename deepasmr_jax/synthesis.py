@@ -26,7 +26,7 @@ import numpy as np
 from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import STYLES, Request, check_model, from_row
+from deepasmr_jax.request import STYLES, Request, check_model, check_output, from_row
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
@@ -100,9 +100,14 @@ class Result:
         return self.request.seed
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Writes 16-bit audio, whole or not at all; see `audio.save`."""
+        """Writes 16-bit audio, whole or not at all; see `audio.save`.
+
+        Raises:
+            ValueError: if the name does not end in .wav or .flac, or nothing can be written there.
+        """
+        path = check_output(path, (".wav", ".flac"))
         audio.save(path, self.audio, self.sample_rate)
-        return Path(path)
+        return path
 
     def picture(self) -> bytes:
         """The spectrogram as a PNG file."""
@@ -124,6 +129,12 @@ class Result:
             "timings": {k: round(v, 3) for k, v in self.timings.items()},
             "notes": list(self.notes),
         }
+
+    def __repr__(self) -> str:
+        return (
+            f"Result({self.task}, {self.duration_s:.2f} s at {self.sample_rate} Hz, {self.language!r}, "
+            f"prompt {self.prompt!r}, seed {self.seed}, text {self.request.text!r})"
+        )
 
     def _repr_html_(self) -> str:
         row = page.Row(self.task, "", self.request.text, self.audio, self.sample_rate)
@@ -612,7 +623,7 @@ class Synthesizer:
 
     def _job(self, place, request, language, clip, name, prompt, similarity, notes) -> _Job:
         encode = self.tokenizer.encode
-        if note := self.tokenizer.note(language):
+        if note := self.tokenizer.note(request.text, language):
             notes.append(note)
         return _Job(
             place=place,
@@ -767,7 +778,7 @@ class Synthesizer:
             language=job.language,
             prompt=job.prompt_name,
             prompt_similarity=job.similarity,
-            notes=tuple(job.notes),
+            notes=tuple(dict.fromkeys(job.notes)),
             timings=job.timings,
         )
 

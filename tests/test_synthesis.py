@@ -37,6 +37,17 @@ def test_the_audio_has_the_length_of_its_tokens_and_the_facts_are_complete(made)
     assert result.task == "N2A" and result.prompt.startswith("en_asmr") and result.seed == 3
     assert {"clip_s", "lm_s", "flow_s", "vocoder_s", "compile_s"} == set(result.timings)
     assert "<audio" in result._repr_html_() and "<img" in result._repr_html_()
+    assert repr(result).startswith("Result(N2A, ") and "array" not in repr(result)
+
+
+def test_a_result_that_cannot_be_saved_says_so_in_a_sentence(made, tmp_path):
+    result = made(TEXT, tiny_model.buzz(), voice_rate=tiny_model.RATE, seed=3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write in the folder .*choose another"):
+        result.save(tmp_path / "file" / "out.wav")
+    with pytest.raises(ValueError, match="does not end in .wav or .flac"):
+        result.save(tmp_path / "out.mp3")
+    assert result.save(tmp_path / "new" / "out.flac").stat().st_size > 0
 
 
 def test_the_same_seed_gives_the_same_audio_and_another_seed_does_not(made):
