@@ -947,7 +947,10 @@ def _stack(rows: Iterable[dict]) -> dict[str, np.ndarray]:
 
 
 def _join(wavs: list[np.ndarray], sample_rate: int, pause_s: float) -> np.ndarray:
-    """Chunks one after the other with a pause between; 10 ms fades at the inner edges avoid clicks."""
+    """Chunks one after the other with a pause between; 10 ms fades at the inner edges avoid clicks.
+
+    The pause is not silent: between two whispers that would sound as if the microphone were switched off.
+    """
     if len(wavs) == 1:
         return wavs[0]
     fade = np.linspace(0, 1, round(0.01 * sample_rate), dtype=np.float32)
@@ -955,9 +958,29 @@ def _join(wavs: list[np.ndarray], sample_rate: int, pause_s: float) -> np.ndarra
     for i, wav in enumerate(wavs):
         wav = np.array(wav, np.float32)
         if i:
-            parts.append(np.zeros(round(pause_s * sample_rate), np.float32))
+            parts.append(_room_tone(wavs[i - 1], round(pause_s * sample_rate), sample_rate, seed=i))
             wav[: len(fade)] *= fade[: len(wav)]
         if i < len(wavs) - 1:
             wav[-len(fade) :] *= fade[::-1][-len(wav) :]
         parts.append(wav)
     return np.concatenate(parts)
+
+
+def _room_tone(wav: np.ndarray, length: int, sample_rate: int, seed: int) -> np.ndarray:
+    """[length] float32 noise with the spectrum of a waveform's quietest tenth, at least 30 dB below its loud parts."""
+    size = 2 * round(0.016 * sample_rate)
+    if len(wav) < size:
+        return np.zeros(length, np.float32)
+    hop, window = size // 2, np.sin(np.pi * (np.arange(size) + 0.5) / size)
+    frames = np.lib.stride_tricks.sliding_window_view(np.asarray(wav, np.float64), size)[::hop]
+    power = np.abs(np.fft.rfft(frames * window)) ** 2 / np.sum(window**2)
+    energy = power.sum(axis=1)
+    quiet = power[energy <= np.percentile(energy, 10)].mean(axis=0)
+    quiet *= min(1.0, 1e-3 * np.percentile(energy, 90) / max(quiet.sum(), 1e-30))
+    rng, count = np.random.default_rng(seed), length // hop + 2
+    noise = rng.normal(size=(2, count, len(quiet)))
+    made = np.fft.irfft((noise[0] + 1j * noise[1]) * np.sqrt(size * quiet / 2), size) * window
+    whole = np.zeros((count + 1) * hop)
+    for half in (0, 1):  # windows overlap by a half, their squares add up to 1
+        whole[half * hop : (half + count) * hop] += made[:, half * hop : (half + 1) * hop].reshape(-1)
+    return whole[hop : hop + length].astype(np.float32)
