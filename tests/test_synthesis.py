@@ -159,7 +159,8 @@ def test_joined_chunks_fade_to_the_pause_and_keep_their_outer_edges():
 def test_a_pause_has_the_level_and_colour_of_the_quietest_part_of_the_speech_before_it():
     rng = np.random.default_rng(0)
     noise = np.convolve(rng.normal(size=64000), 0.9 ** np.arange(60), "same")  # more at low frequencies
-    wav = (noise * np.where(np.arange(64000) % 16000 < 4000, 1e-3, 1e-1)).astype(np.float32)  # a quarter is 40 dB down
+    weak = np.arange(64000) % 16000 < 4000  # a quarter is 40 dB down
+    wav = (noise * np.where(weak, 1e-3, 1e-1)).astype(np.float32)
     tone = synthesis._room_tone(wav, 64000, 16000, seed=1)
     colour = lambda x: np.corrcoef(x[1:], x[:-1])[0, 1]
     assert tone.dtype == np.float32 and tone.shape == (64000,)
@@ -167,7 +168,8 @@ def test_a_pause_has_the_level_and_colour_of_the_quietest_part_of_the_speech_bef
     assert colour(tone) == pytest.approx(colour(noise), abs=0.05)
     parts = np.std(tone.reshape(-1, 1600), axis=1)
     assert 0.6 < parts.min() / parts.max()
-    steady = synthesis._room_tone(noise.astype(np.float32), 16000, 16000, seed=1)  # no pause in it: 30 dB below
+    # without a pause in it: 30 dB below
+    steady = synthesis._room_tone(noise.astype(np.float32), 16000, 16000, seed=1)
     assert np.std(steady) == pytest.approx(10**-1.5 * np.std(noise), rel=0.2)
     assert not synthesis._room_tone(np.zeros(100, np.float32), 500, 16000, seed=1).any()
     assert not synthesis._room_tone(np.zeros(2000, np.float32), 500, 16000, seed=1).any()
