@@ -25,6 +25,7 @@ import numpy as np
 
 from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
+from deepasmr_jax import config as config_lib
 from deepasmr_jax import text as text_lib
 from deepasmr_jax.request import STYLES, Request, check_model, check_output, from_row
 
@@ -187,7 +188,7 @@ def load(model: str | os.PathLike | None = None, pool_file: str | os.PathLike | 
     sharding.ensure_mesh()
     try:
         return Synthesizer(folder, pool_file)
-    except (KeyError, TypeError, json.JSONDecodeError, OSError) as e:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as e:
         raise ValueError(f"the model in {folder} is damaged ({type(e).__name__}: {e}); fetch it again") from e
 
 
@@ -232,13 +233,23 @@ class Synthesizer:
         self._parts["lm"].module = None  # decoding has its own copy of the weights, unstacked
         self._flow_hears_speaker = "speaker" in inspect.signature(self._parts["flow"].file.sample).parameters
         settings = config.get("sampling", {})
-        self.sampling = lm.Sampling(**settings.get("lm", {}))
+        self.sampling = config_lib.from_dict(lm.Sampling, settings.get("lm", {}))
+        for name in ("ratios", "output_gain_db", "clip_level_db"):
+            if not _is_numbers(settings.get(name, {})):
+                raise ValueError(
+                    f"config.json in {folder} has sampling.{name} = {settings[name]!r}; correct it"
+                )
         self.ratios = settings.get("ratios", {})  # style -> {"min_ratio", "max_ratio"} where they differ
         self.solver = {"num_steps": 16, "guidance": 1.0, "method": "euler", "schedule": "cosine"}
-        self.solver |= settings.get("flow", {})
+        for name, value in settings.get("flow", {}).items():
+            if name not in self.solver or not isinstance(value, type(self.solver[name]) | int):
+                raise ValueError(f"config.json in {folder} has sampling.flow.{name} = {value!r}; correct it")
+            self.solver[name] = value
         # style -> what guidance makes too loud, negative
         self.output_gain_db = settings.get("output_gain_db", {})
         self.chunks = settings.get("chunks", {})  # language -> arguments of text.split_sentences
+        for language, arguments in self.chunks.items():
+            text_lib.split_sentences("1", language, **arguments)  # refuses what it cannot use
         self.clip_level_db = settings.get("clip_level_db", {})  # style -> level of the training data
         vocoder_config = self._parts["vocoder"].config
         self._vocoder_configs = {  # a vocoder with a voice source can be told to whisper
@@ -824,6 +835,11 @@ def embed_speaker(file, model, cfg, wav: jax.Array, lengths: jax.Array) -> jax.A
     """
     fbank = audio.fbank(wav, lengths, **getattr(file, "FBANK", {}))
     return file.embed(model, cfg, fbank, audio.fbank_frames(lengths))
+
+
+def _is_numbers(x) -> bool:
+    """Whether a setting is an object of numbers, or of such objects."""
+    return isinstance(x, dict) and all(isinstance(v, int | float) or _is_numbers(v) for v in x.values())
 
 
 class _Part:

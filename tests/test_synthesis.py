@@ -280,21 +280,34 @@ def test_padded_sizes_are_a_base_times_powers_of_two():
     assert [synthesis._padded(n, 64) for n in (1, 64, 65, 128, 129, 1000)] == [64, 64, 128, 128, 256, 1024]
 
 
-def test_a_vocoder_of_another_mel_profile_than_the_folder_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        ("mel_profile", "cv2", "has mel profile 'mini', config.json 'cv2'"),
+        ("sample_rate", 24000, "sample_rate 24000, its mel profile 'mini' 16000"),
+        (
+            "components/lm/config/width",
+            "abc",
+            "lm.Config: width is 'abc'; correct the file, width is of type int",
+        ),
+        ("sampling/lm", {"top_p": "x"}, "lm.Sampling: top_p is 'x'"),
+        ("sampling/flow", {"num_steps": "many"}, "sampling.flow.num_steps = 'many'"),
+        ("sampling/ratios", {"asmr": {"min_ratio": "x"}}, "sampling.ratios = .*'x'"),
+        ("sampling/chunks", {"en": {"longest": "x"}}, "damaged .*'int' and 'str'"),
+        ("sampling/chunks", "x", "damaged .*'str'"),
+    ],
+)
+def test_a_config_that_was_changed_by_hand_is_refused_with_the_value(tmp_path, path, value, words):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model.shared(), folder)
-    config = json.loads((folder / "config.json").read_text()) | {"mel_profile": "cv2"}
+    config = json.loads((folder / "config.json").read_text())
+    *above, name = path.split("/")
+    place = config
+    for key in above:
+        place = place.setdefault(key, {})
+    place[name] = value
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="has mel profile 'mini', config.json 'cv2'"):
-        synthesis.load(folder)
-
-
-def test_a_sample_rate_that_is_not_the_mel_profiles_is_refused(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model.shared(), folder)
-    config = json.loads((folder / "config.json").read_text()) | {"sample_rate": 24000}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="sample_rate 24000, its mel profile 'mini' 16000"):
+    with pytest.raises(ValueError, match=words):
         synthesis.load(folder)
 
 
