@@ -27,10 +27,11 @@ from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import config as config_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import STYLES, Request, check_model, check_output, from_row
+from deepasmr_jax.request import MAX_PASSES, STYLES, Request, check_model, check_output, from_row
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
+BFLOAT16_FROM = 100_000_000  # parameters of a language model; below that a CPU decodes in float32
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
 # shortest padded lengths; the others are these times powers of two
 TEXT_BASE, TOKEN_BASE, NEW_BASE = 32, 64, 128
@@ -226,7 +227,8 @@ class Synthesizer:
                 f"config.json in {folder} has sample_rate {rate}, its mel profile {self.mel_config.name!r} "
                 f"{self.sample_rate}; correct one of them"
             )
-        if jax.default_backend() == "cpu":  # products of one row are slow in bfloat16 there
+        # a large model's decoding waits for its weights, which bfloat16 halves; a small one's is no faster on a CPU
+        if jax.default_backend() == "cpu" and config["components"]["lm"]["num_params"] < BFLOAT16_FROM:
             own_lm = self._parts["lm"]
             own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
         self._decode_weights = lm.unstack(self._parts["lm"].module, self._parts["lm"].config)
@@ -234,7 +236,7 @@ class Synthesizer:
         self._flow_hears_speaker = "speaker" in inspect.signature(self._parts["flow"].file.sample).parameters
         settings = config.get("sampling", {})
         self.sampling = config_lib.from_dict(lm.Sampling, settings.get("lm", {}))
-        for name in ("ratios", "output_gain_db", "clip_level_db"):
+        for name in ("ratios", "output_gain_db", "clip_level_db", "redraw"):
             if not _is_numbers(settings.get(name, {})):
                 raise ValueError(
                     f"config.json in {folder} has sampling.{name} = {settings[name]!r}; correct it"
@@ -250,6 +252,8 @@ class Synthesizer:
         self.chunks = settings.get("chunks", {})  # language -> arguments of text.split_sentences
         for language, arguments in self.chunks.items():
             text_lib.split_sentences("1", language, **arguments)  # refuses what it cannot use
+        # a chunk that was misread is drawn again so often; more equal tokens in a row than that are a misreading
+        self.redraw = {"attempts": 0, "longest_run": 0} | settings.get("redraw", {})
         self.clip_level_db = settings.get("clip_level_db", {})  # style -> level of the training data
         vocoder_config = self._parts["vocoder"].config
         self._vocoder_configs = {  # a vocoder with a voice source can be told to whisper
@@ -671,44 +675,62 @@ class Synthesizer:
                 _padded(most, NEW_BASE),
             )
 
-        part = self._parts["lm"]
-        for (text_size, prompt_size, new_size), group in self._groups(rows, sizes):
-            with _clock_all([r[0].timings for r in group], "lm_s"):
-                batch = _stack(
-                    {
-                        "text_ids": _pad(ids, text_size),
-                        "text_lengths": np.int32(len(ids)),
-                        "prompt_tokens": _pad(j.prompt_tokens, prompt_size),
-                        "prompt_lengths": np.int32(len(j.prompt_tokens)),
-                        "min_lengths": np.int32(least),
-                        "max_lengths": np.int32(most),
-                        "seeds": np.uint32(j.request.seed),
-                        "chunks": np.uint32(c),
-                    }
-                    for j, c, ids, least, most in group
-                )
-                batch = sharding.put(batch)
-                keys = _keys(batch.pop("seeds"), batch.pop("chunks"), 0)
-                tokens, lengths = jax.device_get(
-                    lm.generate(
-                        self._decode_weights,
-                        part.config,
-                        self.sampling,
-                        *batch.values(),
-                        keys=keys,
-                        max_new=new_size,
-                    )
-                )
-            for i, (j, c, _, _, most) in enumerate(group):
-                j.tokens[c] = tokens[i, : lengths[i]]
-                if lengths[i] < MIN_CHUNK_TOKENS:
-                    j.error = (
-                        f"the language model gave no speech for {j.request.text[:40]!r}; try another seed"
-                    )
-                elif lengths[i] >= most:
-                    j.notes.append(
-                        "the speech was stopped at its length limit; another seed may read it better"
-                    )
+        problems: dict[tuple, str] = {}
+        for attempt in range(1 + self.redraw["attempts"]):
+            for size, group in self._groups(rows, sizes):
+                with _clock_all([r[0].timings for r in group], "lm_s"):
+                    drawn = self._draw(size, group, attempt)
+                for row, tokens in zip(group, drawn, strict=True):
+                    j, c, _, _, most = row
+                    problem = self._problem(tokens, most)
+                    if not attempt or not problem or _longest_run(tokens) < _longest_run(j.tokens[c]):
+                        j.tokens[c], problems[id(j), c] = tokens, problem
+            rows = [row for row in rows if problems[id(row[0]), row[1]]]
+        for j, c, *_ in rows:
+            if len(j.tokens[c]) < MIN_CHUNK_TOKENS:
+                j.error = f"the language model gave no speech for {j.request.text[:40]!r}; try another seed"
+            else:
+                j.notes.append(problems[id(j), c])
+
+    def _draw(self, size: tuple[int, int, int], group: list[tuple], attempt: int) -> list[np.ndarray]:
+        """Speech tokens of the rows of one group; every attempt draws others."""
+        text_size, prompt_size, new_size = size
+        batch = _stack(
+            {
+                "text_ids": _pad(ids, text_size),
+                "text_lengths": np.int32(len(ids)),
+                "prompt_tokens": _pad(j.prompt_tokens, prompt_size),
+                "prompt_lengths": np.int32(len(j.prompt_tokens)),
+                "min_lengths": np.int32(least),
+                "max_lengths": np.int32(most),
+                "seeds": np.uint32(j.request.seed),
+                "chunks": np.uint32(c),
+            }
+            for j, c, ids, least, most in group
+        )
+        batch = sharding.put(batch)
+        # passes of the flow have 1 to 3
+        keys = _keys(batch.pop("seeds"), batch.pop("chunks"), attempt * (MAX_PASSES + 1))
+        config = self._parts["lm"].config
+        tokens, lengths = jax.device_get(
+            lm.generate(
+                self._decode_weights, config, self.sampling, *batch.values(), keys=keys, max_new=new_size
+            )
+        )
+        return [tokens[i, : lengths[i]] for i in range(len(group))]
+
+    def _problem(self, tokens: np.ndarray, most: int) -> str:
+        """What shows that a chunk was misread, "" if nothing does."""
+        if len(tokens) < MIN_CHUNK_TOKENS:
+            return "no speech"
+        if len(tokens) >= most:
+            return "the speech was stopped at its length limit; another seed may read it better"
+        if (run := _longest_run(tokens)) > self.redraw["longest_run"] > 0:
+            return (
+                f"a sound is held for {run / audio.TOKEN_RATE:.1f} s, and the words after it may be lost; other words "
+                "or another seed may be read better"
+            )
+        return ""
 
     def _sound(self, jobs: list[_Job], number: int) -> None:
         """Hop 5: mel and waveform of every chunk, in the voice of the job's clip."""
@@ -837,6 +859,12 @@ def embed_speaker(file, model, cfg, wav: jax.Array, lengths: jax.Array) -> jax.A
     return file.embed(model, cfg, fbank, audio.fbank_frames(lengths))
 
 
+def _longest_run(tokens: np.ndarray) -> int:
+    """Most equal tokens in a row."""
+    changes = np.flatnonzero(np.diff(tokens)) + 1
+    return int(np.diff(np.concatenate([[0], changes, [len(tokens)]])).max())
+
+
 def _is_numbers(x) -> bool:
     """Whether a setting is an object of numbers, or of such objects."""
     return isinstance(x, dict) and all(isinstance(v, int | float) or _is_numbers(v) for v in x.values())
@@ -879,7 +907,7 @@ def _entry(recording: pool.Recording, clip: Clip, provenance: dict) -> pool.Entr
 def _text_tokenizer(folder: Path, settings: dict):
     kind = settings.get("tokenizer", "mini")
     if kind == "mini":
-        return text_lib.MiniTokenizer()
+        return text_lib.MiniTokenizer(settings.get("marks"))
     if kind == "qwen":
         return text_lib.QwenTokenizer(folder / settings.get("folder", "."), settings.get("normalizer", "own"))
     raise ValueError(
@@ -970,11 +998,11 @@ def _join(wavs: list[np.ndarray], sample_rate: int, pause_s: float) -> np.ndarra
     if len(wavs) == 1:
         return wavs[0]
     fade = np.linspace(0, 1, round(0.01 * sample_rate), dtype=np.float32)
-    parts = []
+    parts, spoken = [], np.concatenate(wavs)
     for i, wav in enumerate(wavs):
         wav = np.array(wav, np.float32)
         if i:
-            parts.append(_room_tone(wavs[i - 1], round(pause_s * sample_rate), sample_rate, seed=i))
+            parts.append(_room_tone(spoken, round(pause_s * sample_rate), sample_rate, seed=i))
             wav[: len(fade)] *= fade[: len(wav)]
         if i < len(wavs) - 1:
             wav[-len(fade) :] *= fade[::-1][-len(wav) :]

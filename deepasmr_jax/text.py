@@ -92,9 +92,9 @@ _PROTECTED = re.compile(
 
 
 def _sentences(text: str) -> list[str]:
-    """Cuts after sentence marks; a period needs a following blank and no abbreviation before it."""
+    """Cuts after sentence marks and at empty lines; a period needs a following blank and no abbreviation before it."""
     pieces, start = [], 0
-    for m in re.finditer(r"(?:[。？！；…]+|[.?!;:]+(?=[\s\"'”’)]|$)|：)[\"'”’)」』]*\s*", text):
+    for m in re.finditer(r"(?:[。？！；…]+|[.?!;:]+(?=[\s\"'”’)]|$)|：)[\"'”’)」』]*\s*|\n\s*\n\s*", text):
         before = text[start : m.start() + 1]
         if (
             m[0].startswith(".")
@@ -416,9 +416,14 @@ class MiniTokenizer:
     English words are ARPAbet with stress digits; a word that `pronounce` does not know is spelled by letters.
     Chinese characters are an initial (if any) and a final with its tone. Id 0 is padding and never in a
     result.
+
+    Args:
+        marks: language -> the marks that a model was trained on, where it was not all of them. Another mark is
+            then read as "." after the last word and as "," before it, or not at all if "," is none of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, marks: dict[str, str] | None = None) -> None:
+        self._marks = marks or {}
         english = [p for a in ARPABET for p in ([f"{a}{s}" for s in "012"] if a in _STRESSED else [a])]
         finals = [f"zh_{f}{t}" for f in ZH_FINALS for t in TONES]
         self.symbols = ["<pad>", "<en>", "<zh>", WORD_SEPARATOR, *PUNCTUATION, *"abcdefghijklmnopqrstuvwxyz'",
@@ -468,7 +473,21 @@ class MiniTokenizer:
             else:
                 spelled = bool(spell_probability) and rng.random() < spell_probability
                 symbols += (None if spelled else pronounce(m[0])) or list(m[0].lower().strip("'"))
-        return np.array([self._ids[s] for s in symbols], np.int32)
+        return np.array([self._ids[s] for s in self._known(symbols, language)], np.int32)
+
+    def _known(self, symbols: list[str], language: str) -> list[str]:
+        """The symbols with marks that the model knows."""
+        known = self._marks.get(language)
+        if known is None:
+            return symbols
+        last_word = max((i for i, s in enumerate(symbols) if s not in PUNCTUATION), default=0)
+        result = []
+        for i, s in enumerate(symbols):
+            if s in PUNCTUATION and s not in known:
+                s = "." if i > last_word else ","
+            if s not in PUNCTUATION or (s in known and result[-1:] != [s]):
+                result.append(s)
+        return result
 
     def spoken(self, text: str, language: str) -> str:
         """The text with numbers and symbols in words, as it is encoded."""

@@ -150,6 +150,34 @@ def test_a_long_text_is_spoken_in_chunks_with_pauses_between(made):
     assert pauses == (len(chunks) - 1) * round(synthesis.PAUSE_S["normal"] * tiny_model.RATE)
 
 
+def test_a_chunk_that_was_misread_is_drawn_again_and_noted_if_that_does_not_help(made, monkeypatch):
+    fine, held = np.arange(40, dtype=np.int32) % 7, np.full(40, 5, np.int32)
+    drawn = []
+
+    def draw(size, group, attempt):
+        drawn.append((attempt, [row[0].request.seed for row in group]))
+        good = {1: 0, 2: 1, 3: 9}  # seed -> the attempt that is well read
+        return [fine if attempt >= good[row[0].request.seed] else held[: 40 - attempt] for row in group]
+
+    monkeypatch.setattr(made, "redraw", {"attempts": 2, "longest_run": 14})
+    monkeypatch.setattr(made, "_draw", draw)
+    results = made.batch([ask(seed=1), ask(seed=2), ask(seed=3)])
+    assert drawn == [(0, [1, 2, 3]), (1, [2, 3]), (2, [3])]
+    assert [len(r.tokens) for r in results] == [40, 40, 38]
+    assert [any("held for 1.5 s" in n for n in r.notes) for r in results] == [False, False, True]
+
+
+def test_another_attempt_draws_other_tokens_and_the_first_is_the_one_without_redrawing(made, monkeypatch):
+    plain = made.batch([ask(seed=1)])[0]
+    monkeypatch.setattr(made, "_problem", lambda tokens, most: "misread")
+    assert np.array_equal(made.batch([ask(seed=1)])[0].tokens, plain.tokens)
+    monkeypatch.setattr(
+        made, "_problem", lambda tokens, most: "misread" if np.array_equal(tokens, plain.tokens) else ""
+    )
+    monkeypatch.setattr(made, "redraw", {"attempts": 1, "longest_run": 0})
+    assert not np.array_equal(made.batch([ask(seed=1)])[0].tokens, plain.tokens)
+
+
 def test_joined_chunks_fade_to_the_pause_and_keep_their_outer_edges():
     joined = synthesis._join([np.ones(1000, np.float32)] * 3, 16000, 0.1)
     assert len(joined) == 3000 + 2 * 1600 and joined[0] == 1 and joined[-1] == 1
