@@ -25,7 +25,8 @@ read -r -a extra_table <<<"${EXTRA_TABLE:-}"
 python="${PYTHON:-python}"
 # a constant rate, as in the paper's stage two; the paper's 1e-5 is for a network 60 times as large and many more steps
 rate=(--set=optim.lr=5e-4 --set=optim.schedule=constant --set=optim.warmup_steps=50)
-declare -A steps=([lm]=300 [flow]=400)
+declare -A steps=([stage_one_flow]=300 [asmr_only_flow]=300 [mixture_flow]=300)
+steps+=([stage_one_lm]=200 [asmr_only_lm]=100 [mixture_lm]=100)
 declare -A heard=([stage_one]=normal [asmr_only]=asmr [mixture]=normal,asmr)
 declare -A weights=([stage_one]=1 [asmr_only]=1 [mixture]=1,1)
 mkdir -p "$out/runs" "$out/models"
@@ -45,8 +46,7 @@ step() { # name, command...: runs the command once
 train() { # name of the model, network, start: a run of configs/mini.py, exported into the model
   "$python" -m deepasmr_jax.train "--config=configs/mini.py:$2" "--workdir=$out/runs/$1_$2" "--export=$out/models/$1" \
     "--set=init_from=$3" "--set=data.data_dirs=$features" "--set=data.styles=${heard[$1]}" \
-    "--set=data.style_weights=${weights[$1]}" "--set=steps=${steps[$2]}" --set=save_every=100 --set=eval_every=100 \
-    "${rate[@]}" "${extra[@]}" --stopped-exit=75 # a run that was stopped early is not done
+    "--set=data.style_weights=${weights[$1]}" "--set=steps=${steps[$1_$2]}" "${rate[@]}" "${extra[@]}" --stopped-exit=75 # a run that was stopped early is not done
 }
 
 if [ $# -lt 3 ]; then
@@ -62,7 +62,12 @@ for name in stage_one asmr_only mixture; do
 done
 for name in start stage_one asmr_only mixture; do
   folder="$out/models/$name"
-  if [ "$name" = start ]; then folder="$model"; fi
+  mkdir -p "$out/tables/$name"
+  if [ "$name" = start ]; then
+    folder="$model"
+  else # the judge hears the same recordings, so it is enrolled once
+    cp "$out/tables/start/factors.json" "$out/tables/$name"
+  fi
   step "table_$name" "$python" launch/table.py --data "$corpus" --model "$folder" --languages en --parts main \
     --rows "text to" --out "$out/tables/$name" "${extra_table[@]}"
 done
