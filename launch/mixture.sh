@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does fine-tuning on ASMR alone forget ordinary speech? The paper's Table IV in small, on the built-in model.
-# Stage one goes on from MODEL with ordinary voices only. Stage two goes on from stage one for as many steps, once with
-# ASMR only and once with both, one to one. Then each model speaks the four tasks, and all are judged alike.
+# Stage one goes on from MODEL with ordinary voices only. Stage two goes on from stage one, once with ASMR only and once
+# with both, one to one, for the same number of steps. Then each model speaks the four tasks, and all are judged alike.
 #
 #   bash launch/mixture.sh CORPUS OUT [FEATURES]     CORPUS: records with the split test, such as
 #                                                    WORK/corpus/records/synthetic/1.0.0 of launch/mini.sh
@@ -25,8 +25,7 @@ read -r -a extra_table <<<"${EXTRA_TABLE:-}"
 python="${PYTHON:-python}"
 # a constant rate, as in the paper's stage two; the paper's 1e-5 is for a network 60 times as large and many more steps
 rate=(--set=optim.lr=5e-4 --set=optim.schedule=constant --set=optim.warmup_steps=50)
-declare -A steps=([stage_one_flow]=300 [asmr_only_flow]=300 [mixture_flow]=300)
-steps+=([stage_one_lm]=200 [asmr_only_lm]=100 [mixture_lm]=100)
+declare -A steps=([stage_one_flow]=300 [asmr_only_flow]=300 [mixture_flow]=300 [stage_one_lm]=200 [asmr_only_lm]=100 [mixture_lm]=100)
 declare -A heard=([stage_one]=normal [asmr_only]=asmr [mixture]=normal,asmr)
 declare -A weights=([stage_one]=1 [asmr_only]=1 [mixture]=1,1)
 mkdir -p "$out/runs" "$out/models"
@@ -46,7 +45,8 @@ step() { # name, command...: runs the command once
 train() { # name of the model, network, start: a run of configs/mini.py, exported into the model
   "$python" -m deepasmr_jax.train "--config=configs/mini.py:$2" "--workdir=$out/runs/$1_$2" "--export=$out/models/$1" \
     "--set=init_from=$3" "--set=data.data_dirs=$features" "--set=data.styles=${heard[$1]}" \
-    "--set=data.style_weights=${weights[$1]}" "--set=steps=${steps[$1_$2]}" "${rate[@]}" "${extra[@]}" --stopped-exit=75 # a run that was stopped early is not done
+    "--set=data.style_weights=${weights[$1]}" "--set=steps=${steps[$1_$2]}" "${rate[@]}" \
+    "${extra[@]}" --stopped-exit=75 # a run that was stopped early is not done
 }
 
 if [ $# -lt 3 ]; then
