@@ -27,7 +27,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -250,7 +250,8 @@ def read_index(cfg: Config) -> Index:
 @functools.lru_cache(maxsize=16)
 def _index(folders: tuple[str, ...], split: str) -> Index:
     """Of one folder, or of several joined."""
-    mark = hashlib.sha256(repr([_shards(folder, split) for folder in folders]).encode()).hexdigest()[:12]
+    marks = "".join(files_mark(folder, [split]) for folder in folders)
+    mark = marks if len(folders) == 1 else hashlib.sha256(marks.encode()).hexdigest()[:12]
     path = Path(folders[0]) / f"index_{split}_{mark}.npy"
     names = path.with_suffix(".json")
     if path.exists() and names.exists():
@@ -270,10 +271,11 @@ def _index(folders: tuple[str, ...], split: str) -> Index:
     )
 
 
-def _shards(folder: str, split: str) -> list[tuple]:
-    """(name, bytes, time of the last change in s) of each file of a split."""
-    found = sorted(p for p in Path(folder).glob("[!.]*") if f"-{split}." in p.name)
-    return [(p.name, p.stat().st_size, int(p.stat().st_mtime)) for p in found]
+def files_mark(folder: str | os.PathLike, splits: Iterable[str]) -> str:
+    """12 hexadecimal digits of the names, bytes and times (s) of the files of splits: other records, other digits."""
+    paths = sorted(p for p in Path(folder).glob("[!.]*") if any(f"-{split}." in p.name for split in splits))
+    facts = [(p.name, p.stat().st_size, int(p.stat().st_mtime)) for p in paths]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 def _scan(folder: str, split: str) -> tuple[np.ndarray, list[list[str]]]:

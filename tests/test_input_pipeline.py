@@ -1,6 +1,10 @@
 """Order, packing, mixtures and rows of the data pipeline, on noise records."""
 
 import dataclasses
+import os
+import pickle
+import shutil
+from pathlib import Path
 
 import fixture_data
 import numpy as np
@@ -304,14 +308,53 @@ def test_spelled_words_keep_the_row_within_its_length(folder):
     assert texts(plain) != texts(spelled)
 
 
-def test_the_index_is_read_from_its_file_the_second_time(folder, monkeypatch):
+def test_the_index_is_read_from_its_file_the_second_time_and_made_again_for_other_records(
+    folder, tmp_path, monkeypatch
+):
     cfg = make_config(folder, "lm")
     first = input_pipeline.read_index(cfg)
     input_pipeline._index.cache_clear()
-    monkeypatch.setattr(input_pipeline, "_Source", None)
-    second = input_pipeline.read_index(cfg)
-    for field in dataclasses.fields(first):
-        assert np.array_equal(getattr(first, field.name), getattr(second, field.name))
+    with monkeypatch.context() as patched:
+        patched.setattr(input_pipeline, "_Source", None)
+        second = input_pipeline.read_index(cfg)
+    sent = pickle.dumps(second)  # to a worker process
+    for index in (second, pickle.loads(sent)):
+        assert isinstance(index.num_samples, np.memmap)
+        for field in dataclasses.fields(first):
+            assert np.array_equal(getattr(first, field.name), getattr(index, field.name))
+    path = Path(first.voice.filename)
+    assert 24 * 48 < path.stat().st_size < 24 * 48 + 256 and len(sent) < 2000
+    shard = next(Path(folder).glob("noise-train*"))
+    shutil.copy2(shard, tmp_path / "shard")
+    os.utime(shard, (0, 0))  # rewritten, if with as many bytes
+    input_pipeline._index.cache_clear()
+    assert input_pipeline.read_index(cfg).voice.filename != str(path)
+    shutil.copystat(tmp_path / "shard", shard)
+
+
+def test_the_index_of_two_folders_is_that_of_both_one_after_the_other(folder, tmp_path):
+    other = fixture_data.write(tmp_path, {"train": 20}, num_speakers=5)
+    both = input_pipeline.read_index(
+        dataclasses.replace(make_config(folder, "lm"), data_dirs=(folder, other))
+    )
+    assert isinstance(both.num_samples, np.memmap)
+    parts = [input_pipeline.read_index(make_config(f, "lm")) for f in (folder, other)]
+    for name in ("pair", "num_samples", "num_tokens", "num_text"):
+        assert np.array_equal(getattr(both, name), np.concatenate([getattr(p, name) for p in parts]))
+    for name in ("speakers", "styles", "languages"):
+        found = [getattr(p, name)[p.voice] for p in parts]
+        assert np.array_equal(getattr(both, name)[both.voice], np.concatenate(found))
+    assert len(both.speakers) == 10
+
+
+def test_an_index_that_cannot_be_kept_is_held_in_memory(tmp_path, monkeypatch, capsys):
+    folder = fixture_data.write(tmp_path, {"train": 8})
+    monkeypatch.setattr(
+        input_pipeline.files, "write_text", lambda *a: (_ for _ in ()).throw(OSError("read-only"))
+    )
+    index = input_pipeline.read_index(make_config(folder, "lm"))
+    assert len(index) == len(pickle.loads(pickle.dumps(index))) == 8
+    assert "is not kept: read-only" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
