@@ -366,7 +366,8 @@ class Mixture:
             if weight > 0 and len(pool) == 0:
                 found = ", ".join(sorted(set(index.styles.tolist())))
                 raise ValueError(
-                    f"no usable record of style {style!r} in split {cfg.split!r}; styles there: {found}"
+                    f"no usable record of style {style!r} in split {cfg.split!r}; styles there: {found}; give style "
+                    f"{style!r} the share 0 in data.style_weights (now {cfg.style_weights}), or add such records"
                 )
         total = sum(len(p) for p, w in zip(pools, cfg.style_weights, strict=True) if w > 0)
         # a share of the hours is one of the utterances where these are equally long
