@@ -16,7 +16,7 @@ from deepasmr_jax.train import Mesh, Optim, TrainConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         component="flow",
-        model=flow.deepasmr(remat="dots"),
+        model=flow.deepasmr(activation_dtype="bfloat16", remat="dots"),
         data=input_pipeline.Config(
             stage="flow",
             batch_size=240,

@@ -1,9 +1,10 @@
 """Layers shared by models of the package: linear, norms, SwiGLU, rotary positions, attention, grouped convolution, CTC.
 
-Mixed precision, in one place: weights and activations are float32; a product casts only its two operands to
-`dtype`, forward and backward, and accumulates in float32. Norms, softmax and rotary angles are float32
-whatever `dtype` is. No layer stores a `dtype`: the caller passes that of its config, or "float32" where a product
-stays exact, so one loaded model runs in either.
+Mixed precision, in one place: weights are float32; a product casts only its two operands to `dtype`, forward and
+backward, and accumulates in float32. What lies between products is float32, or, where a layer is called with
+`result` bfloat16, rounded to that: half the memory traffic, which bounds the large models on a TPU (docs/plan.md).
+Norms, softmax and rotary angles are computed in float32 whatever the types are. No layer stores a type: the caller
+passes those of its config, or "float32" where a product stays exact, so one loaded model runs in either.
 Sharding: kernels are split as their axis names say (`sharding.AXES`); an activation keeps the split of its
 leading axes and has its last axis split only where the kernel's output axis is on `model`.
 
@@ -15,7 +16,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from deepasmr_jax.sharding import AXES, spec
@@ -24,10 +27,11 @@ from deepasmr_jax.sharding import AXES, spec
 # its rows alone do
 BY_HEAD_SCORES = 2**18
 MASKED = -1e30  # score of a forbidden pair: finite, so that a row with no allowed key gives no NaN
-# what the backward pass computes anew of a layer: nothing, all but matrix products, everything
+# what the backward pass computes anew of a layer: nothing, all but what `Linear` and the attention kernel gave (named
+# after the rounding, so that bfloat16 is kept as such), everything
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -93,11 +97,12 @@ class Linear(nnx.Module):
         self.use_bias = use_bias
         self.out_axis = axes[1]
 
-    def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
-        """[..., in] any float type -> [..., out] float32 by a product in `dtype`; the leading axes keep their split."""
+    def __call__(self, x: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
+        """[..., in] any float type -> [..., out] in `result` by a product in `dtype`; leading axes keep their split."""
         out = like(x, self.out_axis)
         y = product("...i,io->...o", x, self.kernel[...], dtype, out)
-        return y + self.bias[...] if self.use_bias else y
+        y = y + self.bias[...] if self.use_bias else y
+        return checkpoint_name(y.astype(result), "product")
 
 
 def product(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding: PartitionSpec) -> jax.Array:
@@ -256,9 +261,10 @@ class SwiGLU(nnx.Module):
         self.up = Linear(width, mlp_width, ("embed", "mlp"), **options)
         self.down = Linear(mlp_width, width, ("mlp", "embed"), **options)
 
-    def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
-        """[..., D] -> [..., D] float32; products in `dtype`."""
-        return self.down(jax.nn.silu(self.gate(x, dtype)) * self.up(x, dtype), dtype)
+    def __call__(self, x: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
+        """[..., D] -> [..., D] in `result`; products in `dtype`."""
+        gate, up = (f(x, dtype, result).astype(jnp.float32) for f in (self.gate, self.up))
+        return self.down((jax.nn.silu(gate) * up).astype(result), dtype, result)
 
 
 def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = False) -> jax.Array:
@@ -287,6 +293,8 @@ def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = 
     frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies  # [B, N, 1, E/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if x.dtype == jnp.bfloat16:
+        return _rotary_by_product(x, cos, sin, interleaved)
     full = x.astype(jnp.float32)
     first, second = (full[..., ::2], full[..., 1::2]) if interleaved else jnp.split(full, 2, axis=-1)
     turned = first * cos - second * sin, second * cos + first * sin
@@ -294,6 +302,26 @@ def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = 
         pairs = jnp.stack(turned, axis=-1)
         return jnp.reshape(pairs, x.shape, out_sharding=PartitionSpec(*axes_of(x))).astype(x.dtype)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _rotary_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
+    """`rotary` of bfloat16 heads, whose partners are fetched by a product with a matrix of 0, 1 and -1: exact.
+
+    A TPU moves values between the channels of a vector slowly; slices of half a head were padded to four times
+    their size and took as long as an MLP (docs/plan.md).
+    """
+    size = x.shape[-1]
+    first, second = (
+        (slice(0, size, 2), slice(1, size, 2)) if interleaved else (slice(size // 2), slice(size // 2, size))
+    )
+    channels = np.arange(size)
+    partner = np.zeros((size, size), np.float32)
+    partner[channels[second], channels[first]], partner[channels[first], channels[second]] = -1.0, 1.0
+    turned = jnp.einsum(
+        "bnhe,ef->bnhf", x, jnp.asarray(partner, x.dtype), out_sharding=PartitionSpec(*axes_of(x))
+    )
+    cos, sin = (jnp.repeat(y, 2, -1) if interleaved else jnp.concatenate([y, y], -1) for y in (cos, sin))
+    return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def split_heads(x: jax.Array, num_heads: int, name: str = "heads") -> jax.Array:
@@ -344,7 +372,7 @@ def attention(
             with the query's id, all others being padding. A TPU kernel needs no more than that.
 
     Returns:
-        [B, N, H, E] float32.
+        [B, N, H, E] in the type of `q`.
 
     Raises:
         ValueError: if K does not divide H.
@@ -370,7 +398,7 @@ def attention(
     tokens = axes_of(q)[1]
     num_scores = q.shape[1] * q.shape[2] * k.shape[1]
     attend = _attend_at_once if tokens or num_scores < BY_HEAD_SCORES else _attend
-    return attend(q, k, v, mask, dtype)
+    return attend(q, k, v, mask, dtype).astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -482,7 +510,7 @@ def _attend_by_kernel(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    rows = PartitionSpec(*axes_of(q))
+    rows, out_type = PartitionSpec(*axes_of(q)), q.dtype
     length = q.shape[1]
     extra = -length % 128
     if query_ids is None:
@@ -493,8 +521,16 @@ def _attend_by_kernel(
     # one block of queries at a time; a causal kernel skips blocks of keys, the other keeps all keys on the chip
     block = next(n for n in (512, 384, 256, 128) if size % n == 0)
     keys = block if is_causal or size > 2048 else size
+    # one backward kernel for all gradients gives a part of that of the queries for each block of keys; summing these
+    # up took longer than a kernel of its own
+    own = {} if keys == size else dict(block_q_dq=block, block_kv_dq=keys)
     blocks = splash.splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=keys, block_q_dkv=block, block_kv_dkv=keys, use_fused_bwd_kernel=True
+        block_q=block,
+        block_kv=keys,
+        block_q_dkv=block,
+        block_kv_dkv=keys,
+        use_fused_bwd_kernel=not own,
+        **own,
     )
 
     def local(q, k, v, query_ids, key_ids):
@@ -506,10 +542,11 @@ def _attend_by_kernel(
         )((size, size))
         mask = splash.splash_attention_mask.MultiHeadMask([one] * q.shape[1])
         kernel = splash.splash_attention_kernel.make_splash_mha(
-            mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret
-        )
+            mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret,
+            residual_checkpoint_name="attention",
+        )  # fmt: skip
         y = jax.vmap(kernel)(q, k, v, splash.splash_attention_kernel.SegmentIds(*ids))
-        return jnp.moveaxis(y[:, :, :length], 1, 2).astype(jnp.float32)
+        return jnp.moveaxis(y[:, :, :length], 1, 2).astype(out_type)
 
     ids = PartitionSpec(rows[0], None)
     heads = PartitionSpec(rows[0], None, rows[2], None)
