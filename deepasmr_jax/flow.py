@@ -371,6 +371,18 @@ def token_index(cfg: Config, num_tokens: int) -> np.ndarray:
     return np.minimum(first_frames * denominator // numerator, num_tokens - 1).astype(np.int32)
 
 
+def forward_flops(cfg: Config, num_rows: int, num_tokens: int) -> float:
+    """FLOPs of the products of one velocity over full rows of `num_tokens` speech tokens."""
+    positions, heads = -(-num_frames(cfg, num_tokens) // cfg.patch_frames), cfg.num_heads * cfg.head_dim
+    frame, width = cfg.patch_frames * cfg.mel_bins, cfg.width
+    layer = 4 * width * heads + 2 * cfg.mlp_ratio * width**2 + width**2  # half of them merge 2 D to D
+    ends = (2 * frame + cfg.token_width) * width + frame * width
+    ends += 2 * cfg.conv_kernel * width * width // cfg.conv_groups
+    pairs = (positions + 1) ** 2  # one position more, of the time
+    each = (positions + 1) * cfg.num_layers * layer + positions * ends
+    return 2.0 * num_rows * (each + cfg.num_layers * 2 * heads * pairs)
+
+
 def embed_tokens(model: Decoder, cfg: Config, speech_tokens: jax.Array, keep: jax.Array) -> jax.Array:
     """Token embeddings at the positions of the Transformer.
 

@@ -348,6 +348,18 @@ def _mask(batch: dict[str, jax.Array]) -> jax.Array:
     return (segments[:, :, None] == segments[:, None, :]) & (positions[:, :, None] >= positions[:, None, :])
 
 
+def forward_flops(cfg: Config, num_rows: int, num_tokens: int) -> float:
+    """FLOPs of the products of one forward pass over full rows of `num_tokens` positions, head included.
+
+    Of attention the causal half counts, whatever is computed: scores that the mask forbids are not needed.
+    """
+    heads = cfg.num_heads * cfg.head_dim
+    layer = cfg.width * (2 * heads + 2 * cfg.num_kv_heads * cfg.head_dim + 3 * cfg.mlp_width)
+    each = cfg.num_layers * layer + cfg.width * cfg.num_speech_rows
+    pairs = num_tokens * (num_tokens + 1) / 2
+    return 2.0 * num_rows * (num_tokens * each + cfg.num_layers * 2 * heads * pairs)
+
+
 def logits(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Array:
     """Speech logits [B, N, V] float32 of packed rows; arguments as in `hidden`."""
     return model.head(hidden(model, cfg, batch), cfg.dtype)
