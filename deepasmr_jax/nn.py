@@ -125,12 +125,14 @@ def product(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding:
     return _low_product(equation, x, y, dtype, out_sharding)
 
 
-def _einsum(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding: PartitionSpec) -> jax.Array:
-    """Einsum with operands cast to `dtype`, float32 result."""
+def _einsum(
+    equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding: PartitionSpec, result=jnp.float32
+) -> jax.Array:
+    """Einsum with operands cast to `dtype`, result float32 unless another type is given."""
     x, y = x.astype(dtype), y.astype(dtype)
 
     def once(x, y):
-        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+        return jnp.einsum(equation, x, y, preferred_element_type=result, out_sharding=out_sharding)
 
     at = None if dtype == "float32" else _single_row(equation, x)
     if at is None:
@@ -155,7 +157,10 @@ def _single_row(equation: str, x: jax.Array) -> int | None:
     return next((i for i in reversed(rows) if axes_of(x)[i] is None), None)
 
 
-_low_product = jax.custom_vjp(_einsum, nondiff_argnums=(0, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _low_product(equation, x, y, dtype, out_sharding):
+    """`_einsum` whose backward pass has its operands in `dtype` too."""
+    return _einsum(equation, x, y, dtype, out_sharding)
 
 
 def _low_product_forward(equation, x, y, dtype, out_sharding):
@@ -170,9 +175,10 @@ def _low_product_backward(equation, dtype, out_sharding, saved, gradient):
     inputs, out = equation.split("->")
     left, right = inputs.split(",")
     x_split, y_split = PartitionSpec(*axes_of(x)), PartitionSpec(*axes_of(y))
-    x_gradient = _einsum(f"{out},{right}->{left}", gradient, y, dtype, x_split)
-    y_gradient = _einsum(f"{left},{out}->{right}", x, gradient, dtype, y_split)
-    return x_gradient.astype(x_type.dtype), y_gradient.astype(y_type.dtype)
+    # rounded in the product: where several gradients are summed up, XLA would store each in float32
+    x_gradient = _einsum(f"{out},{right}->{left}", gradient, y, dtype, x_split, x_type.dtype)
+    y_gradient = _einsum(f"{left},{out}->{right}", x, gradient, dtype, y_split, y_type.dtype)
+    return x_gradient, y_gradient
 
 
 _low_product.defvjp(_low_product_forward, _low_product_backward)
@@ -263,8 +269,28 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
         """[..., D] -> [..., D] in `result`; products in `dtype`."""
-        gate, up = (f(x, dtype, result).astype(jnp.float32) for f in (self.gate, self.up))
-        return self.down((jax.nn.silu(gate) * up).astype(result), dtype, result)
+        gate, up = (f(x, dtype, result) for f in (self.gate, self.up))
+        gated = _gated if result == "float32" else _gated_once
+        return self.down(gated(gate, up), dtype, result)
+
+
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up` in float32, rounded to the type of `gate`."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+@jax.custom_vjp
+def _gated_once(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`_gated`, whose two gradients are stored: XLA would make each anew, from two arrays, where it is used."""
+    return _gated(gate, up)
+
+
+def _gated_backward(saved, gradient):
+    """Gradients of gate and up."""
+    return jax.lax.optimization_barrier(jax.vjp(_gated, *saved)[1](gradient))
+
+
+_gated_once.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
 
 
 def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = False) -> jax.Array:
@@ -310,6 +336,7 @@ def _rotary_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved
     A TPU moves values between the channels of a vector slowly; slices of half a head were padded to four times
     their size and took as long as an MLP (docs/plan.md).
     """
+    x = jax.lax.optimization_barrier(x)  # else XLA brings the heads into their order twice, once as float32
     size = x.shape[-1]
     first, second = (
         (slice(0, size, 2), slice(1, size, 2)) if interleaved else (slice(size // 2), slice(size // 2, size))
