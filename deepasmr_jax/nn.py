@@ -27,12 +27,12 @@ from deepasmr_jax.sharding import AXES, spec
 # its rows alone do
 BY_HEAD_SCORES = 2**18
 MASKED = -1e30  # score of a forbidden pair: finite, so that a row with no allowed key gives no NaN
-# what the backward pass computes anew of a layer: nothing, all but what `Linear` and the attention kernel gave (named
-# after the rounding, so that bfloat16 is kept as such), everything
+# what the backward pass computes anew of a layer: nothing, all but what `Linear` and the attention kernel of a TPU gave
+# (named after the rounding, so that bfloat16 is kept as such), all but what that kernel gave
 REMAT = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 
 
@@ -100,13 +100,20 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
         """[..., in] any float type -> [..., out] in `result` by a product in `dtype`; leading axes keep their split."""
         out = like(x, self.out_axis)
-        y = product("...i,io->...o", x, self.kernel[...], dtype, out)
+        y = product("...i,io->...o", x, self.kernel[...], dtype, out, "float32" if self.use_bias else result)
         y = y + self.bias[...] if self.use_bias else y
         return checkpoint_name(y.astype(result), "product")
 
 
-def product(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding: PartitionSpec) -> jax.Array:
-    """Einsum of two arrays with operands in `dtype`, accumulated and returned in float32.
+def product(
+    equation: str,
+    x: jax.Array,
+    y: jax.Array,
+    dtype: str,
+    out_sharding: PartitionSpec,
+    result: str = "float32",
+) -> jax.Array:
+    """Einsum of two arrays with operands in `dtype`, accumulated in float32.
 
     The two products of the backward pass have their operands in `dtype` as well; left to itself, JAX would
     multiply the float32 gradient and run at float32 speed.
@@ -117,12 +124,13 @@ def product(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding:
         y: right operand, any float type.
         dtype: float32 or bfloat16.
         out_sharding: split of the result.
+        result: type of the result. Rounded here and not by the caller, as XLA would then go on with float32.
     """
     if "..." in equation:
         equation = equation.replace("...", "ABCDEFG"[: x.ndim - len(equation.split(",")[0]) + 3])
     if dtype == "float32":
-        return _einsum(equation, x, y, dtype, out_sharding)
-    return _low_product(equation, x, y, dtype, out_sharding)
+        return _einsum(equation, x, y, dtype, out_sharding).astype(result)
+    return _low_product(equation, x, y, dtype, out_sharding, result)
 
 
 def _einsum(
@@ -157,19 +165,19 @@ def _single_row(equation: str, x: jax.Array) -> int | None:
     return next((i for i in reversed(rows) if axes_of(x)[i] is None), None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def _low_product(equation, x, y, dtype, out_sharding):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def _low_product(equation, x, y, dtype, out_sharding, result):
     """`_einsum` whose backward pass has its operands in `dtype` too."""
-    return _einsum(equation, x, y, dtype, out_sharding)
+    return _einsum(equation, x, y, dtype, out_sharding, result)
 
 
-def _low_product_forward(equation, x, y, dtype, out_sharding):
+def _low_product_forward(equation, x, y, dtype, out_sharding, result):
     """Result, and what the backward pass needs: the rounded operands and empty arrays of their own types."""
-    out = _einsum(equation, x, y, dtype, out_sharding)
+    out = _einsum(equation, x, y, dtype, out_sharding, result)
     return out, (x.astype(dtype), y.astype(dtype), jnp.zeros(0, x.dtype), jnp.zeros(0, y.dtype))
 
 
-def _low_product_backward(equation, dtype, out_sharding, saved, gradient):
+def _low_product_backward(equation, dtype, out_sharding, result, saved, gradient):
     """Gradients of both operands; each keeps the split of its operand."""
     x, y, x_type, y_type = saved
     inputs, out = equation.split("->")
