@@ -367,7 +367,7 @@ def _product_flops(x: _Instruction, operands: list[_Instruction]) -> float:
 def _kernel_flops(x: _Instruction, operands: list[_Instruction]) -> float:
     """FLOPs of a kernel: as it states itself, or those of JAX's splash attention.
 
-    Splash attention works on whole blocks; a causal one has a grid of them, and skips those above the diagonal.
+    Splash attention works on whole blocks; a causal one has a square grid of them, and skips those above the diagonal.
     """
     if stated := re.search(r'"flops"\s*:\s*"?(\d+)', x.rest):
         return float(stated.group(1))
@@ -377,7 +377,7 @@ def _kernel_flops(x: _Instruction, operands: list[_Instruction]) -> float:
     shapes = [o.shapes[0] for o in operands if o.shapes]
     queries, keys = [sizes for item, sizes, _ in shapes if item == "bf16" and len(sizes) > 2][:2]
     grids = [sizes for item, sizes, _ in shapes if item == "s8" and len(sizes) == 3]
-    blocks = keys[-2] // (queries[-2] // grids[0][-2]) if grids else 1
+    blocks = min(grids[0][-2:]) if grids else 1  # of keys: all at once without a causal mask
     share = (blocks + 1) / (2 * blocks)
     is_fused = any(
         len(sizes) > len(queries) for _, sizes, _ in x.shapes

@@ -344,19 +344,21 @@ def _rotary_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved
     A TPU moves values between the channels of a vector slowly; slices of half a head were padded to four times
     their size and took as long as an MLP (docs/plan.md).
     """
-    x = jax.lax.optimization_barrier(x)  # else XLA brings the heads into their order twice, once as float32
     size = x.shape[-1]
-    first, second = (
-        (slice(0, size, 2), slice(1, size, 2)) if interleaved else (slice(size // 2), slice(size // 2, size))
-    )
     channels = np.arange(size)
-    partner = np.zeros((size, size), np.float32)
-    partner[channels[second], channels[first]], partner[channels[first], channels[second]] = -1.0, 1.0
-    turned = jnp.einsum(
-        "bnhe,ef->bnhf", x, jnp.asarray(partner, x.dtype), out_sharding=PartitionSpec(*axes_of(x))
+    first, second = (
+        (channels[::2], channels[1::2]) if interleaved else (channels[: size // 2], channels[size // 2 :])
     )
+    partner = np.zeros((size, size), np.float32)
+    partner[second, first], partner[first, second] = -1.0, 1.0
+    # heads first, as the attention kernel wants them, and once: else XLA reorders the heads also as float32
+    x, cos, sin = (jnp.moveaxis(y, 2, 1) for y in (x, cos, sin))
+    x = jax.lax.optimization_barrier(x)
+    split = PartitionSpec(*axes_of(x))
+    turned = jnp.einsum("bhne,ef->bhnf", x, jnp.asarray(partner, x.dtype), out_sharding=split)
     cos, sin = (jnp.repeat(y, 2, -1) if interleaved else jnp.concatenate([y, y], -1) for y in (cos, sin))
-    return (x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin).astype(x.dtype)
+    y = x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin
+    return jnp.moveaxis(y.astype(x.dtype), 1, 2)
 
 
 def split_heads(x: jax.Array, num_heads: int, name: str = "heads") -> jax.Array:

@@ -132,6 +132,10 @@ def test_an_attention_kernel_counts_its_blocks_up_to_the_diagonal():
         return hlo.count("\n".join(["ENTRY %main () -> bf16[] {", *lines, *rest, "}"])).flops / one
 
     assert products(("dq", shapes["q"]), ("dkv", f"({shapes['k']}, {shapes['k']})")) == 2 + 3 + 4
+    every = {"grid": "s8[1,4,1]{2,1,0}"}  # no causal mask: all keys for each block of queries
+    lines[0] = f"  %grid = {every['grid']} parameter(0)"
+    assert products(("dq", shapes["q"])) == (2 + 3) * 16 / 10
+    lines[0] = f"  %grid = {shapes['grid']} parameter(0)"
     parts = "bf16[8,4,14,2048,64]{4,3,2,1,0}"
     assert products(("dkv", f"({parts}, {shapes['k']}, {shapes['k']})")) == 2 + 5
 
