@@ -100,7 +100,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
         """[..., in] any float type -> [..., out] in `result` by a product in `dtype`; leading axes keep their split."""
         out = like(x, self.out_axis)
-        y = product("...i,io->...o", x, self.kernel[...], dtype, out, "float32" if self.use_bias else result)
+        y = product("...i,io->...o", x, self.kernel[...], dtype, out, result)
         y = y + self.bias[...] if self.use_bias else y
         return checkpoint_name(y.astype(result), "product")
 
