@@ -1,6 +1,6 @@
 """Stage two of the flow decoder at full size: ordinary and ASMR speech one to one, prompts in a random style.
 
-What: 40 epochs over 1,000 h, Adam at a constant 1e-5 (DeepASMR, training set-up). A row of 768 tokens holds
+What: 40 epochs over 1,000 h, Adam at a constant 1e-5 (DeepASMR, training set-up). A row of 767 tokens holds
   about 450 tokens of target, so an epoch of 90 M tokens is about 830 steps of 240 rows: 33,000 steps.
 Command: python -m deepasmr_jax.train --config=configs/flow_asmr.py --workdir=RUN
   --set=data.data_dirs=FEATURES --set=init_from=RUN_OF_STAGE_ONE/export

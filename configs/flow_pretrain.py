@@ -2,7 +2,7 @@
 
 What: 24 layers of width 1024, 337 M parameters, mel profile cv2 (24 kHz, 50 frames/s), 250,000 steps, Adam,
   Noam with 10,000 warm-up steps and peak 1e-5 (DeepASMR, training set-up). 23,000 frames a GPU, 8 GPUs and
-  accumulation 2 are 240 rows of 768 tokens (1536 frames).
+  accumulation 2 are 240 rows of 767 tokens (1534 frames).
 Command: python -m deepasmr_jax.train --config=configs/flow_pretrain.py --workdir=RUN
   --set=data.data_dirs=FEATURES where FEATURES was made with `data/add_features.py --mel-profile cv2`.
 Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
@@ -16,11 +16,11 @@ from deepasmr_jax.train import Mesh, Optim, TrainConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         component="flow",
-        model=flow.deepasmr(remat="dots"),
+        model=flow.deepasmr(activation_dtype="bfloat16", remat="full"),
         data=input_pipeline.Config(
             stage="flow",
             batch_size=240,
-            num_tokens=768,
+            num_tokens=767,  # with the time 1535 positions, three blocks of attention; one more would be padded to 1664
             mel_profile="cv2",
             styles=("normal",),
             style_weights=(1.0,),

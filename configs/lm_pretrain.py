@@ -19,7 +19,7 @@ from deepasmr_jax.train import Mesh, Optim, TrainConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         component="lm",
-        model=lm.cosyvoice2(),
+        model=lm.cosyvoice2(activation_dtype="bfloat16"),
         data=input_pipeline.Config(
             stage="lm",
             batch_size=128,

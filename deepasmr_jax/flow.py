@@ -53,6 +53,7 @@ class Config:
             for uniform u, which spends most steps where the shape of the mel is still open (CosyVoice2).
         dtype: type of the operands of matrix products.
         attention_dtype: the same for the two products inside attention.
+        activation_dtype: type of what is kept between products in the layers.
         remat: "none", "full" (recompute each layer in the backward pass) or "dots" (keep matrix products).
         unroll: layers per iteration of the loop over layers; 1 compiles fastest.
     """
@@ -82,6 +83,7 @@ class Config:
     train_schedule: str = "uniform"
     dtype: str = "bfloat16"
     attention_dtype: str = "float32"
+    activation_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
 
@@ -110,6 +112,7 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
         nn.check_dtype(self.dtype)
         nn.check_dtype(self.attention_dtype, "attention_dtype")
+        nn.check_dtype(self.activation_dtype, "activation_dtype")
         if self.train_schedule not in ("uniform", "cosine"):
             raise ValueError(f"train_schedule is {self.train_schedule!r}; use 'uniform' or 'cosine'")
         if self.remat not in nn.REMAT:
@@ -154,6 +157,7 @@ class ScaleNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] -> [..., D] float32; a zero vector stays zero."""
+        x = x.astype(jnp.float32)
         square = jnp.sum(x * x, axis=-1, keepdims=True)
         # the bound is on the square: E2 TTS bounds the length by 1e-12
         return x * (jax.lax.rsqrt(jnp.maximum(square, 1e-24)) * x.shape[-1] ** 0.5) * self.scale[...]
@@ -192,10 +196,11 @@ class Attention(nnx.Module):
             self.key_norm = nn.RMSNorm(cfg.head_dim)
 
     def __call__(self, x: jax.Array, mask: jax.Array, cfg: Config) -> jax.Array:
-        """[B, P, D] and the valid positions [B, P] -> [B, P, D] float32."""
-        q, k, v = (nn.split_heads(f(x, cfg.dtype), cfg.num_heads) for f in (self.query, self.key, self.value))
+        """[B, P, D] and the valid positions [B, P] -> [B, P, D] in cfg.activation_dtype."""
+        types = cfg.dtype, cfg.activation_dtype
+        q, k, v = (nn.split_heads(f(x, *types), cfg.num_heads) for f in (self.query, self.key, self.value))
         if cfg.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
+            q, k = self.query_norm(q).astype(q.dtype), self.key_norm(k).astype(k.dtype)
         positions = jnp.arange(x.shape[1])[None]
 
         def rotate(y):
@@ -205,7 +210,7 @@ class Attention(nnx.Module):
             return jnp.where((jnp.arange(cfg.num_heads) < cfg.rotary_heads)[:, None], turned, y)
 
         y = nn.attention(rotate(q), rotate(k), v, mask[:, None], dtype=cfg.attention_dtype)
-        return self.out(nn.merge_heads(y), cfg.dtype)
+        return self.out(nn.merge_heads(y), *types)
 
 
 class Block(nnx.Module):
@@ -222,13 +227,19 @@ class Block(nnx.Module):
         self.mlp_out = nn.Linear(hidden, cfg.width, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x, mask, cfg: Config, skip=None, key=None) -> jax.Array:
-        """[B, P, D] (and the skip, same shape) -> [B, P, D] float32."""
-        keys = (None, None) if key is None else jax.random.split(key)
+        """[B, P, D] (and the skip, same shape) -> [B, P, D], all in cfg.activation_dtype."""
+        types, keys = (
+            (cfg.dtype, cfg.activation_dtype),
+            (None, None) if key is None else jax.random.split(key),
+        )
         if skip is not None:
-            x = self.skip(jnp.concatenate([x, skip], axis=-1), cfg.dtype)
-        x = x + nn.dropout(self.attention(self.attention_norm(x), mask, cfg), cfg.dropout, keys[0])
-        hidden = jax.nn.gelu(self.mlp_in(self.mlp_norm(x), cfg.dtype), approximate=True)
-        return x + self.mlp_out(nn.dropout(hidden, cfg.dropout, keys[1]), cfg.dtype)
+            x = self.skip(jnp.concatenate([x, skip], axis=-1), *types)
+        x = x + nn.dropout(
+            self.attention(self.attention_norm(x).astype(x.dtype), mask, cfg), cfg.dropout, keys[0]
+        )
+        hidden = self.mlp_in(self.mlp_norm(x).astype(x.dtype), *types).astype(jnp.float32)
+        hidden = nn.dropout(jax.nn.gelu(hidden, approximate=True), cfg.dropout, keys[1])
+        return x + self.mlp_out(hidden.astype(cfg.activation_dtype), *types)
 
 
 def _token_table(key: jax.Array, cfg: Config) -> jax.Array:
@@ -287,7 +298,8 @@ class Decoder(nnx.Module):
         return x + y
 
     def layers(self, x, mask, cfg: Config, key=None) -> jax.Array:
-        """All layers with their skips: [B, P, D] -> [B, P, D] float32, before the last norm."""
+        """All layers with their skips: [B, P, D] -> [B, P, D] in cfg.activation_dtype, before the last norm."""
+        x = x.astype(cfg.activation_dtype)
         half = cfg.num_layers // 2
         use_dropout = key is not None and cfg.dropout > 0
         down_keys, up_keys = jax.random.split(key, (2, half)) if use_dropout else (None, None)
@@ -357,6 +369,18 @@ def token_index(cfg: Config, num_tokens: int) -> np.ndarray:
     numerator, denominator = cfg.frames_per_token
     first_frames = np.arange(0, num_frames(cfg, num_tokens), cfg.patch_frames)
     return np.minimum(first_frames * denominator // numerator, num_tokens - 1).astype(np.int32)
+
+
+def forward_flops(cfg: Config, num_rows: int, num_tokens: int) -> float:
+    """FLOPs of the products of one velocity over full rows of `num_tokens` speech tokens."""
+    positions, heads = -(-num_frames(cfg, num_tokens) // cfg.patch_frames), cfg.num_heads * cfg.head_dim
+    frame, width = cfg.patch_frames * cfg.mel_bins, cfg.width
+    layer = 4 * width * heads + 2 * cfg.mlp_ratio * width**2 + width**2  # half of them merge 2 D to D
+    ends = (2 * frame + cfg.token_width) * width + frame * width
+    ends += 2 * cfg.conv_kernel * width * width // cfg.conv_groups
+    pairs = (positions + 1) ** 2  # one position more, of the time
+    each = (positions + 1) * cfg.num_layers * layer + positions * ends
+    return 2.0 * num_rows * (each + cfg.num_layers * 2 * heads * pairs)
 
 
 def embed_tokens(model: Decoder, cfg: Config, speech_tokens: jax.Array, keep: jax.Array) -> jax.Array:

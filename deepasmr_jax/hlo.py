@@ -240,6 +240,9 @@ class _Reader:
             if x.kind in ("dot", "convolution"):
                 total.flops += _product_flops(x, operands)
             elif kind in COLLECTIVES:
+                users = [y for y in names.values() if x.name in y.operands]
+                if kind == "all-reduce" and users and all(y.kind == "dynamic-slice" for y in users):
+                    kind = "reduce-scatter"  # as the TPU backend writes it
                 total = total.plus(Cost(received={kind: _received(kind, x, operands)}))
             elif x.kind in ("fusion", "call", "async-start") and (called := _CALLED.search(x.rest)):
                 total = total.plus(self.inner(called.group(1)))
@@ -362,21 +365,26 @@ def _product_flops(x: _Instruction, operands: list[_Instruction]) -> float:
 
 
 def _kernel_flops(x: _Instruction, operands: list[_Instruction]) -> float:
-    """FLOPs of a kernel: as it states itself, or those of JAX's splash attention with the fused backward pass.
+    """FLOPs of a kernel: as it states itself, or those of JAX's splash attention.
 
-    Splash attention works on whole blocks; a causal one has a grid of them, and skips those above the diagonal.
+    Splash attention works on whole blocks; a causal one has a square grid of them, and skips those above the diagonal.
     """
     if stated := re.search(r'"flops"\s*:\s*"?(\d+)', x.rest):
         return float(stated.group(1))
-    found = re.match(r"splash_m[hq]a_(fwd|dkv)", x.name)
+    found = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", x.name)
     if not found:
         return 0.0
     shapes = [o.shapes[0] for o in operands if o.shapes]
     queries, keys = [sizes for item, sizes, _ in shapes if item == "bf16" and len(sizes) > 2][:2]
     grids = [sizes for item, sizes, _ in shapes if item == "s8" and len(sizes) == 3]
-    blocks = keys[-2] // (queries[-2] // grids[0][-2]) if grids else 1
+    blocks = min(grids[0][-2:]) if grids else 1  # of keys: all at once without a causal mask
     share = (blocks + 1) / (2 * blocks)
-    products = {"fwd": 2, "dkv": 5}[found.group(1)]  # the backward pass makes the scores anew
+    is_fused = any(
+        len(sizes) > len(queries) for _, sizes, _ in x.shapes
+    )  # parts of the gradient of the queries too
+    products = {"fwd": 2, "dq": 3, "dkv": 5 if is_fused else 4}[
+        found.group(1)
+    ]  # backward makes the scores anew
     return 2.0 * products * math.prod(queries) * keys[-2] * share
 
 

@@ -56,6 +56,9 @@ class Config:
     norm_eps: float = 1e-6
     init_std: float = 0.02
     dtype: str = "float32"  # operands of matrix products: float32 or bfloat16
+    activation_dtype: str = (
+        "float32"  # of what training keeps between them in the layers: float32 or bfloat16
+    )
     remat: str = "full"  # what the backward pass keeps of a layer: none (all), dots, full (nothing)
     z_loss: float = 0.0  # weight of logsumexp(logits)^2
     alignment_weight: float = 0.0  # of the supervised attention in `alignment_loss`; 0: none, needs no labels
@@ -72,6 +75,7 @@ class Config:
         if not 0 <= self.end_offset < self.num_special:
             raise ValueError(f"end_offset {self.end_offset} is outside 0..{self.num_special - 1}")
         nn.check_dtype(self.dtype)
+        nn.check_dtype(self.activation_dtype, "activation_dtype")
         if self.remat not in nn.REMAT:
             raise ValueError(f"remat {self.remat!r} is unknown; use one of {', '.join(nn.REMAT)}")
         if self.alignment_weight and not (
@@ -201,16 +205,20 @@ class Attention(nnx.Module):
 
     def __call__(self, x, positions, mask, cfg: Config, segments=None) -> jax.Array:
         """[B, N, D], positions [B, N], mask [B, N, N] (True = allowed), segments [B, N] or None -> [B, N, D]."""
-        q, k, v = (f(x, cfg.dtype) for f in (self.q, self.k, self.v))
+        types = cfg.dtype, cfg.activation_dtype
+        q, k, v = (f(x, *types) for f in (self.q, self.k, self.v))
         q = nn.rotary(nn.split_heads(q, cfg.num_heads), positions, cfg.rope_base)
         k = nn.rotary(nn.split_heads(k, cfg.num_kv_heads, "kv_heads"), positions, cfg.rope_base)
         v = nn.split_heads(v, cfg.num_kv_heads, "kv_heads")
         y = nn.attention(q, k, v, mask, dtype=cfg.dtype, causal_chunk=CAUSAL_CHUNK, segments=segments)
-        return self.o(nn.merge_heads(y), cfg.dtype)
+        return self.o(nn.merge_heads(y), *types)
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention and gated MLP, each after an RMS norm and added to its input."""
+    """One decoder layer: attention and gated MLP, each after an RMS norm and added to its input.
+
+    `x` and the result are of type cfg.activation_dtype.
+    """
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(cfg.init_std)
@@ -221,8 +229,9 @@ class Block(nnx.Module):
 
     def __call__(self, x, positions, mask, cfg: Config, segments=None) -> jax.Array:
         """[B, N, D], positions [B, N], mask [B, N, N], segments [B, N] or None -> [B, N, D]."""
-        x = x + self.attn(self.attn_norm(x), positions, mask, cfg, segments)
-        return x + self.mlp(self.mlp_norm(x), cfg.dtype)
+        result = cfg.activation_dtype
+        x = x + self.attn(self.attn_norm(x).astype(result), positions, mask, cfg, segments)
+        return x + self.mlp(self.mlp_norm(x).astype(result), cfg.dtype, result)
 
 
 class SpeechLM(nnx.Module):
@@ -272,21 +281,35 @@ def embed(model: "SpeechLM | DecodeWeights", tokens: jax.Array, kinds: jax.Array
     Returns:
         [B, N, D] float32.
     """
-    out = PartitionSpec(*nn.axes_of(tokens), None)
-
-    def rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-        # gathered whole first: looking up in a split table makes XLA replicate the activations instead
-        table = jax.sharding.reshard(table, PartitionSpec(None, None))
-        return table.at[ids].get(mode="clip", out_sharding=out)
-
     x = jnp.zeros((), jnp.float32)
     for table, ids, is_kind in (
         (model.text_table, tokens, kinds == TEXT),
         (model.speech_table, tokens, kinds == SPEECH),
         (model.marker_table, (kinds == TASK).astype(jnp.int32), (kinds == SOS) | (kinds == TASK)),
     ):
-        x = jnp.where(is_kind[..., None], rows(table[...], ids), x)
+        x = jnp.where(is_kind[..., None], _rows(table[...], ids), x)
     return x
+
+
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows `ids` [B, N] of a table [V, D], split like `ids`: [B, N, D] float32.
+
+    Of a table whose width is split over `data`, a chip looks up its columns for the ids of all chips that share the
+    table, and they exchange the columns they found. To gather the table, and to sum up its gradient, moved the
+    1.6 GB of a text table at every step; left to itself XLA replicates the activations.
+    """
+    split, batch = nn.axes_of(table)[1], nn.axes_of(ids)
+    if split != "data" or "data" not in (batch[0] or ()):
+        table = jax.sharding.reshard(table, PartitionSpec(None, None))
+        return table.at[ids].get(mode="clip", out_sharding=PartitionSpec(*batch, None))
+
+    def local(table, ids):
+        found = table.at[jax.lax.all_gather(ids, "data", axis=0, tiled=True)].get(mode="clip")
+        return jax.lax.all_to_all(found, "data", split_axis=0, concat_axis=2, tiled=True)
+
+    rows, out = PartitionSpec(batch[0], None), PartitionSpec(batch[0], None, None)
+    look_up = jax.shard_map(local, in_specs=(PartitionSpec(None, "data"), rows), out_specs=out)
+    return look_up(table, jax.sharding.reshard(ids, rows))
 
 
 def hidden(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Array:
@@ -314,7 +337,8 @@ def _run(
 
     if cfg.remat != "none":
         body = jax.checkpoint(body, policy=nn.REMAT[cfg.remat])
-    x, inputs = jax.lax.scan(body, embed(model, batch["tokens"], batch["kinds"]), model.layers)
+    x = embed(model, batch["tokens"], batch["kinds"]).astype(cfg.activation_dtype)
+    x, inputs = jax.lax.scan(body, x, model.layers)
     return model.norm(x), inputs
 
 
@@ -322,6 +346,18 @@ def _mask(batch: dict[str, jax.Array]) -> jax.Array:
     """[B, N, N], True where a position sees another one: earlier or the same, of its own segment."""
     positions, segments = batch["positions"], batch["segment_ids"]
     return (segments[:, :, None] == segments[:, None, :]) & (positions[:, :, None] >= positions[:, None, :])
+
+
+def forward_flops(cfg: Config, num_rows: int, num_tokens: int) -> float:
+    """FLOPs of the products of one forward pass over full rows of `num_tokens` positions, head included.
+
+    Of attention the causal half counts, whatever is computed: scores that the mask forbids are not needed.
+    """
+    heads = cfg.num_heads * cfg.head_dim
+    layer = cfg.width * (2 * heads + 2 * cfg.num_kv_heads * cfg.head_dim + 3 * cfg.mlp_width)
+    each = cfg.num_layers * layer + cfg.width * cfg.num_speech_rows
+    pairs = num_tokens * (num_tokens + 1) / 2
+    return 2.0 * num_rows * (num_tokens * each + cfg.num_layers * 2 * heads * pairs)
 
 
 def logits(model: SpeechLM, cfg: Config, batch: dict[str, jax.Array]) -> jax.Array:

@@ -169,7 +169,7 @@ def flops(function, *args) -> float:
 
     A multiplication with its addition counts as two, a scan as often as it runs, a `while` once, and of several
     branches the greatest; a `shard_map` as often as its work is split, a Pallas kernel as often as its grid has cells.
-    Attention counts as it is computed, masked scores included.
+    Attention counts as it is computed, masked scores included: `train.step_flops` has formulas for the LM and the flow.
 
     Args:
         function: of arrays.

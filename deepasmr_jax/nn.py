@@ -1,9 +1,10 @@
 """Layers shared by models of the package: linear, norms, SwiGLU, rotary positions, attention, grouped convolution, CTC.
 
-Mixed precision, in one place: weights and activations are float32; a product casts only its two operands to
-`dtype`, forward and backward, and accumulates in float32. Norms, softmax and rotary angles are float32
-whatever `dtype` is. No layer stores a `dtype`: the caller passes that of its config, or "float32" where a product
-stays exact, so one loaded model runs in either.
+Mixed precision, in one place: weights are float32; a product casts only its two operands to `dtype`, forward and
+backward, and accumulates in float32. What lies between products is float32, or, where a layer is called with
+`result` bfloat16, rounded to that: half the memory traffic, which bounds the large models on a TPU (docs/plan.md).
+Norms, softmax and rotary angles are computed in float32 whatever the types are. No layer stores a type: the caller
+passes those of its config, or "float32" where a product stays exact, so one loaded model runs in either.
 Sharding: kernels are split as their axis names say (`sharding.AXES`); an activation keeps the split of its
 leading axes and has its last axis split only where the kernel's output axis is on `model`.
 
@@ -15,7 +16,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from deepasmr_jax.sharding import AXES, spec
@@ -24,11 +27,12 @@ from deepasmr_jax.sharding import AXES, spec
 # its rows alone do
 BY_HEAD_SCORES = 2**18
 MASKED = -1e30  # score of a forbidden pair: finite, so that a row with no allowed key gives no NaN
-# what the backward pass computes anew of a layer: nothing, all but matrix products, everything
+# what the backward pass computes anew of a layer: nothing, all but what `Linear` and the attention kernel of a TPU gave
+# (named after the rounding, so that bfloat16 is kept as such), all but what that kernel gave
 REMAT = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+    "full": jax.checkpoint_policies.save_only_these_names("attention"),
 }
 
 
@@ -93,15 +97,23 @@ class Linear(nnx.Module):
         self.use_bias = use_bias
         self.out_axis = axes[1]
 
-    def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
-        """[..., in] any float type -> [..., out] float32 by a product in `dtype`; the leading axes keep their split."""
+    def __call__(self, x: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
+        """[..., in] any float type -> [..., out] in `result` by a product in `dtype`; leading axes keep their split."""
         out = like(x, self.out_axis)
-        y = product("...i,io->...o", x, self.kernel[...], dtype, out)
-        return y + self.bias[...] if self.use_bias else y
+        y = product("...i,io->...o", x, self.kernel[...], dtype, out, result)
+        y = y + self.bias[...] if self.use_bias else y
+        return checkpoint_name(y.astype(result), "product")
 
 
-def product(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding: PartitionSpec) -> jax.Array:
-    """Einsum of two arrays with operands in `dtype`, accumulated and returned in float32.
+def product(
+    equation: str,
+    x: jax.Array,
+    y: jax.Array,
+    dtype: str,
+    out_sharding: PartitionSpec,
+    result: str = "float32",
+) -> jax.Array:
+    """Einsum of two arrays with operands in `dtype`, accumulated in float32.
 
     The two products of the backward pass have their operands in `dtype` as well; left to itself, JAX would
     multiply the float32 gradient and run at float32 speed.
@@ -112,20 +124,23 @@ def product(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding:
         y: right operand, any float type.
         dtype: float32 or bfloat16.
         out_sharding: split of the result.
+        result: type of the result. Rounded here and not by the caller, as XLA would then go on with float32.
     """
     if "..." in equation:
         equation = equation.replace("...", "ABCDEFG"[: x.ndim - len(equation.split(",")[0]) + 3])
     if dtype == "float32":
-        return _einsum(equation, x, y, dtype, out_sharding)
-    return _low_product(equation, x, y, dtype, out_sharding)
+        return _einsum(equation, x, y, dtype, out_sharding).astype(result)
+    return _low_product(equation, x, y, dtype, out_sharding, result)
 
 
-def _einsum(equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding: PartitionSpec) -> jax.Array:
-    """Einsum with operands cast to `dtype`, float32 result."""
+def _einsum(
+    equation: str, x: jax.Array, y: jax.Array, dtype: str, out_sharding: PartitionSpec, result=jnp.float32
+) -> jax.Array:
+    """Einsum with operands cast to `dtype`, result float32 unless another type is given."""
     x, y = x.astype(dtype), y.astype(dtype)
 
     def once(x, y):
-        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding)
+        return jnp.einsum(equation, x, y, preferred_element_type=result, out_sharding=out_sharding)
 
     at = None if dtype == "float32" else _single_row(equation, x)
     if at is None:
@@ -150,24 +165,28 @@ def _single_row(equation: str, x: jax.Array) -> int | None:
     return next((i for i in reversed(rows) if axes_of(x)[i] is None), None)
 
 
-_low_product = jax.custom_vjp(_einsum, nondiff_argnums=(0, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def _low_product(equation, x, y, dtype, out_sharding, result):
+    """`_einsum` whose backward pass has its operands in `dtype` too."""
+    return _einsum(equation, x, y, dtype, out_sharding, result)
 
 
-def _low_product_forward(equation, x, y, dtype, out_sharding):
+def _low_product_forward(equation, x, y, dtype, out_sharding, result):
     """Result, and what the backward pass needs: the rounded operands and empty arrays of their own types."""
-    out = _einsum(equation, x, y, dtype, out_sharding)
+    out = _einsum(equation, x, y, dtype, out_sharding, result)
     return out, (x.astype(dtype), y.astype(dtype), jnp.zeros(0, x.dtype), jnp.zeros(0, y.dtype))
 
 
-def _low_product_backward(equation, dtype, out_sharding, saved, gradient):
+def _low_product_backward(equation, dtype, out_sharding, result, saved, gradient):
     """Gradients of both operands; each keeps the split of its operand."""
     x, y, x_type, y_type = saved
     inputs, out = equation.split("->")
     left, right = inputs.split(",")
     x_split, y_split = PartitionSpec(*axes_of(x)), PartitionSpec(*axes_of(y))
-    x_gradient = _einsum(f"{out},{right}->{left}", gradient, y, dtype, x_split)
-    y_gradient = _einsum(f"{left},{out}->{right}", x, gradient, dtype, y_split)
-    return x_gradient.astype(x_type.dtype), y_gradient.astype(y_type.dtype)
+    # rounded in the product: where several gradients are summed up, XLA would store each in float32
+    x_gradient = _einsum(f"{out},{right}->{left}", gradient, y, dtype, x_split, x_type.dtype)
+    y_gradient = _einsum(f"{left},{out}->{right}", x, gradient, dtype, y_split, y_type.dtype)
+    return x_gradient, y_gradient
 
 
 _low_product.defvjp(_low_product_forward, _low_product_backward)
@@ -256,9 +275,30 @@ class SwiGLU(nnx.Module):
         self.up = Linear(width, mlp_width, ("embed", "mlp"), **options)
         self.down = Linear(mlp_width, width, ("mlp", "embed"), **options)
 
-    def __call__(self, x: jax.Array, dtype: str) -> jax.Array:
-        """[..., D] -> [..., D] float32; products in `dtype`."""
-        return self.down(jax.nn.silu(self.gate(x, dtype)) * self.up(x, dtype), dtype)
+    def __call__(self, x: jax.Array, dtype: str, result: str = "float32") -> jax.Array:
+        """[..., D] -> [..., D] in `result`; products in `dtype`."""
+        gate, up = (f(x, dtype, result) for f in (self.gate, self.up))
+        gated = _gated if result == "float32" else _gated_once
+        return self.down(gated(gate, up), dtype, result)
+
+
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`silu(gate) * up` in float32, rounded to the type of `gate`."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+@jax.custom_vjp
+def _gated_once(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`_gated`, whose two gradients are stored: XLA would make each anew, from two arrays, where it is used."""
+    return _gated(gate, up)
+
+
+def _gated_backward(saved, gradient):
+    """Gradients of gate and up."""
+    return jax.lax.optimization_barrier(jax.vjp(_gated, *saved)[1](gradient))
+
+
+_gated_once.defvjp(lambda gate, up: (_gated(gate, up), (gate, up)), _gated_backward)
 
 
 def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = False) -> jax.Array:
@@ -287,6 +327,8 @@ def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = 
     frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies  # [B, N, 1, E/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if x.dtype == jnp.bfloat16:
+        return _rotary_by_product(x, cos, sin, interleaved)
     full = x.astype(jnp.float32)
     first, second = (full[..., ::2], full[..., 1::2]) if interleaved else jnp.split(full, 2, axis=-1)
     turned = first * cos - second * sin, second * cos + first * sin
@@ -294,6 +336,29 @@ def rotary(x: jax.Array, positions: jax.Array, base: float, interleaved: bool = 
         pairs = jnp.stack(turned, axis=-1)
         return jnp.reshape(pairs, x.shape, out_sharding=PartitionSpec(*axes_of(x))).astype(x.dtype)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def _rotary_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array, interleaved: bool) -> jax.Array:
+    """`rotary` of bfloat16 heads, whose partners are fetched by a product with a matrix of 0, 1 and -1: exact.
+
+    A TPU moves values between the channels of a vector slowly; slices of half a head were padded to four times
+    their size and took as long as an MLP (docs/plan.md).
+    """
+    size = x.shape[-1]
+    channels = np.arange(size)
+    first, second = (
+        (channels[::2], channels[1::2]) if interleaved else (channels[: size // 2], channels[size // 2 :])
+    )
+    partner = np.zeros((size, size), np.float32)
+    partner[second, first], partner[first, second] = -1.0, 1.0
+    # heads first, as the attention kernel wants them, and once: else XLA reorders the heads also as float32
+    x, cos, sin = (jnp.moveaxis(y, 2, 1) for y in (x, cos, sin))
+    x = jax.lax.optimization_barrier(x)
+    split = PartitionSpec(*axes_of(x))
+    turned = jnp.einsum("bhne,ef->bhnf", x, jnp.asarray(partner, x.dtype), out_sharding=split)
+    cos, sin = (jnp.repeat(y, 2, -1) if interleaved else jnp.concatenate([y, y], -1) for y in (cos, sin))
+    y = x.astype(jnp.float32) * cos + turned.astype(jnp.float32) * sin
+    return jnp.moveaxis(y.astype(x.dtype), 1, 2)
 
 
 def split_heads(x: jax.Array, num_heads: int, name: str = "heads") -> jax.Array:
@@ -344,7 +409,7 @@ def attention(
             with the query's id, all others being padding. A TPU kernel needs no more than that.
 
     Returns:
-        [B, N, H, E] float32.
+        [B, N, H, E] in the type of `q`.
 
     Raises:
         ValueError: if K does not divide H.
@@ -370,7 +435,7 @@ def attention(
     tokens = axes_of(q)[1]
     num_scores = q.shape[1] * q.shape[2] * k.shape[1]
     attend = _attend_at_once if tokens or num_scores < BY_HEAD_SCORES else _attend
-    return attend(q, k, v, mask, dtype)
+    return attend(q, k, v, mask, dtype).astype(q.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -482,7 +547,7 @@ def _attend_by_kernel(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    rows = PartitionSpec(*axes_of(q))
+    rows, out_type = PartitionSpec(*axes_of(q)), q.dtype
     length = q.shape[1]
     extra = -length % 128
     if query_ids is None:
@@ -493,8 +558,16 @@ def _attend_by_kernel(
     # one block of queries at a time; a causal kernel skips blocks of keys, the other keeps all keys on the chip
     block = next(n for n in (512, 384, 256, 128) if size % n == 0)
     keys = block if is_causal or size > 2048 else size
+    # one backward kernel for all gradients gives a part of that of the queries for each block of keys; summing these
+    # up took longer than a kernel of its own
+    own = {} if keys == size else dict(block_q_dq=block, block_kv_dq=keys)
     blocks = splash.splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=keys, block_q_dkv=block, block_kv_dkv=keys, use_fused_bwd_kernel=True
+        block_q=block,
+        block_kv=keys,
+        block_q_dkv=block,
+        block_kv_dkv=keys,
+        use_fused_bwd_kernel=not own,
+        **own,
     )
 
     def local(q, k, v, query_ids, key_ids):
@@ -506,10 +579,11 @@ def _attend_by_kernel(
         )((size, size))
         mask = splash.splash_attention_mask.MultiHeadMask([one] * q.shape[1])
         kernel = splash.splash_attention_kernel.make_splash_mha(
-            mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret
-        )
+            mask, head_shards=1, q_seq_shards=1, block_sizes=blocks, interpret=interpret,
+            residual_checkpoint_name="attention",
+        )  # fmt: skip
         y = jax.vmap(kernel)(q, k, v, splash.splash_attention_kernel.SegmentIds(*ids))
-        return jnp.moveaxis(y[:, :, :length], 1, 2).astype(jnp.float32)
+        return jnp.moveaxis(y[:, :, :length], 1, 2).astype(out_type)
 
     ids = PartitionSpec(rows[0], None)
     heads = PartitionSpec(rows[0], None, rows[2], None)

@@ -2,9 +2,9 @@
 
 The true program is compiled ahead of time for a named TPU topology (the `libtpu` package brings the compiler; no
 TPU is needed) or for this machine. What it does is counted from its text (`hlo.py`), what it needs is given by the
-compiler, and what the model needs by the formulas below. The largest of FLOPs over peak, HBM bytes over bandwidth
-and received bytes over interconnect bandwidth is a bound: the step takes at least that long. These are bounds from
-a compiler, not measurements; a chip reaches less.
+compiler, and what the model needs by the formulas of `lm` and `flow`. The largest of FLOPs over peak, HBM bytes over
+bandwidth and received bytes over interconnect bandwidth is a bound: the step takes at least that long. These are
+bounds from a compiler, not measurements; a chip reaches less.
 
 Programs: the train step of a config, or (`sample`) one batch of sampling with its model: `lm.generate` on a text of
 64 symbols, a prompt of 128 speech tokens and 512 new ones, `flow.sample` of 1024 tokens with 10 guided steps.
@@ -167,49 +167,30 @@ def devices(where: Target) -> list:
 # ---------------------------------------------------------------- what a model needs
 
 
-def model_flops(cfg, num_rows: int, num_tokens: int) -> float:
-    """FLOPs of the products of one forward pass over full rows; of attention the causal half where it is causal.
+def needed_flops(cfg, num_rows: int, num_tokens: int, sample: bool) -> float:
+    """FLOPs that a train step needs (as `train.step_flops`), or a batch of sampling.
 
     Args:
         cfg: Config of lm or flow.
         num_rows: B.
-        num_tokens: positions of a row (lm), speech tokens (flow).
+        num_tokens: positions of a row (lm), speech tokens (flow); of a train step.
+        sample: whether it is sampling.
 
     Raises:
         ValueError: on the Config of another model.
     """
-    if isinstance(cfg, lm.Config):
-        heads = cfg.num_heads * cfg.head_dim
-        layer = cfg.width * (2 * heads + 2 * cfg.num_kv_heads * cfg.head_dim + 3 * cfg.mlp_width)
-        each = cfg.num_layers * layer + cfg.width * cfg.num_speech_rows
-        pairs = num_tokens * (num_tokens + 1) / 2
-        return 2.0 * num_rows * (num_tokens * each + cfg.num_layers * 2 * heads * pairs)
-    if isinstance(cfg, flow.Config):
-        positions, heads = (
-            -(-flow.num_frames(cfg, num_tokens) // cfg.patch_frames),
-            cfg.num_heads * cfg.head_dim,
-        )
-        frame, width = cfg.patch_frames * cfg.mel_bins, cfg.width
-        layer = 4 * width * heads + 2 * cfg.mlp_ratio * width**2 + width**2  # half of them merge 2 D to D
-        ends = (2 * frame + cfg.token_width) * width + frame * width
-        ends += 2 * cfg.conv_kernel * width * width // cfg.conv_groups
-        pairs = (positions + 1) ** 2  # one position more, of the time
-        each = (positions + 1) * cfg.num_layers * layer + positions * ends
-        return 2.0 * num_rows * (each + cfg.num_layers * 2 * heads * pairs)
-    raise ValueError(f"no formula for a {type(cfg).__module__} model; plan the configs of lm and flow")
-
-
-def needed_flops(cfg, num_rows: int, num_tokens: int, sample: bool) -> float:
-    """FLOPs that a train step needs, three forward passes without remat, or a batch of sampling."""
+    if not isinstance(cfg, lm.Config | flow.Config):
+        raise ValueError(f"no formula for a {type(cfg).__module__} model; plan the configs of lm and flow")
+    forward = lm.forward_flops if isinstance(cfg, lm.Config) else flow.forward_flops
     if not sample:
-        return 3 * model_flops(cfg, num_rows, num_tokens)
+        return 3 * forward(cfg, num_rows, num_tokens)
     if isinstance(cfg, flow.Config):
-        return 2 * SAMPLE_STEPS * model_flops(cfg, num_rows, SAMPLE_TOKENS)
+        return 2 * SAMPLE_STEPS * forward(cfg, num_rows, SAMPLE_TOKENS)
     heads = cfg.num_heads * cfg.head_dim
     prompt = SAMPLE_TEXT + SAMPLE_PROMPT + 2
     head = 2.0 * num_rows * cfg.width * cfg.num_speech_rows
-    start = model_flops(cfg, num_rows, prompt) - (prompt - 1) * head
-    one = (model_flops(cfg, num_rows, 1) - 4.0 * num_rows * cfg.num_layers * heads) * SAMPLE_NEW
+    start = forward(cfg, num_rows, prompt) - (prompt - 1) * head
+    one = (forward(cfg, num_rows, 1) - 4.0 * num_rows * cfg.num_layers * heads) * SAMPLE_NEW
     pairs = SAMPLE_NEW * prompt + SAMPLE_NEW * (SAMPLE_NEW + 1) / 2
     return start + one + 4.0 * num_rows * cfg.num_layers * heads * pairs
 
@@ -334,12 +315,12 @@ def make(
         "mesh": "x".join(map(str, dataclasses.astuple(fit.mesh))),
     }
     out["rows"] = num_rows / (where.chips // fit.mesh.model)
+    needed = needed_flops(fit.model, num_rows, fit.data.num_tokens, sample) / where.chips
     program = _program(fit, where, sample, folder)
     if "error" in program:
         return out | {"error": program["error"]}
     is_decoding = sample and isinstance(fit.model, lm.Config)  # its one open loop runs to the last token
     cost = hlo.count(program["hlo"], SAMPLE_NEW if is_decoding else 1)
-    needed = needed_flops(fit.model, num_rows, fit.data.num_tokens, sample) / where.chips
     out |= facts(fit, where, cost, needed, program, sample)
     if "items_per_s" in out:
         out["days"] = cfg.steps * cfg.data.items_per_batch / out["items_per_s"] / 86400
@@ -379,7 +360,7 @@ def _key(fit: train.TrainConfig, where: Target, sample: bool) -> str:
     Not the learning-rate schedule, a few scalars: fine-tuning compiles nothing that pre-training has compiled.
     """
     told: list = [where.name, jax.__version__, __version__, *map(config_lib.to_dict, (fit.model, fit.mesh))]
-    told += [fit.data.stage, fit.data.batch_size]
+    told += [fit.data.stage, fit.data.batch_size, jax.config.jax_exec_time_optimization_effort]
     if sample:
         told += [SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE]
     else:

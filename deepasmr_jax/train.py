@@ -340,12 +340,16 @@ def make_eval(cfg: TrainConfig):
 
 
 def step_flops(cfg: TrainConfig, state: TrainState, batches: tuple[dict[str, jax.Array], ...]) -> float:
-    """Floating-point operations that a step needs on all devices, see `metrics.flops`; nothing is run.
+    """Floating-point operations that a step needs on all devices: the numerator of the MFU; nothing is run.
 
-    Three times the loss, for the products of the forward pass and the two of the backward pass of each; what
-    rematerialisation computes again is not counted. Of a two-player model the step as it is.
+    Three times the forward pass, for its products and the two of the backward pass of each; what rematerialisation
+    computes again is not counted. The forward pass is `forward_flops` of the model file, which counts full rows and of
+    causal attention the allowed half; of a model file without one it is the traced loss (`metrics.flops`), and of a
+    two-player model the step as it is.
     """
     file = _file(cfg.model)
+    if hasattr(file, "forward_flops"):
+        return 3 * file.forward_flops(cfg.model, cfg.data.batch_size, cfg.data.num_tokens)
     if hasattr(file, "train_step"):
         return metrics.flops(make_step(cfg), state, batches)
     forward = lambda model, batch: file.loss(model, cfg.model, batch, state.key)[0]

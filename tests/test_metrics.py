@@ -116,6 +116,8 @@ def test_flops_of_the_language_model_are_two_for_each_weight_and_position_and_at
     # scores and their sum over values, of the causal half in chunks or of all
     attention = 2 * rows * 2 * 32 * length * length * 2
     assert 2 * products + attention <= found <= 2 * products + 2 * attention
+    # the formula counts the allowed pairs alone: a half, and the diagonal
+    assert lm.forward_flops(cfg, rows, length) == 2 * products + attention * (length + 1) / length
 
 
 def test_the_peak_of_a_device_goes_by_the_longest_name_that_fits():

@@ -106,11 +106,14 @@ def test_no_config_takes_a_type_that_products_do_not_have(module):
         module.Config(dtype="float61")
 
 
-def test_rotary_of_bfloat16_input_keeps_exact_angles():
-    x = jnp.bfloat16(normal(1, 1, 1, 64))
-    positions = np.array([[1001]])  # 1000 in bfloat16
-    exact = nn.rotary(x.astype(jnp.float32), positions, 1e4)
-    np.testing.assert_allclose(nn.rotary(x, positions, 1e4).astype(jnp.float32), exact, atol=0.02)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_of_bfloat16_is_rounded_once_and_keeps_exact_angles(interleaved):
+    x = jnp.bfloat16(normal(2, 3, 2, 64))
+    positions = np.array([[0, 17, 1001]])  # 1000 in bfloat16
+    exact = nn.rotary(x.astype(jnp.float32), positions, 1e4, interleaved)
+    found = nn.rotary(x, positions, 1e4, interleaved)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_rotary_refuses_an_odd_head():
@@ -118,7 +121,7 @@ def test_rotary_refuses_an_odd_head():
         nn.rotary(normal(1, 2, 1, 7), np.zeros((1, 2)), 1e4)
 
 
-@pytest.mark.parametrize("is_causal, heads, length", [(True, (2, 1), 256), (False, (1, 1), 200)])
+@pytest.mark.parametrize("is_causal, heads, length", [(True, (2, 1), 640), (False, (1, 1), 200)])
 def test_the_tpu_kernel_is_the_plain_attention_forward_and_backward(is_causal, heads, length):
     q, k, v = (normal(1, length, n, 64, seed=i) for i, n in enumerate((heads[0], heads[1], heads[1])))
     ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 3, (1, length))), jnp.int32)

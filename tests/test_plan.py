@@ -123,9 +123,37 @@ def test_an_attention_kernel_counts_its_blocks_up_to_the_diagonal():
     lines = [f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(shapes.items())]
     call = "custom-call(%grid, %q, %k), custom_call_target={}"
     lines += [f"  %splash_mha_fwd_segmented.1 = {shapes['q']} {call}"]
-    lines += [f"  ROOT %splash_mha_dkv_segmented.1 = {shapes['q']} {call}"]
-    found = hlo.count("\n".join(["ENTRY %main () -> bf16[] {", *lines, "}"]))
-    assert found.flops == 2 * (2 + 5) * 8 * 14 * 2048 * 64 * 2048 * 10 / 16
+    one = (
+        2 * 8 * 14 * 2048 * 64 * 2048 * 10 / 16
+    )  # a product of 2 forward, 3 and 4 backward, or 5 in one kernel
+
+    def products(*results):
+        rest = [f"  %splash_mha_{name}_segmented.{name} = {result} {call}" for name, result in results]
+        return hlo.count("\n".join(["ENTRY %main () -> bf16[] {", *lines, *rest, "}"])).flops / one
+
+    assert products(("dq", shapes["q"]), ("dkv", f"({shapes['k']}, {shapes['k']})")) == 2 + 3 + 4
+    every = {"grid": "s8[1,4,1]{2,1,0}"}  # no causal mask: all keys for each block of queries
+    lines[0] = f"  %grid = {every['grid']} parameter(0)"
+    assert products(("dq", shapes["q"])) == (2 + 3) * 16 / 10
+    lines[0] = f"  %grid = {shapes['grid']} parameter(0)"
+    parts = "bf16[8,4,14,2048,64]{4,3,2,1,0}"
+    assert products(("dkv", f"({parts}, {shapes['k']}, {shapes['k']})")) == 2 + 5
+
+
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    text = """%scatter (p: f32[64,64]) -> f32[64,8] {
+  %p = f32[64,64]{0,1:T(8,128)} parameter(0)
+  %all-reduce.1 = f32[64,64]{0,1:T(8,128)} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %dynamic-slice.1 = f32[64,8]{0,1:T(8,128)} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={64,8}
+}
+
+ENTRY %main (p0: f32[64,64]) -> f32[64,8] {
+  %p0 = f32[64,64]{0,1:T(8,128)} parameter(0)
+  ROOT %fusion.1 = f32[64,8]{0,1:T(8,128)} fusion(%p0), kind=kCustom, calls=%scatter
+}
+"""
+    assert hlo.count(text).received == {"reduce-scatter": 64 * 64 * 4 * 7 / 8}
 
 
 def test_collectives_of_a_sharded_program_are_counted_by_kind():
@@ -177,9 +205,11 @@ def test_full_size_formulas_are_those_of_the_literature():
     cfg = lm.cosyvoice2()
     attention = 24 * 4 * 896 * 2048 * 2049 / 2
     per_row = 2 * 2048 * (357_826_560 + 896 * 6564) + attention
-    assert plan.model_flops(cfg, 3, 2048) == pytest.approx(3 * per_row, rel=1e-3)
+    assert lm.forward_flops(cfg, 3, 2048) == pytest.approx(3 * per_row, rel=1e-3)
     attention = 24 * 4 * 1024 * 1537**2
-    assert plan.model_flops(flow.deepasmr(), 1, 768) == pytest.approx(2 * 1536 * 331e6 + attention, rel=0.01)
+    assert flow.forward_flops(flow.deepasmr(), 1, 768) == pytest.approx(
+        2 * 1536 * 331e6 + attention, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
