@@ -1,6 +1,7 @@
 """Products in bfloat16: the config of a call decides them, and the built-in model chooses almost the same tokens."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from deepasmr_jax import (
     audio,
     checkpoint,
+    config,
     flow,
     flow_cosyvoice2,
     lm,
@@ -17,6 +19,7 @@ from deepasmr_jax import (
     sharding,
     speech_tokenizer,
     text,
+    train,
 )
 
 AGREEMENT_LM, AGREEMENT_TOKENIZER = 0.97, 0.9  # of most probable next tokens; of codes, see the tests
@@ -194,3 +197,47 @@ def test_what_the_backward_pass_keeps_of_a_layer_is_in_the_type_of_the_activatio
     kept = [v.aval for e in loops for v in e.outvars[e.params["num_carry"] :]]
     large = [x.dtype.name for x in kept if x.ndim > 3 and x.dtype.kind != "b"]
     assert large and "float32" not in large
+
+
+def curve(name: str, steps: int, seed: int = 0, **changes) -> np.ndarray:
+    """Losses of a training run of configs/tiny.py on rows that can be learned, the same rows in every run."""
+    cfg = config.load(str(Path(__file__).parent.parent / "configs" / f"tiny.py:{name}"))
+    model = dataclasses.replace(cfg.model, width=64, num_heads=4, remat="full", **changes)
+    cfg = dataclasses.replace(cfg, model=model, steps=steps, ema_decay=None)
+    draw = np.random.default_rng(0)
+    next_code, sound = draw.permutation(40), draw.normal(size=(40, 1, 80))
+    sharding.make_mesh()
+    state, step, found = jax.jit(lambda: train.init(cfg, jax.random.key(seed)))(), train.make_step(cfg), []
+    for _ in range(steps):
+        codes = draw.integers(0, 40, (8, 33)).astype(np.int32)
+        for i in range(1, 33):
+            codes[:, i] = np.where(draw.random(8) < 0.9, next_code[codes[:, i - 1]], codes[:, i])
+        ones, counts = np.ones((8, 32), np.int32), np.full(8, 32, np.int32)
+        if name == "lm":
+            batch = dict(tokens=codes[:, :-1], kinds=lm.SPEECH * ones, targets=codes[:, 1:], segment_ids=ones)
+            batch["positions"] = np.arange(32, dtype=np.int32) * ones
+        else:
+            mel = -5.5 + 2 * np.repeat(sound[codes[:, 1:]][:, :, 0], 2, axis=1).astype(np.float32)
+            batch = dict(speech_tokens=codes[:, 1:], num_tokens=counts, mel=mel, prompt_frames=counts // 2)
+        state, out = step(state, (sharding.put(batch),))
+        found.append(float(out["loss"]))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("name", ["lm", "flow"])
+def test_the_loss_curve_in_bfloat16_follows_that_of_float32(name):
+    """200 steps; what the precision changes is measured against what another start of the weights changes."""
+    low = dict(dtype="bfloat16", activation_dtype="bfloat16")
+    exact, other, rounded = (
+        curve(name, 200, seed, **types)
+        for seed, types in ((0, dict(dtype="float32")), (1, dict(dtype="float32")), (0, low))
+    )
+    late = slice(100, 200)
+    apart = lambda x: np.mean(np.abs(x - exact)[late]) / np.mean(exact[late])
+    print(
+        f"{name}: loss {exact[0]:.3f} at first, {exact[late].mean():.4f} in the last 100 steps; in bfloat16 "
+        f"{rounded[late].mean():.4f}, each {100 * apart(rounded):.2f} % off; another seed {100 * apart(other):.2f} %"
+    )
+    assert np.mean(exact[late]) < 0.9 * exact[0]  # something was learned
+    assert apart(rounded) < 0.02 and apart(rounded) < apart(other)
+    assert abs(np.mean(rounded[late]) / np.mean(exact[late]) - 1) < 5e-3
