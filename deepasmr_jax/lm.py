@@ -59,7 +59,7 @@ class Config:
     activation_dtype: str = (
         "float32"  # of what training keeps between them in the layers: float32 or bfloat16
     )
-    remat: str = "full"  # what the backward pass keeps of a layer: none (all), dots, full (nothing)
+    remat: str = "full"  # what the backward pass keeps of a layer: none (all), dots, full (see nn.REMAT)
     z_loss: float = 0.0  # weight of logsumexp(logits)^2
     alignment_weight: float = 0.0  # of the supervised attention in `alignment_loss`; 0: none, needs no labels
     alignment_layers: tuple[int, ...] = ()  # layers whose first two heads it teaches
