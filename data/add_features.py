@@ -139,6 +139,7 @@ _ORIGIN = {
     "speaker": "the speaker encoder of sha256",
     "corpus": "the corpus",
     "corpus_size": "a corpus of",
+    "corpus_files": "files of the corpus with names, sizes and times of checksum",
     "shard_size": "the shard size",
 }
 
@@ -192,6 +193,7 @@ def add_features(
         "speaker": components.get("speaker", {"sha256": "none"})["sha256"],
         "corpus": str(Path(data).resolve()),
         "corpus_size": ", ".join(size),
+        "corpus_files": input_pipeline.files_mark(data, source.info.splits),
         "shard_size": shard_size,
     }
     _note_origin(folder, made)

@@ -68,6 +68,13 @@ class Shared:
         """A recording, opened, with no guess at compression from its name."""
         return FileSystems.open(path, compression_type="uncompressed")
 
+    def version(self, path: str) -> str:
+        """Bytes and time of the last change (s) of a recording, as `asmr_db_pieces.Folder` gives them."""
+        found = FileSystems.match([path])[0].metadata_list
+        if not found:
+            raise ValueError(f"{path} does not exist; correct the list")
+        return f"{found[0].size_in_bytes} {int(found[0].last_updated_in_seconds)}"
+
 
 class MakePiece(beam.DoFn):
     """`asmr_db_pieces.make_piece` with one recogniser a worker; yields what became of the piece."""

@@ -4,7 +4,7 @@
 files. A store is the work folder (`Folder` here, any Beam file system there), whose parts are:
 
     transcripts/PIECE.json    what the recogniser heard; a piece that has one is not transcribed again, unless its
-                              recording has another length now, or another model is heard with
+                              recording sounds or is cut otherwise now, or another model is heard with
     corpus/audio/SPEAKER/PIECE-NNN.flac
     segments/PIECE.jsonl      manifest lines of the piece; written last: a piece that has it is finished
     left_out/PIECE.jsonl      what of the piece is in no segment, and why
@@ -12,6 +12,7 @@ files. A store is the work folder (`Folder` here, any Beam file system there), w
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import re
@@ -53,12 +54,13 @@ class Recording:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Seconds `start_s` to `end_s` of a recording, at most `PIECE_S` long."""
+    """Seconds `start_s` to `end_s` of a recording, at most `PIECE_S` long; `version` is that of the file."""
 
     recording: Recording
     index: int
     start_s: float
     end_s: float
+    version: str = ""
 
     @property
     def id(self) -> str:
@@ -84,6 +86,7 @@ class Store(Protocol):
     def remove(self, name: str) -> None: ...
     def names(self, folder: str) -> list[str]: ...
     def open(self, path: str) -> BinaryIO: ...
+    def version(self, path: str) -> str: ...
 
 
 class Folder:
@@ -117,6 +120,11 @@ class Folder:
     def open(self, path: str) -> BinaryIO:
         """A recording, opened."""
         return Path(path).open("rb")
+
+    def version(self, path: str) -> str:
+        """Bytes and time of the last change (s) of a recording: others if it was replaced."""
+        found = Path(path).stat()
+        return f"{found.st_size} {int(found.st_mtime)}"
 
 
 def safe_name(text: str) -> str:
@@ -174,8 +182,9 @@ def pieces(recording: Recording, store: Store) -> list[Piece]:
     """`cut` with the failure recorded: a recording that cannot be read has no pieces."""
     failure = f"failures/{recording.id}.json"
     try:
+        version = store.version(recording.audio)
         with store.open(recording.audio) as file:
-            found = cut(recording, file)
+            found = [dataclasses.replace(piece, version=version) for piece in cut(recording, file)]
     except (ValueError, OSError) as e:
         _write_failure(store, failure, recording, "cut", e)
         return []
@@ -201,18 +210,20 @@ def make_piece(
         Unusable: if the recogniser itself cannot work.
     """
     finished = f"segments/{piece.id}.jsonl"
-    if store.exists(finished):
-        if _heard_before(piece, store, recognizer) is not False:
-            return "before"
-        _remove_segments(piece.id, store)
     recording, step = piece.recording, "read"
     failure = f"failures/{piece.id}.json"
     try:
-        with store.open(recording.audio) as file:
-            wav, rate = read(recording, file, piece.start_s, piece.end_s)
+        was_heard = _heard_before(piece, store, recognizer)
+        if store.exists(finished):
+            if was_heard is not False:
+                return "before"
+            _remove_segments(piece.id, store)
+        wav, rate = _read(piece, store)
         heard = audio.resample(wav, rate, audio.SAMPLE_RATE)
         step = "transcribe"
-        phrases = _transcript(piece, store, recognizer, heard)
+        if not was_heard:
+            _transcribe(piece, store, recognizer, heard, _digest(wav))
+        phrases = _transcript(piece, store)
         step = "cut into segments"
         found, left_out = asmr_db_segments.segments(heard, audio.SAMPLE_RATE, phrases, settings.cut)
         out_rate = min(rate, settings.sample_rate)
@@ -286,28 +297,49 @@ def _remove_segments(piece_id: str, store: Store) -> None:
         store.remove(name)
 
 
+def _read(piece: Piece, store: Store) -> tuple[np.ndarray, int]:
+    """`read` of a piece."""
+    with store.open(piece.recording.audio) as file:
+        return read(piece.recording, file, piece.start_s, piece.end_s)
+
+
+def _digest(wav: np.ndarray) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(wav).data, digest_size=16).hexdigest()
+
+
 def _origin(piece: Piece, recognizer) -> dict:
     """What a transcript is of, kept with it."""
     return {"recognizer": recognizer.name, "start_s": piece.start_s, "end_s": piece.end_s}
 
 
 def _heard_before(piece: Piece, store: Store, recognizer) -> bool | None:
-    """Whether the transcript is of this piece and recogniser; None if there is none."""
+    """Whether the transcript is of this piece and recogniser; None if there is none.
+
+    Of a file with another version the sound is compared too: one that was only copied is not heard again.
+    """
     name = f"transcripts/{piece.id}.json"
     if not store.exists(name):
         return None
     found = json.loads(store.read(name))
-    return all(found.get(key) == value for key, value in _origin(piece, recognizer).items())
+    if any(found.get(key) != value for key, value in _origin(piece, recognizer).items()):
+        return False
+    if found.get("version", piece.version) != piece.version:  # older transcripts have none
+        if found["sound"] != _digest(_read(piece, store)[0]):
+            return False
+        found["version"] = piece.version
+        store.write(name, json.dumps(found, ensure_ascii=False).encode())
+    return True
 
 
-def _transcript(piece: Piece, store: Store, recognizer, heard: np.ndarray) -> list[Phrase]:
-    name = f"transcripts/{piece.id}.json"
-    if not _heard_before(piece, store, recognizer):
-        phrases = recognizer(heard, piece.recording.language)
-        rows = [dataclasses.asdict(p) for p in phrases]
-        kept = _origin(piece, recognizer) | {"phrases": rows}
-        store.write(name, json.dumps(kept, ensure_ascii=False).encode())
-    rows = json.loads(store.read(name))["phrases"]
+def _transcribe(piece: Piece, store: Store, recognizer, heard: np.ndarray, sound: str) -> None:
+    """Writes the transcript of a piece; `sound` is the digest of it."""
+    phrases = [dataclasses.asdict(p) for p in recognizer(heard, piece.recording.language)]
+    kept = _origin(piece, recognizer) | {"version": piece.version, "sound": sound, "phrases": phrases}
+    store.write(f"transcripts/{piece.id}.json", json.dumps(kept, ensure_ascii=False).encode())
+
+
+def _transcript(piece: Piece, store: Store) -> list[Phrase]:
+    rows = json.loads(store.read(f"transcripts/{piece.id}.json"))["phrases"]
     return [Phrase(**(row | {"words": tuple(Word(**w) for w in row["words"])})) for row in rows]
 
 

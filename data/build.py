@@ -5,8 +5,9 @@
 
 LAYOUTS names the layouts; each is a file here that knows its folders and fields only. A unit is a piece of the source
 that can be read alone; consecutive units make a shard. A shard that is finished has a line file in OUT/.parts, so that
-a build that was stopped goes on; processes of one build (--process I/N) share nothing but OUT. The last step joins the
-shards, takes duplicates out and writes OUT/report.jsonl with every utterance that was left out, and why.
+a build that was stopped goes on, and makes a shard again whose recordings, lists or archives have changed; processes of
+one build (--process I/N) share nothing but OUT. The last step joins the shards, takes duplicates out and writes
+OUT/report.jsonl with every utterance that was left out, and why.
 Records: id, pair_id, text, language, speaker, style and audio, int16 [W], 16 kHz.
 """
 
@@ -17,8 +18,10 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import signal
+import stat
 import sys
 import time
 from collections import Counter
@@ -160,7 +163,7 @@ def build(
     jobs = [
         (out, layout, options, units[limits[shard] : limits[shard + 1]], shard, num_shards)
         for shard in range(num_shards)
-        if shard % count == index and not _part(out, shard).exists()
+        if shard % count == index and not _is_made(out, shard)
     ]
     start, num_items = time.perf_counter(), 0
     print(f"{num_shards} shards, {len(jobs)} to write here", flush=True)
@@ -205,6 +208,28 @@ def _part(out: Path, shard: int) -> Path:
     return out / tfds_files.PARTS / f"{shard:05d}.json"
 
 
+def _stamp(path: str) -> list[int] | None:
+    """Bytes and time of the last change of a file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns] if stat.S_ISREG(found.st_mode) else None
+
+
+def _is_made(out: Path, shard: int) -> bool:
+    """Whether a shard is finished; one whose files have changed since is not any more. Files may be gone."""
+    path = _part(out, shard)
+    if not path.exists():
+        return False
+    stamps = json.loads(path.read_text("utf-8")).get("files", {})  # none in a build of an older version
+    changed = next((name for name, old in stamps.items() if _stamp(name) not in (None, old)), None)
+    if changed is not None:
+        print(f"shard {shard} is made again: {changed} has changed", flush=True)
+        path.unlink()
+    return changed is None
+
+
 @functools.cache
 def _features():
     import tensorflow_datasets as tfds
@@ -217,8 +242,9 @@ def _features():
 def _write_shard(job: tuple) -> int:
     """Writes one shard of each split, then what it holds and what it left out. Returns the number of utterances."""
     out, layout, options, units, shard, num_shards = job
-    problems, num_items = [], 0
-    samples, held = {s: 0 for s in SPLITS}, {s: [] for s in SPLITS}
+    problems, num_items, held = [], 0, {s: [] for s in SPLITS}
+    lists_of = getattr(LAYOUTS[layout][0], "lists", lambda unit: unit[:1])  # a list, an archive or a folder
+    stamps = {path: _stamp(path) for unit in units for path in lists_of(unit)}
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(
@@ -233,6 +259,8 @@ def _write_shard(job: tuple) -> int:
             if isinstance(item, data_check.Problem):
                 problems.append(item)
                 continue
+            if isinstance(item.audio, str | os.PathLike) and str(item.audio) not in stamps:
+                stamps[str(item.audio)] = _stamp(item.audio)
             record, found = data_check.examine(item, options.rules)
             problems += found
             if record is not None:
@@ -241,8 +269,8 @@ def _write_shard(job: tuple) -> int:
                 held[split].append(
                     (data_check.digest(record["audio"]).hex(), len(record["audio"]), item.where, item.id)
                 )
-                samples[split] += len(record["audio"])
     part = {"items": num_items, "held": held, "problems": [dataclasses.asdict(p) for p in problems]}
+    part["files"] = stamps
     files.write_text(_part(out, shard), json.dumps(part))
     return num_items
 

@@ -62,6 +62,11 @@ def units(source: Path, options) -> list[tuple]:
     return [(str(source), *piece) for piece in manifest.line_ranges(source / "wav.scp")]
 
 
+def lists(unit: tuple) -> list[str]:
+    """What a unit is read from, beside the recordings that it names."""
+    return [f"{unit[0]}/{name}" for name in ("wav.scp", *LISTS.values())]
+
+
 def read(unit: tuple, options) -> Iterator[data_check.Item | data_check.Problem]:
     """The utterances of a piece of wav.scp."""
     folder, at, stop, line = unit

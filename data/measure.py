@@ -1,12 +1,13 @@
 """How fast a large corpus is built, checked and read: a manifest of pieces of noise, and the reading of its records.
 
     python data/measure.py make DIR --lines 1000000      # DIR/all.jsonl over 100 recordings of a minute, 190 MB
-    python data/measure.py read NAME/1.0.0               # records, index and batches: rates and peak memory
+    python data/measure.py read NAME/1.0.0               # index, records, batches, plan: rates and peak memory
 
 Between them `data/build.py build manifest DIR/all.jsonl`. Each line is another tenth of a second.
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import sys
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from deepasmr_jax import audio, files, input_pipeline  # noqa: E402
 
 RECORDINGS, SECONDS, PIECE_S, STEP_S = 100, 60, 0.1, 0.005
+STEPS = ("index", "records", "batches", "plan")
 
 
 def make(folder: Path, lines: int) -> None:
@@ -47,20 +49,45 @@ def make(folder: Path, lines: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def read(folder: str, seconds: float, num_batches: int = 200) -> None:
-    """Prints how many records a second are read in order, put into the index, and made into rows of batches."""
+class _Planned(input_pipeline._Lm):
+    """Rows of the language model that are only planned: the records need no features."""
+
+    fields = ("text",)
+
+
+def read(folder: str, steps: tuple[str, ...] = STEPS, seconds: float = float("inf")) -> None:
+    """Prints how many records a second go through each step, and the process's peak memory when it has ended.
+
+    Args:
+        folder: the records.
+        steps: of `STEPS`: index, made or mapped; records, all in order; batches, an epoch of the vocoder's; plan, two
+            epochs of the language model's rows, with lengths drawn at random as if the records had features.
+        seconds: after which records and batches stop.
+    """
     cfg = input_pipeline.Config("vocoder", 64, (folder,), num_samples=1600)
-    records, start, count = input_pipeline.Records(cfg, ("audio", "text", "speaker", "style")), time.time(), 0
-    while count < len(records) and time.time() - start < seconds:
-        records[count]
-        count += 1
-    _tell(f"records ({count} of {len(records)})", count, start)
     start = time.time()
-    _tell("index", len(input_pipeline.read_index(cfg)), start)
-    start, batches = time.time(), iter(input_pipeline.make(cfg))
-    for _ in range(num_batches):
-        next(batches)
-    _tell("rows of batches", num_batches * cfg.batch_size, start)
+    if "index" in steps:
+        _tell("index", len(input_pipeline.read_index(cfg)), start)
+    if "records" in steps:
+        start, count = time.time(), 0
+        records = input_pipeline.Records(cfg, ("audio", "text", "speaker", "style"))
+        while count < len(records) and time.time() - start < seconds:
+            records[count]
+            count += 1
+        _tell(f"records ({count} of {len(records)})", count, start)
+    if "batches" in steps:
+        start, count, total = time.time(), 0, len(input_pipeline.read_index(cfg))
+        batches = iter(input_pipeline.make(cfg))
+        while count < total and time.time() - start < seconds:
+            count += len(next(batches)["wav"])
+        _tell(f"rows of batches ({count} of {total})", count, start)
+    if "plan" in steps:
+        start, index = time.time(), input_pipeline.read_index(cfg)
+        lengths = np.random.default_rng(0).integers(25, 500, (2, len(index)), np.int32)
+        index = dataclasses.replace(index, num_tokens=lengths[0], num_text=lengths[1] // 4)
+        rows = _Planned(dataclasses.replace(cfg, stage="lm", num_tokens=2048), index)
+        rows._plan(1)
+        _tell(f"plan of 2 epochs of {rows.num_rows} rows", 2 * len(index), start)
 
 
 def _tell(what: str, count: int, start: float) -> None:
@@ -76,14 +103,15 @@ def main() -> int:
     parser.add_argument("command", choices=("make", "read"))
     parser.add_argument("folder")
     parser.add_argument("--lines", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=300.0, help="of the reading in order")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, help="of read; default: all")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of records and batches each")
     args = parser.parse_args()
     absl.flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
     try:
         if args.command == "make":
             make(Path(args.folder), args.lines)
         else:
-            read(args.folder, args.seconds)
+            read(args.folder, tuple(args.steps), args.seconds)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -339,6 +339,8 @@ def read_config(folder) -> dict:
     for key in ("sampling", "text", "provenance"):
         if not isinstance(values.get(key, {}), dict):
             raise ValueError(f"{path} has no object as {key}; copy the whole model folder again")
+    if not isinstance(values.get("languages", []), list):
+        raise ValueError(f"{path} has no list as languages; copy the whole model folder again")
     return values
 
 

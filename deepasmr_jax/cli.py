@@ -313,9 +313,12 @@ def _batch(args) -> int:
     made, failed, before = batch.to_folder(synthesis.load(args.model, args.pool), rows, folder, _progress)
     print(
         f"{folder}: {made} made"
-        + (f", {failed} failed: see {evaluate.FAILURES}" if failed else "")
+        + (f", {failed} failed: see {folder / evaluate.FAILURES}" if failed else "")
         + (f", {before} were finished before" if before else "")
     )
+    if failed:
+        _, first = request.read_json_lines(folder / evaluate.FAILURES)[0]
+        print(f"the first failure, of row {first['row']} counted from 0: {first['error']}", file=sys.stderr)
     return 1 if failed else 0
 
 

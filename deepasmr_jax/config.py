@@ -194,10 +194,12 @@ def from_dict(cls: type, values: dict):
     """A config of class `cls` from its JSON form; fields that are absent keep their default.
 
     Raises:
-        ValueError: naming every unknown field and every field without default that is missing.
+        ValueError: naming every unknown field, every field without default that is missing, and every value of
+            another type than its field.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
+    name_of_class = f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
     unknown = sorted(set(values) - set(fields))
     missing = sorted(
         name
@@ -208,10 +210,34 @@ def from_dict(cls: type, values: dict):
     )
     if unknown or missing:
         raise ValueError(
-            f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}: unknown fields {unknown}, "
+            f"{name_of_class}: unknown fields {unknown}, "
             f"missing fields {missing}; the file was written for another version of this config"
         )
-    return cls(**{name: _thaw(value, hints[name]) for name, value in values.items()})
+    found = {name: _thaw(value, hints[name]) for name, value in values.items()}
+    if wrong := [f"{k} is {v!r}" for k, v in found.items() if not _fits(v, hints[k])]:
+        name = wrong[0].split()[0]
+        kind = getattr(hints[name], "__name__", hints[name])
+        raise ValueError(f"{name_of_class}: {', '.join(wrong)}; correct the file, {name} is of type {kind}")
+    return cls(**found)
+
+
+def _fits(value, hint) -> bool:
+    """Whether a value is of the type that a field's hint names; unusual hints are taken on trust."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint in (bool, int, float, str, types.NoneType):
+        return isinstance(value, hint)
+    if hint is tuple or origin is tuple:
+        if not isinstance(value, tuple) or not args:
+            return isinstance(value, tuple)
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    return True
 
 
 def _thaw(value, hint):

@@ -228,10 +228,8 @@ class Block(nnx.Module):
 
     def __call__(self, x, mask, cfg: Config, skip=None, key=None) -> jax.Array:
         """[B, P, D] (and the skip, same shape) -> [B, P, D], all in cfg.activation_dtype."""
-        types, keys = (
-            (cfg.dtype, cfg.activation_dtype),
-            (None, None) if key is None else jax.random.split(key),
-        )
+        types = cfg.dtype, cfg.activation_dtype
+        keys = (None, None) if key is None else jax.random.split(key)
         if skip is not None:
             x = self.skip(jnp.concatenate([x, skip], axis=-1), *types)
         x = x + nn.dropout(

@@ -18,6 +18,7 @@ Batches, B rows each, all lengths static:
 Letters: B rows, N tokens (lm: positions of a row), T mel frames, M mel bins, W samples.
 """
 
+import array
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +27,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -125,18 +126,33 @@ def made_with_file(folder: str | os.PathLike) -> Path:
 
 @dataclasses.dataclass
 class Index:
-    """One column per property of the records of a split, in record order; kept beside the data as .npz."""
+    """Lengths and names of the records of a split, in record order: `_ROW` in a file beside the data, mapped.
 
-    speaker: np.ndarray  # names
-    style: np.ndarray
-    language: np.ndarray
-    pair: np.ndarray  # records of one sentence share it
-    num_samples: np.ndarray
+    A voice is a speaker in one style and language; the names stand once for each, in the order of these three.
+    """
+
+    voice: np.ndarray  # [records] int32: place in the three below
+    pair: np.ndarray  # [records] uint64: hash of the name that the records of one sentence share
+    num_samples: np.ndarray  # [records] int32, as the next two
     num_tokens: np.ndarray  # 0 where the corpus has no features yet
     num_text: np.ndarray
+    speakers: np.ndarray  # [voices] names
+    styles: np.ndarray
+    languages: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.speaker)
+        return len(self.voice)
+
+    def __getstate__(self):  # a worker process maps the file again
+        return {k: (str(v.filename), k) if getattr(v, "filename", None) else v for k, v in vars(self).items()}
+
+    def __setstate__(self, state):
+        for name, v in state.items():
+            setattr(self, name, np.load(v[0], mmap_mode="r")[v[1]] if isinstance(v, tuple) else v)
+
+
+# of the index file: 24 bytes a record
+_ROW = np.dtype([("pair", "<u8")] + [(k, "<i4") for k in ("voice", "num_samples", "num_tokens", "num_text")])
 
 
 class Records:
@@ -221,46 +237,87 @@ class _Source:
 
 
 def read_index(cfg: Config) -> Index:
-    """The index of the split, read from the .npz beside each dataset, or made by one pass and kept there.
+    """The index of the split, mapped from the file beside the (first) dataset, or made by one pass and kept there.
 
     Raises:
         ValueError: if no folder is given, one is no TFDS dataset, or lacks the split.
     """
-    parts = [_folder_index(folder, cfg.split) for folder in cfg.data_dirs]
-    if not parts:
+    if not cfg.data_dirs:
         raise ValueError("no data: give the dataset with --set data.data_dirs=FOLDER")
-    return Index(**{f.name: np.concatenate([p[f.name] for p in parts]) for f in dataclasses.fields(Index)})
+    return _index(tuple(cfg.data_dirs), cfg.split)
 
 
 @functools.lru_cache(maxsize=16)
-def _folder_index(folder: str, split: str) -> dict[str, np.ndarray]:
-    shards = sorted(p for p in Path(folder).glob("[!.]*") if f"-{split}." in p.name)
-    mark = repr([(p.name, p.stat().st_size) for p in shards])
-    path = Path(folder) / f"index_{split}_{hashlib.sha256(mark.encode()).hexdigest()[:12]}.npz"
-    if path.exists():
-        with np.load(path) as file:
-            return dict(file)
-    count = _num_records(folder, split)
-    known = set(_builder(folder).info.features)
+def _index(folders: tuple[str, ...], split: str) -> Index:
+    """Of one folder, or of several joined."""
+    marks = "".join(files_mark(folder, [split]) for folder in folders)
+    mark = marks if len(folders) == 1 else hashlib.sha256(marks.encode()).hexdigest()[:12]
+    path = Path(folders[0]) / f"index_{split}_{mark}.npy"
+    names = path.with_suffix(".json")
+    if path.exists() and names.exists():
+        rows, voices = np.load(path, mmap_mode="r"), json.loads(names.read_text("utf-8"))
+    else:
+        rows, voices = _scan(folders[0], split) if len(folders) == 1 else _joined(folders, split)
+        try:
+            files.write_text(names, json.dumps(voices, ensure_ascii=False))
+            with files.atomic_path(path) as part:
+                np.save(part, rows)
+            rows = np.load(path, mmap_mode="r")
+        except OSError as error:  # a read-only folder costs memory, and one pass per start
+            print(f"index of {folders[0]} is not kept: {error}", flush=True)
+    speakers, styles, languages = np.array(voices, np.str_).reshape(-1, 3).T
+    return Index(
+        **{name: rows[name] for name in _ROW.names}, speakers=speakers, styles=styles, languages=languages
+    )
+
+
+def files_mark(folder: str | os.PathLike, splits: Iterable[str]) -> str:
+    """12 hexadecimal digits of the names, bytes and times (s) of the files of splits: other records, other digits."""
+    paths = sorted(p for p in Path(folder).glob("[!.]*") if any(f"-{split}." in p.name for split in splits))
+    facts = [(p.name, p.stat().st_size, int(p.stat().st_mtime)) for p in paths]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+
+
+def _scan(folder: str, split: str) -> tuple[np.ndarray, list[list[str]]]:
+    """(`_ROW` of every record, names of the voices) by one pass over the records."""
+    count, known = _num_records(folder, split), set(_builder(folder).info.features)
     wanted = ("speaker", "style", "language", "pair_id", "audio", "speech_tokens", "text_ids")
     source = _Source(folder, split, tuple(f for f in wanted if f in known))
-    names = {f.name: [] for f in dataclasses.fields(Index)}
+    print(f"reading {count} records of {folder} once, for their index", flush=True)
+    rows, voices = np.zeros(count, _ROW), {}
     for i in range(count):
         record = source[i]
-        names["speaker"].append(_str(record["speaker"]))
-        names["style"].append(_str(record["style"]))
-        names["language"].append(_str(record["language"]))
-        names["pair"].append(_str(record.get("pair_id", b"")) or f"{folder}:{i}")
-        names["num_samples"].append(len(record["audio"]))
-        names["num_tokens"].append(len(record.get("speech_tokens", ())))
-        names["num_text"].append(len(record.get("text_ids", ())))
-    columns = {k: np.array(v, np.int32 if k.startswith("num_") else np.str_) for k, v in names.items()}
-    try:
-        with files.atomic_path(path) as part:
-            np.savez_compressed(part, **columns)
-    except OSError as error:  # a read-only folder costs one pass per start, nothing else
-        print(f"index of {folder} is not kept: {error}", flush=True)
-    return columns
+        voice = tuple(_str(record[k]) for k in ("speaker", "style", "language"))
+        pair = _str(record.get("pair_id", b"")) or f"{folder}:{i}"
+        rows[i] = (
+            int.from_bytes(hashlib.blake2b(pair.encode(), digest_size=8).digest(), "little"),
+            voices.setdefault(voice, len(voices)),
+            len(record["audio"]),
+            len(record.get("speech_tokens", ())),
+            len(record.get("text_ids", ())),
+        )
+    return _with_sorted_voices([rows], [list(voices)])
+
+
+def _joined(folders: tuple[str, ...], split: str) -> tuple[np.ndarray, list[list[str]]]:
+    """As `_scan`, of several folders one after the other."""
+    rows, voices = [], []
+    for part in (_index((folder,), split) for folder in folders):
+        rows.append(np.empty(len(part), _ROW))
+        for name in _ROW.names:
+            rows[-1][name] = getattr(part, name)
+        names = (part.speakers, part.styles, part.languages)
+        voices.append(list(zip(*(x.tolist() for x in names), strict=True)))
+    return _with_sorted_voices(rows, voices)
+
+
+def _with_sorted_voices(rows: list[np.ndarray], voices: list[list]) -> tuple[np.ndarray, list[list[str]]]:
+    """Parts one after the other, with the voices of all in the order of their names."""
+    every = sorted({voice for part in voices for voice in part}, key="\n".join)
+    places = {voice: i for i, voice in enumerate(every)}
+    for part, own in zip(rows, voices, strict=True):
+        part["voice"] = np.array([places[voice] for voice in own], np.int32)[part["voice"]]
+    return np.concatenate(rows) if len(rows) > 1 else rows[0], [list(voice) for voice in every]
 
 
 def _str(value) -> str:
@@ -273,7 +330,7 @@ def speakers(cfg: Config) -> list[str]:
     Raises:
         ValueError: as `read_index`.
     """
-    return sorted(set(read_index(dataclasses.replace(cfg, split="train")).speaker))
+    return sorted(set(read_index(dataclasses.replace(cfg, split="train")).speakers.tolist()))
 
 
 # ---------------------------------------------------------------- order of an epoch
@@ -302,13 +359,15 @@ class Mixture:
 
     def __init__(self, cfg: Config, index: Index, usable: np.ndarray, lengths: np.ndarray | None = None):
         if cfg.languages:
-            usable = usable & np.isin(index.language, cfg.languages)
-        pools = [np.flatnonzero(usable & (index.style == style)) for style in cfg.styles]
+            usable = usable & np.isin(index.languages, cfg.languages)[index.voice]
+        of_style = (usable & (index.styles == style)[index.voice] for style in cfg.styles)
+        pools = [np.flatnonzero(mask).astype(np.int32) for mask in of_style]
         for style, weight, pool in zip(cfg.styles, cfg.style_weights, pools, strict=True):
             if weight > 0 and len(pool) == 0:
-                found = ", ".join(sorted(set(index.style)))
+                found = ", ".join(sorted(set(index.styles.tolist())))
                 raise ValueError(
-                    f"no usable record of style {style!r} in split {cfg.split!r}; styles there: {found}"
+                    f"no usable record of style {style!r} in split {cfg.split!r}; styles there: {found}; give style "
+                    f"{style!r} the share 0 in data.style_weights (now {cfg.style_weights}), or add such records"
                 )
         total = sum(len(p) for p, w in zip(pools, cfg.style_weights, strict=True) if w > 0)
         # a share of the hours is one of the utterances where these are equally long
@@ -318,16 +377,17 @@ class Mixture:
         shares /= shares.sum()
         self._pools, self._seed = pools, cfg.seed
         self._counts = [max(1, round(total * s)) if s > 0 else 0 for s in shares]
-        self._order = functools.lru_cache(maxsize=3)(self._make_order)
+        self._order = functools.lru_cache(maxsize=2)(self.make_order)
 
     def __len__(self) -> int:
         return sum(self._counts)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Record numbers of an epoch, shuffled."""
+        """Record numbers of an epoch, shuffled: [records of an epoch] int32. The last two are kept."""
         return self._order(epoch)
 
-    def _make_order(self, epoch: int) -> np.ndarray:
+    def make_order(self, epoch: int) -> np.ndarray:
+        """`order` that is not kept."""
         drawn = []
         for i, (pool, count) in enumerate(zip(self._pools, self._counts, strict=True)):
             start = epoch * count
@@ -343,11 +403,11 @@ class Mixture:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        self._order = functools.lru_cache(maxsize=3)(self._make_order)
+        self._order = functools.lru_cache(maxsize=2)(self.make_order)
 
 
-def pack(lengths: np.ndarray, capacity: int, num_open: int = _OPEN_ROWS) -> list[list[int]]:
-    """Best-fit packing of items into rows.
+def pack(lengths: np.ndarray, capacity: int, num_open: int = _OPEN_ROWS) -> Iterator[list[int]]:
+    """Best-fit packing of items into rows; memory does not grow with their number.
 
     Each item goes into the open row that it fills best; of more than `num_open` open rows, the fullest is
     closed.
@@ -355,10 +415,9 @@ def pack(lengths: np.ndarray, capacity: int, num_open: int = _OPEN_ROWS) -> list
     Args:
         lengths: [items] int, each at most `capacity`.
 
-    Returns:
+    Yields:
         Rows of item numbers.
     """
-    rows: list[list[int]] = []
     room = np.empty(0, np.int64)
     open_rows: list[list[int]] = []
     for item, length in enumerate(lengths):
@@ -370,11 +429,11 @@ def pack(lengths: np.ndarray, capacity: int, num_open: int = _OPEN_ROWS) -> list
             continue
         if len(open_rows) == num_open:
             fullest = int(np.argmin(room))
-            rows.append(open_rows.pop(fullest))
+            yield open_rows.pop(fullest)
             room = np.delete(room, fullest)
         open_rows.append([item])
         room = np.append(room, capacity - length)
-    return rows + open_rows
+    yield from open_rows
 
 
 # ---------------------------------------------------------------- rows of each stage
@@ -475,6 +534,26 @@ def check_mel_profile(folder: str | os.PathLike, wanted: str) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The rows of an epoch of the language model: at most 12 bytes a record."""
+
+    order: np.ndarray  # record numbers, segment after segment
+    starts: np.ndarray  # [segments + 1]: of the segments in `order`
+    segments: np.ndarray  # of the rows, row after row
+    ends: np.ndarray  # [rows + 1]: of the rows in `segments`
+    rows: np.ndarray  # in the order of the epoch
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> list[np.ndarray]:
+        """Record numbers of each segment of a row."""
+        row = self.rows[place]
+        own = self.segments[self.ends[row] : self.ends[row + 1]]
+        return [self.order[self.starts[s] : self.starts[s + 1]] for s in own]
+
+
 class _Lm:
     """Packed rows of whole segments; the packing of an epoch is planned from the index alone."""
 
@@ -491,10 +570,7 @@ class _Lm:
                 f"{int(np.sum((index.num_tokens > 0) & ~usable))} records are longer than a row and left out"
             )
         self.mixture = Mixture(cfg, index, usable)
-        self._cost = cost
-        names = np.char.add(np.char.add(index.speaker, "\n"), np.char.add(index.style, "\n" + index.language))
-        self._voice = np.unique(names, return_inverse=True)[1]
-        self._plans: dict[int, list[list[np.ndarray]]] = {}
+        self._plans: dict[int, _Plan] = {}
         self._lock = threading.Lock()
         self.num_rows = len(self._plan(0))
         self.tokenizer = text.MiniTokenizer() if cfg.spell_probability else None
@@ -507,36 +583,47 @@ class _Lm:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
-    def segments(self, epoch: int) -> list[np.ndarray]:
-        """Record numbers of each segment of an epoch: runs of one speaker, style and language."""
-        order = self.mixture.order(epoch)
-        order = order[np.argsort(self._voice[order], kind="stable")]
+    def _cost(self, records: np.ndarray) -> np.ndarray:
+        """Positions that the text and the speech of each record take."""
+        return self.index.num_text[records] + self.index.num_tokens[records]
+
+    def segments(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(record numbers, where each segment starts, and the end): runs of one speaker, style and language."""
+        order = self.mixture.make_order(epoch)
+        order = order[np.argsort(self.index.voice[order], kind="stable")]
+        voice, cost = self.index.voice[order], self._cost(order)
         wanted = _rng(self.cfg.seed, 3, epoch).integers(1, self.cfg.max_utterances + 1, len(order))
-        found, start = [], 0
+        starts, start = array.array("i"), 0
         while start < len(order):
+            starts.append(start)
             stop, length = start, 2
             while (
                 stop < len(order)
                 and stop - start < wanted[start]
-                and self._voice[order[stop]] == self._voice[order[start]]
-                and length + self._cost[order[stop]] <= self._capacity
+                and voice[stop] == voice[start]
+                and length + cost[stop] <= self._capacity
             ):
-                length += self._cost[order[stop]]
+                length += cost[stop]
                 stop += 1
-            found.append(order[start:stop])
             start = stop
-        return found
+        starts.append(len(order))
+        return order, np.frombuffer(starts, np.int32)
 
-    def _plan(self, epoch: int) -> list[list[np.ndarray]]:
+    def _plan(self, epoch: int) -> _Plan:
         with self._lock:
             if epoch not in self._plans:
-                segments = self.segments(epoch)
+                self._plans = {e: p for e, p in self._plans.items() if e == epoch - 1}
+                order, starts = self.segments(epoch)
                 rng = _rng(self.cfg.seed, 4, epoch)
-                segments = [segments[i] for i in rng.permutation(len(segments))]
-                lengths = np.array([2 + self._cost[s].sum() for s in segments])
-                rows = pack(lengths, self._capacity)
-                rows = [[segments[i] for i in rows[r]] for r in rng.permutation(len(rows))]
-                self._plans = {e: p for e, p in self._plans.items() if e >= epoch - 1} | {epoch: rows}
+                shuffled = rng.permutation(len(starts) - 1).astype(np.int32)
+                lengths = 2 + np.add.reduceat(self._cost(order), starts[:-1])
+                packed, ends = array.array("i"), array.array("i", [0])
+                for row in pack(lengths[shuffled], self._capacity):
+                    packed.extend(row)
+                    ends.append(len(packed))
+                segments, ends = shuffled[np.frombuffer(packed, np.int32)], np.frombuffer(ends, np.int32)
+                rows = rng.permutation(len(ends) - 1).astype(np.int32)
+                self._plans[epoch] = _Plan(order, starts, segments, ends, rows)
             return self._plans[epoch]
 
     def row(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -544,7 +631,7 @@ class _Lm:
         epoch, place = divmod(example, self.num_rows)
         plan = self._plan(epoch)
         segments = plan[place % len(plan)]
-        room = cfg.num_tokens - sum(2 + int(self._cost[s].sum()) for s in segments)
+        room = cfg.num_tokens - sum(2 + int(self._cost(s).sum()) for s in segments)
         out = {
             name: np.zeros(cfg.num_tokens, np.int32)
             for name in ("tokens", "kinds", "segment_ids", "positions")
@@ -600,7 +687,7 @@ class _Flow:
         self.records = Records(cfg, self.fields)
         for folder in cfg.data_dirs:
             check_mel_profile(folder, cfg.mel_profile)
-        usable = (index.num_tokens > 0) & np.isin(index.style, cfg.styles)
+        usable = (index.num_tokens > 0) & np.isin(index.styles, cfg.styles)[index.voice]
         row_samples = cfg.num_tokens * audio.SAMPLE_RATE // audio.TOKEN_RATE
         self.mixture = Mixture(cfg, index, usable, np.minimum(index.num_samples, row_samples))
         self.num_rows = len(self.mixture)
@@ -609,14 +696,17 @@ class _Flow:
         self._ratio = numerator / denominator
         self._num_mels = profile.num_mels
         self._num_frames = int(cfg.num_tokens * self._ratio)
-        enough = np.flatnonzero(usable & (index.num_tokens >= cfg.min_prompt_tokens))
-        # prompts of a speaker, one list per style
+        enough = np.flatnonzero(usable & (index.num_tokens >= cfg.min_prompt_tokens)).astype(np.int32)
+        # prompts of a speaker, one list per style, whatever the language
+        pairs = list(zip(index.speakers.tolist(), index.styles.tolist(), strict=True))
+        places = {pair: i for i, pair in enumerate(sorted(set(pairs)))}
+        group = np.array([places[pair] for pair in pairs], np.int32)[index.voice[enough]]
+        ends = np.cumsum(np.bincount(group, minlength=len(places)))
+        parts = np.split(enough[np.argsort(group, kind="stable")], ends[:-1])
         self._prompts: dict[str, list[np.ndarray]] = {}
-        for speaker in set(index.speaker[enough]):
-            own = enough[index.speaker[enough] == speaker]
-            self._prompts[speaker] = [
-                own[index.style[own] == s] for s in cfg.styles if np.any(index.style[own] == s)
-            ]
+        for speaker in index.speakers.tolist():
+            own = [parts[places[speaker, style]] for style in cfg.styles if (speaker, style) in places]
+            self._prompts[speaker] = [part for part in own if len(part)]
 
     def row(self, example: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         cfg = self.cfg
@@ -652,7 +742,7 @@ class _Flow:
 
     def _draw_prompt(self, target: int, rng: np.random.Generator) -> int | None:
         """Another sentence of the target's speaker, styles equally likely; None if there is no other."""
-        lists = self._prompts.get(self.index.speaker[target], [])
+        lists = self._prompts[self.index.speakers[self.index.voice[target]]]
         for i in rng.permutation(len(lists)):
             for _ in range(8):
                 found = int(lists[i][rng.integers(len(lists[i]))])
@@ -712,7 +802,8 @@ class _Waves:
             return {"wav": wav}
         out = {"wav": wav, "lengths": np.int32(len(piece))}
         if cfg.stage == "speaker":
-            return out | {"speaker_index": np.int32(self._speakers.get(self.index.speaker[i], IGNORED))}
+            speaker = self.index.speakers[self.index.voice[i]]
+            return out | {"speaker_index": np.int32(self._speakers.get(speaker, IGNORED))}
         for name in ("phones", "f0_class"):
             found = np.asarray(record[name], np.int32)[start // unit :][: len(piece) // unit]
             out[name] = np.full(cfg.num_samples // unit, IGNORED, np.int32)

@@ -11,6 +11,7 @@ import numpy as np
 from deepasmr_jax.public_names import (
     Source,
     Table,
+    affine,
     fold_weight_norm,
     without_copy,
 )
@@ -55,8 +56,7 @@ def hift(cfg, prefix: str = "") -> Table:
     table = {}
 
     def pair(ours: str, theirs: str, layout: str = "conv1d") -> None:
-        table[f"{ours}.kernel"] = Source(f"{prefix}{theirs}.weight", layout)
-        table[f"{ours}.bias"] = Source(f"{prefix}{theirs}.bias")
+        affine(table, ours, f"{prefix}{theirs}", layout)
 
     def block(ours: str, theirs: str, num_dilations: int) -> None:
         for half in (1, 2):
@@ -427,8 +427,7 @@ def s3_v2(cfg) -> Table:
         table[f"encoder.blocks.{ours}"] = Source(names, layout)
 
     for name in ("conv1", "conv2"):
-        table[f"encoder.{name}.kernel"] = Source(f"encoder.{name}.weight", "conv1d")
-        table[f"encoder.{name}.bias"] = Source(f"encoder.{name}.bias")
+        affine(table, f"encoder.{name}", f"encoder.{name}")
     # a dotted path drops the word "value" (checkpoint.path_name): attn.kernel is that of the values
     for ours, theirs in (("query.", "query"), ("key.", "key"), ("", "value"), ("out.", "out")):
         layers(f"attn.{ours}kernel", f"attn.{theirs}.weight", "linear")
@@ -442,8 +441,7 @@ def s3_v2(cfg) -> Table:
         layers(f"{name}.scale", f"{name}.weight")
         layers(f"{name}.bias", f"{name}.bias")
     down = "quantizer._codebook.project_down"
-    table["quantizer.project_down.kernel"] = Source(f"{down}.weight", "linear")
-    table["quantizer.project_down.bias"] = Source(f"{down}.bias")
+    affine(table, "quantizer.project_down", down, "linear")
     return table
 
 

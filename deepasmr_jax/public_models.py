@@ -11,6 +11,7 @@ from deepasmr_jax.public_names import (
     NO_COUNTS,
     Source,
     Table,
+    affine,
     fold_spectral_norm,
     fold_weight_norm,
     source_names,
@@ -26,10 +27,6 @@ def wavlm(cfg, prefix="model.") -> Table:
     """
     table, backbone = {}, f"{prefix}feature_extract.model."
 
-    def affine(ours: str, theirs: str, layout: str, weight: str = "kernel") -> None:
-        table[f"{ours}.{weight}"] = Source(f"{theirs}.weight", layout)
-        table[f"{ours}.bias"] = Source(f"{theirs}.bias")
-
     def layers(ours: str, theirs: str, layout: str = "same") -> None:
         names = tuple(f"{backbone}encoder.layers.{i}.{theirs}" for i in range(cfg.num_layers))
         table[f"layers.{ours}"] = Source(names, layout)
@@ -37,10 +34,10 @@ def wavlm(cfg, prefix="model.") -> Table:
     for i in range(len(cfg.conv_kernels)):
         conv = f"{backbone}feature_extractor.conv_layers.{i}"
         table[f"features.{i}.conv.kernel"] = Source(f"{conv}.0.weight", "conv1d")
-        affine(f"features.{i}.norm", f"{conv}.2.1", "same", "scale")
-    affine("feature_norm", f"{backbone}layer_norm", "same", "scale")
-    affine("projection", f"{backbone}post_extract_proj", "linear")
-    affine("position", f"{backbone}encoder.pos_conv.0", "conv1d")
+        affine(table, f"features.{i}.norm", f"{conv}.2.1", "same", "scale")
+    affine(table, "feature_norm", f"{backbone}layer_norm", "same", "scale")
+    affine(table, "projection", f"{backbone}post_extract_proj", "linear")
+    affine(table, "position", f"{backbone}encoder.pos_conv.0", "conv1d")
     attention = "self_attn"
     table["distance_table"] = Source(f"{backbone}encoder.layers.0.{attention}.relative_attention_bias.weight")
     maps = {name: f"{attention}.{name}_proj" for name in "qkv"} | {"o": f"{attention}.out_proj"}
@@ -52,7 +49,7 @@ def wavlm(cfg, prefix="model.") -> Table:
     for ours, theirs in (("attn_norm", "self_attn_layer_norm"), ("mlp_norm", "final_layer_norm")):
         layers(f"{ours}.scale", f"{theirs}.weight")
         layers(f"{ours}.bias", f"{theirs}.bias")
-    affine("norm", f"{backbone}encoder.layer_norm", "same", "scale")
+    affine(table, "norm", f"{backbone}encoder.layer_norm", "same", "scale")
     table["state_weights"] = Source(f"{prefix}feature_weight")
 
     norm_names = dict(scale="weight", bias="bias", mean="running_mean", var="running_var")
@@ -61,12 +58,12 @@ def wavlm(cfg, prefix="model.") -> Table:
         for name, public in norm_names.items():
             table[f"head.{ours}.{name}"] = Source(f"{prefix}{theirs}.{public}")
 
-    affine("head.layer1.conv", f"{prefix}layer1.conv", "conv1d")
+    affine(table, "head.layer1.conv", f"{prefix}layer1.conv", "conv1d")
     norm("layer1.bn", "layer1.bn")
     for i in range(3):
         ours, theirs = f"blocks.{i}", f"layer{i + 2}"
         for unit, public in (("first", "Conv1dReluBn1"), ("last", "Conv1dReluBn2")):
-            affine(f"head.{ours}.{unit}.conv", f"{prefix}{theirs}.{public}.conv", "conv1d")
+            affine(table, f"head.{ours}.{unit}.conv", f"{prefix}{theirs}.{public}.conv", "conv1d")
             norm(f"{ours}.{unit}.bn", f"{theirs}.{public}.bn")
 
         def parts(ours: str, theirs: str, layout: str = "same") -> None:
@@ -78,12 +75,12 @@ def wavlm(cfg, prefix="model.") -> Table:
         for name, public in norm_names.items():
             parts(f"{ours}.parts.bn.{name}", f"{theirs}.Res2Conv1dReluBn.bns.%d.{public}")
         for j in (1, 2):
-            affine(f"head.{ours}.gate{j}", f"{prefix}{theirs}.SE_Connect.linear{j}", "linear")
-    affine("head.conv", f"{prefix}conv", "conv1x1")
-    affine("head.pool1", f"{prefix}pooling.linear1", "conv1x1")
-    affine("head.pool2", f"{prefix}pooling.linear2", "conv1x1")
+            affine(table, f"head.{ours}.gate{j}", f"{prefix}{theirs}.SE_Connect.linear{j}", "linear")
+    affine(table, "head.conv", f"{prefix}conv", "conv1x1")
+    affine(table, "head.pool1", f"{prefix}pooling.linear1", "conv1x1")
+    affine(table, "head.pool2", f"{prefix}pooling.linear2", "conv1x1")
     norm("bn", "bn")
-    affine("head.linear", f"{prefix}linear", "linear")
+    affine(table, "head.linear", f"{prefix}linear", "linear")
     return table
 
 
@@ -122,8 +119,7 @@ def flow_e2(cfg, prefix: str = "ema_model.transformer.") -> Table:
     table["norm.scale"] = Source(f"{prefix}norm_out.g")
     for ours, i in (("conv_first", 0), ("conv_second", 2)):
         theirs = f"{prefix}input_embed.conv_pos_embed.conv1d.{i}"
-        table[f"{ours}.kernel"] = Source(f"{theirs}.weight", "conv1d")
-        table[f"{ours}.bias"] = Source(f"{theirs}.bias")
+        affine(table, ours, theirs)
     half = cfg.num_layers // 2
     # our upper half is stacked from the last layer to the middle: up[i] merges the input of down[i]
     for stack, numbers in (("down", range(half)), ("up", range(cfg.num_layers - 1, half - 1, -1))):
@@ -219,8 +215,7 @@ def hifigan(cfg, prefix: str = "") -> Table:
     table = {}
 
     def conv(ours: str, theirs: str, layout: str = "conv1d") -> None:
-        table[f"{ours}.kernel"] = Source(f"{prefix}{theirs}.weight", layout)
-        table[f"{ours}.bias"] = Source(f"{prefix}{theirs}.bias")
+        affine(table, ours, f"{prefix}{theirs}", layout)
 
     conv("first", "conv_pre")
     conv("last", "conv_post")
@@ -249,8 +244,7 @@ def hifigan_discriminators(cfg) -> Table:
             pairs = [(f"convs.{j}", f"convs.{j}") for j in range(depth)] + [("last", "conv_post")]
             for our, their in pairs:
                 stem = f"{theirs}.discriminators.{i}.{their}"
-                table[f"{ours}.{i}.{our}.kernel"] = Source(f"{stem}.weight", layout)
-                table[f"{ours}.{i}.{our}.bias"] = Source(f"{stem}.bias")
+                affine(table, f"{ours}.{i}.{our}", stem, layout)
     return table
 
 

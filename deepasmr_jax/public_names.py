@@ -52,6 +52,12 @@ class Source:
 Table = dict[str, Source]
 
 
+def affine(table: Table, ours: str, theirs: str, layout: str = "conv1d", weight: str = "kernel") -> None:
+    """Enter `theirs`.weight as `ours`.`weight`, in this layout, and `theirs`.bias as `ours`.bias."""
+    table[f"{ours}.{weight}"] = Source(f"{theirs}.weight", layout)
+    table[f"{ours}.bias"] = Source(f"{theirs}.bias")
+
+
 def to_ours(
     table: Table,
     tensors: Mapping[str, np.ndarray],

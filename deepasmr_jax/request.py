@@ -174,7 +174,7 @@ def check_model(model: str | os.PathLike | None) -> Path:
 def read_text(path: str | os.PathLike) -> str:
     """The content of a text file; ValueError that names the file if it is not UTF-8."""
     try:
-        return Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as e:
         line = e.object[: e.start].count(b"\n") + 1
         raise ValueError(

@@ -25,11 +25,13 @@ import numpy as np
 
 from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
 from deepasmr_jax import clip as clip_lib
+from deepasmr_jax import config as config_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import STYLES, Request, check_model, from_row
+from deepasmr_jax.request import MAX_PASSES, STYLES, Request, check_model, check_output, from_row
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
+BFLOAT16_FROM = 100_000_000  # parameters of a language model; below that a CPU decodes in float32
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
 # shortest padded lengths; the others are these times powers of two
 TEXT_BASE, TOKEN_BASE, NEW_BASE = 32, 64, 128
@@ -100,9 +102,14 @@ class Result:
         return self.request.seed
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Writes 16-bit audio, whole or not at all; see `audio.save`."""
+        """Writes 16-bit audio, whole or not at all; see `audio.save`.
+
+        Raises:
+            ValueError: if the name does not end in .wav or .flac, or nothing can be written there.
+        """
+        path = check_output(path, (".wav", ".flac"))
         audio.save(path, self.audio, self.sample_rate)
-        return Path(path)
+        return path
 
     def picture(self) -> bytes:
         """The spectrogram as a PNG file."""
@@ -124,6 +131,12 @@ class Result:
             "timings": {k: round(v, 3) for k, v in self.timings.items()},
             "notes": list(self.notes),
         }
+
+    def __repr__(self) -> str:
+        return (
+            f"Result({self.task}, {self.duration_s:.2f} s at {self.sample_rate} Hz, {self.language!r}, "
+            f"prompt {self.prompt!r}, seed {self.seed}, text {self.request.text!r})"
+        )
 
     def _repr_html_(self) -> str:
         row = page.Row(self.task, "", self.request.text, self.audio, self.sample_rate)
@@ -176,7 +189,7 @@ def load(model: str | os.PathLike | None = None, pool_file: str | os.PathLike | 
     sharding.ensure_mesh()
     try:
         return Synthesizer(folder, pool_file)
-    except (KeyError, TypeError, json.JSONDecodeError, OSError) as e:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as e:
         raise ValueError(f"the model in {folder} is damaged ({type(e).__name__}: {e}); fetch it again") from e
 
 
@@ -214,20 +227,33 @@ class Synthesizer:
                 f"config.json in {folder} has sample_rate {rate}, its mel profile {self.mel_config.name!r} "
                 f"{self.sample_rate}; correct one of them"
             )
-        if jax.default_backend() == "cpu":  # products of one row are slow in bfloat16 there
+        # a large model's decoding waits for its weights, which bfloat16 halves; a small one's is no faster on a CPU
+        if jax.default_backend() == "cpu" and config["components"]["lm"]["num_params"] < BFLOAT16_FROM:
             own_lm = self._parts["lm"]
             own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
         self._decode_weights = lm.unstack(self._parts["lm"].module, self._parts["lm"].config)
         self._parts["lm"].module = None  # decoding has its own copy of the weights, unstacked
         self._flow_hears_speaker = "speaker" in inspect.signature(self._parts["flow"].file.sample).parameters
         settings = config.get("sampling", {})
-        self.sampling = lm.Sampling(**settings.get("lm", {}))
+        self.sampling = config_lib.from_dict(lm.Sampling, settings.get("lm", {}))
+        for name in ("ratios", "output_gain_db", "clip_level_db", "redraw"):
+            if not _is_numbers(settings.get(name, {})):
+                raise ValueError(
+                    f"config.json in {folder} has sampling.{name} = {settings[name]!r}; correct it"
+                )
         self.ratios = settings.get("ratios", {})  # style -> {"min_ratio", "max_ratio"} where they differ
         self.solver = {"num_steps": 16, "guidance": 1.0, "method": "euler", "schedule": "cosine"}
-        self.solver |= settings.get("flow", {})
+        for name, value in settings.get("flow", {}).items():
+            if name not in self.solver or not isinstance(value, type(self.solver[name]) | int):
+                raise ValueError(f"config.json in {folder} has sampling.flow.{name} = {value!r}; correct it")
+            self.solver[name] = value
         # style -> what guidance makes too loud, negative
         self.output_gain_db = settings.get("output_gain_db", {})
         self.chunks = settings.get("chunks", {})  # language -> arguments of text.split_sentences
+        for language, arguments in self.chunks.items():
+            text_lib.split_sentences("1", language, **arguments)  # refuses what it cannot use
+        # a chunk that was misread is drawn again so often; more equal tokens in a row than that are a misreading
+        self.redraw = {"attempts": 0, "longest_run": 0} | settings.get("redraw", {})
         self.clip_level_db = settings.get("clip_level_db", {})  # style -> level of the training data
         vocoder_config = self._parts["vocoder"].config
         self._vocoder_configs = {  # a vocoder with a voice source can be told to whisper
@@ -612,7 +638,7 @@ class Synthesizer:
 
     def _job(self, place, request, language, clip, name, prompt, similarity, notes) -> _Job:
         encode = self.tokenizer.encode
-        if note := self.tokenizer.note(language):
+        if note := self.tokenizer.note(request.text, language):
             notes.append(note)
         return _Job(
             place=place,
@@ -649,44 +675,62 @@ class Synthesizer:
                 _padded(most, NEW_BASE),
             )
 
-        part = self._parts["lm"]
-        for (text_size, prompt_size, new_size), group in self._groups(rows, sizes):
-            with _clock_all([r[0].timings for r in group], "lm_s"):
-                batch = _stack(
-                    {
-                        "text_ids": _pad(ids, text_size),
-                        "text_lengths": np.int32(len(ids)),
-                        "prompt_tokens": _pad(j.prompt_tokens, prompt_size),
-                        "prompt_lengths": np.int32(len(j.prompt_tokens)),
-                        "min_lengths": np.int32(least),
-                        "max_lengths": np.int32(most),
-                        "seeds": np.uint32(j.request.seed),
-                        "chunks": np.uint32(c),
-                    }
-                    for j, c, ids, least, most in group
-                )
-                batch = sharding.put(batch)
-                keys = _keys(batch.pop("seeds"), batch.pop("chunks"), 0)
-                tokens, lengths = jax.device_get(
-                    lm.generate(
-                        self._decode_weights,
-                        part.config,
-                        self.sampling,
-                        *batch.values(),
-                        keys=keys,
-                        max_new=new_size,
-                    )
-                )
-            for i, (j, c, _, _, most) in enumerate(group):
-                j.tokens[c] = tokens[i, : lengths[i]]
-                if lengths[i] < MIN_CHUNK_TOKENS:
-                    j.error = (
-                        f"the language model gave no speech for {j.request.text[:40]!r}; try another seed"
-                    )
-                elif lengths[i] >= most:
-                    j.notes.append(
-                        "the speech was stopped at its length limit; another seed may read it better"
-                    )
+        problems: dict[tuple, str] = {}
+        for attempt in range(1 + self.redraw["attempts"]):
+            for size, group in self._groups(rows, sizes):
+                with _clock_all([r[0].timings for r in group], "lm_s"):
+                    drawn = self._draw(size, group, attempt)
+                for row, tokens in zip(group, drawn, strict=True):
+                    j, c, _, _, most = row
+                    problem = self._problem(tokens, most)
+                    if not attempt or not problem or _longest_run(tokens) < _longest_run(j.tokens[c]):
+                        j.tokens[c], problems[id(j), c] = tokens, problem
+            rows = [row for row in rows if problems[id(row[0]), row[1]]]
+        for j, c, *_ in rows:
+            if len(j.tokens[c]) < MIN_CHUNK_TOKENS:
+                j.error = f"the language model gave no speech for {j.request.text[:40]!r}; try another seed"
+            else:
+                j.notes.append(problems[id(j), c])
+
+    def _draw(self, size: tuple[int, int, int], group: list[tuple], attempt: int) -> list[np.ndarray]:
+        """Speech tokens of the rows of one group; every attempt draws others."""
+        text_size, prompt_size, new_size = size
+        batch = _stack(
+            {
+                "text_ids": _pad(ids, text_size),
+                "text_lengths": np.int32(len(ids)),
+                "prompt_tokens": _pad(j.prompt_tokens, prompt_size),
+                "prompt_lengths": np.int32(len(j.prompt_tokens)),
+                "min_lengths": np.int32(least),
+                "max_lengths": np.int32(most),
+                "seeds": np.uint32(j.request.seed),
+                "chunks": np.uint32(c),
+            }
+            for j, c, ids, least, most in group
+        )
+        batch = sharding.put(batch)
+        # passes of the flow have 1 to 3
+        keys = _keys(batch.pop("seeds"), batch.pop("chunks"), attempt * (MAX_PASSES + 1))
+        config = self._parts["lm"].config
+        tokens, lengths = jax.device_get(
+            lm.generate(
+                self._decode_weights, config, self.sampling, *batch.values(), keys=keys, max_new=new_size
+            )
+        )
+        return [tokens[i, : lengths[i]] for i in range(len(group))]
+
+    def _problem(self, tokens: np.ndarray, most: int) -> str:
+        """What shows that a chunk was misread, "" if nothing does."""
+        if len(tokens) < MIN_CHUNK_TOKENS:
+            return "no speech"
+        if len(tokens) >= most:
+            return "the speech was stopped at its length limit; another seed may read it better"
+        if (run := _longest_run(tokens)) > self.redraw["longest_run"] > 0:
+            return (
+                f"a sound is held for {run / audio.TOKEN_RATE:.1f} s, and the words after it may be lost; other words "
+                "or another seed may be read better"
+            )
+        return ""
 
     def _sound(self, jobs: list[_Job], number: int) -> None:
         """Hop 5: mel and waveform of every chunk, in the voice of the job's clip."""
@@ -767,7 +811,7 @@ class Synthesizer:
             language=job.language,
             prompt=job.prompt_name,
             prompt_similarity=job.similarity,
-            notes=tuple(job.notes),
+            notes=tuple(dict.fromkeys(job.notes)),
             timings=job.timings,
         )
 
@@ -815,6 +859,17 @@ def embed_speaker(file, model, cfg, wav: jax.Array, lengths: jax.Array) -> jax.A
     return file.embed(model, cfg, fbank, audio.fbank_frames(lengths))
 
 
+def _longest_run(tokens: np.ndarray) -> int:
+    """Most equal tokens in a row."""
+    changes = np.flatnonzero(np.diff(tokens)) + 1
+    return int(np.diff(np.concatenate([[0], changes, [len(tokens)]])).max())
+
+
+def _is_numbers(x) -> bool:
+    """Whether a setting is an object of numbers, or of such objects."""
+    return isinstance(x, dict) and all(isinstance(v, int | float) or _is_numbers(v) for v in x.values())
+
+
 class _Part:
     """A component: its file of code, its Config and its weights."""
 
@@ -852,7 +907,7 @@ def _entry(recording: pool.Recording, clip: Clip, provenance: dict) -> pool.Entr
 def _text_tokenizer(folder: Path, settings: dict):
     kind = settings.get("tokenizer", "mini")
     if kind == "mini":
-        return text_lib.MiniTokenizer()
+        return text_lib.MiniTokenizer(settings.get("marks"))
     if kind == "qwen":
         return text_lib.QwenTokenizer(folder / settings.get("folder", "."), settings.get("normalizer", "own"))
     raise ValueError(
@@ -936,17 +991,40 @@ def _stack(rows: Iterable[dict]) -> dict[str, np.ndarray]:
 
 
 def _join(wavs: list[np.ndarray], sample_rate: int, pause_s: float) -> np.ndarray:
-    """Chunks one after the other with a pause between; 10 ms fades at the inner edges avoid clicks."""
+    """Chunks one after the other with a pause between; 10 ms fades at the inner edges avoid clicks.
+
+    The pause is not silent: between two whispers that would sound as if the microphone were switched off.
+    """
     if len(wavs) == 1:
         return wavs[0]
     fade = np.linspace(0, 1, round(0.01 * sample_rate), dtype=np.float32)
-    parts = []
+    parts, spoken = [], np.concatenate(wavs)
     for i, wav in enumerate(wavs):
         wav = np.array(wav, np.float32)
         if i:
-            parts.append(np.zeros(round(pause_s * sample_rate), np.float32))
+            parts.append(_room_tone(spoken, round(pause_s * sample_rate), sample_rate, seed=i))
             wav[: len(fade)] *= fade[: len(wav)]
         if i < len(wavs) - 1:
             wav[-len(fade) :] *= fade[::-1][-len(wav) :]
         parts.append(wav)
     return np.concatenate(parts)
+
+
+def _room_tone(wav: np.ndarray, length: int, sample_rate: int, seed: int) -> np.ndarray:
+    """[length] float32 noise with the spectrum of a waveform's quietest tenth, at least 30 dB below its loud parts."""
+    size = 2 * round(0.016 * sample_rate)
+    if len(wav) < size:
+        return np.zeros(length, np.float32)
+    hop, window = size // 2, np.sin(np.pi * (np.arange(size) + 0.5) / size)
+    frames = np.lib.stride_tricks.sliding_window_view(np.asarray(wav, np.float64), size)[::hop]
+    power = np.abs(np.fft.rfft(frames * window)) ** 2 / np.sum(window**2)
+    energy = power.sum(axis=1)
+    quiet = power[energy <= np.percentile(energy, 10)].mean(axis=0)
+    quiet *= min(1.0, 1e-3 * np.percentile(energy, 90) / max(quiet.sum(), 1e-30))
+    rng, count = np.random.default_rng(seed), length // hop + 2
+    noise = rng.normal(size=(2, count, len(quiet)))
+    made = np.fft.irfft((noise[0] + 1j * noise[1]) * np.sqrt(size * quiet / 2), size) * window
+    whole = np.zeros((count + 1) * hop)
+    for half in (0, 1):  # windows overlap by a half, their squares add up to 1
+        whole[half * hop : (half + count) * hop] += made[:, half * hop : (half + 1) * hop].reshape(-1)
+    return whole[hop : hop + length].astype(np.float32)

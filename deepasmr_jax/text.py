@@ -92,9 +92,9 @@ _PROTECTED = re.compile(
 
 
 def _sentences(text: str) -> list[str]:
-    """Cuts after sentence marks; a period needs a following blank and no abbreviation before it."""
+    """Cuts after sentence marks and at empty lines; a period needs a following blank and no abbreviation before it."""
     pieces, start = [], 0
-    for m in re.finditer(r"(?:[。？！；…]+|[.?!;:]+(?=[\s\"'”’)]|$)|：)[\"'”’)」』]*\s*", text):
+    for m in re.finditer(r"(?:[。？！；…]+|[.?!;:]+(?=[\s\"'”’)]|$)|：)[\"'”’)」』]*\s*|\n\s*\n\s*", text):
         before = text[start : m.start() + 1]
         if (
             m[0].startswith(".")
@@ -146,7 +146,9 @@ def split_sentences(
     merge_below: int = 20,
     apart: str | None = None,
 ) -> list[str]:
-    """Chunks of whole sentences, each short enough for one generation: at most `longest` + `full`.
+    """Chunks of whole sentences, each short enough for one generation.
+
+    At most `longest` + `full` long, with `apart` at most `longest`.
 
     A chunk is closed when the next sentence would take it above `longest` and it already has more than
     `full`; a last chunk below `merge_below` joins the one before. Chunks without a word are dropped, a
@@ -161,8 +163,8 @@ def split_sentences(
             of a tokenizer's result for exact limits.
         longest, full, merge_below: in units of `length`; `full` counts without `apart` only.
         apart: None: several sentences may share a chunk. For a model that was trained on single sentences:
-            "sentences" makes every one a chunk, "clauses" every part between commas too, unless it is below
-            `merge_below`; what is above `longest` is cut as above.
+            "sentences" makes every one a chunk, "clauses" every part between commas too, but joins one below
+            `merge_below` to a neighbour in its sentence; what is above `longest` is cut as above.
 
     Raises:
         ValueError: text empty or without words; unknown language or `apart`; limits out of order.
@@ -184,7 +186,11 @@ def split_sentences(
         for number, piece in enumerate(q for p in clauses for q in _cut(p, length, longest, join)):
             grown = f"{current}{join}{piece}" if current else piece
             if apart:
-                is_whole = not number or length(current) >= merge_below or length(grown) > longest
+                is_whole = (
+                    not number
+                    or min(length(current), length(piece)) >= merge_below
+                    or length(grown) > longest
+                )
             else:
                 is_whole = length(grown) > longest and length(current) > full
             if current and is_whole:
@@ -410,9 +416,14 @@ class MiniTokenizer:
     English words are ARPAbet with stress digits; a word that `pronounce` does not know is spelled by letters.
     Chinese characters are an initial (if any) and a final with its tone. Id 0 is padding and never in a
     result.
+
+    Args:
+        marks: language -> the marks that a model was trained on, where it was not all of them. Another mark is
+            then read as "." after the last word and as "," before it, or not at all if "," is none of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, marks: dict[str, str] | None = None) -> None:
+        self._marks = marks or {}
         english = [p for a in ARPABET for p in ([f"{a}{s}" for s in "012"] if a in _STRESSED else [a])]
         finals = [f"zh_{f}{t}" for f in ZH_FINALS for t in TONES]
         self.symbols = ["<pad>", "<en>", "<zh>", WORD_SEPARATOR, *PUNCTUATION, *"abcdefghijklmnopqrstuvwxyz'",
@@ -462,15 +473,37 @@ class MiniTokenizer:
             else:
                 spelled = bool(spell_probability) and rng.random() < spell_probability
                 symbols += (None if spelled else pronounce(m[0])) or list(m[0].lower().strip("'"))
-        return np.array([self._ids[s] for s in symbols], np.int32)
+        return np.array([self._ids[s] for s in self._known(symbols, language)], np.int32)
+
+    def _known(self, symbols: list[str], language: str) -> list[str]:
+        """The symbols with marks that the model knows."""
+        known = self._marks.get(language)
+        if known is None:
+            return symbols
+        last_word = max((i for i, s in enumerate(symbols) if s not in PUNCTUATION), default=0)
+        result = []
+        for i, s in enumerate(symbols):
+            if s in PUNCTUATION and s not in known:
+                s = "." if i > last_word else ","
+            if s not in PUNCTUATION or (s in known and result[-1:] != [s]):
+                result.append(s)
+        return result
 
     def spoken(self, text: str, language: str) -> str:
         """The text with numbers and symbols in words, as it is encoded."""
         return spoken_form(text, language)
 
-    def note(self, language: str) -> str | None:
-        """What a user should know of how texts are read here: nothing."""
-        return None
+    def note(self, text: str, language: str) -> str | None:
+        """What a user should know of how this text is read: which words the lexicon does not know; or None."""
+        words = (m["en"] for m in _PIECES.finditer(spoken_form(text, language)) if m["en"])
+        unknown = list(dict.fromkeys(w for w in words if pronounce(w) is None))
+        if not unknown:
+            return None
+        shown = ", ".join(map(repr, unknown[:3])) + (" ..." if unknown[3:] else "")
+        return (
+            f"read letter by letter, because the English lexicon does not know it: {shown}; "
+            "write it as it sounds, in known words"
+        )
 
     def _mandarin(self, run: str) -> list[str]:
         parts = [pinyin_parts(s) for s in pinyin(run)]
@@ -560,8 +593,8 @@ class QwenTokenizer:
         """The text with numbers and symbols in words, as it is encoded."""
         return spoken_form(text, language, self.normalizer)
 
-    def note(self, language: str) -> str | None:
-        """What a user should know of how texts are read here, or None."""
+    def note(self, text: str, language: str) -> str | None:
+        """What a user should know of how this text is read, or None."""
         if self.normalizer == "wetext" and wetext_normalizer(language) is None:
             return "numbers are read by built-in rules, wetext is not installed: pip install wetext"
         return None

@@ -251,8 +251,10 @@ def _clean(text: str) -> str:
 
 
 def _english(text: str) -> str:
-    text = re.sub(r"[\r\n]+\s*", "\n", text)
-    text = re.sub(r"([^\s.,?!;:])\n", r"\1, ", text)  # a line break without a mark is a pause
+    text = re.sub(r"[^\S\n]*\r?\n[^\S\n]*", "\n", text)
+    text = re.sub(
+        r"([^\s.,?!;:])\n\n+", r"\1. ", text
+    )  # an empty line ends a paragraph, a line's end is a blank
     text = _clean(
         text.replace("²", " squared ").replace("³", " cubed ").replace("℃", " °C").replace("℉", " °F")
     )

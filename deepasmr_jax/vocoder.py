@@ -134,7 +134,7 @@ def _keep(x: jax.Array, ends: jax.Array | None) -> jax.Array:
     """`x` [B, W, C] with zeros beyond a row's end, as a convolution's padding is."""
     if ends is None:
         return x
-    return jnp.where((jnp.arange(x.shape[1]) < ends[:, None])[..., None], x, 0.0)
+    return jnp.where(nn.length_mask(ends, x.shape[1])[..., None], x, 0.0)
 
 
 def _residual_whole(

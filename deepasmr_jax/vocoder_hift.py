@@ -418,7 +418,7 @@ def _valid(x: jax.Array, lengths: jax.Array | None, per_frame: int, more: int = 
     if lengths is None:
         return None
     ends = jnp.asarray(lengths, jnp.int32) * per_frame + more
-    return (jnp.arange(x.shape[1]) < ends[:, None])[..., None]
+    return nn.length_mask(ends, x.shape[1])[..., None]
 
 
 def _zeroed(x: jax.Array, valid: jax.Array | None) -> jax.Array:

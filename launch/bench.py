@@ -16,6 +16,7 @@ Needs: pip install torch einops s3tokenizer, and for flow the line in tests/gold
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +36,7 @@ os.environ["DEEPASMR_CACHE"] = "off"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from deepasmr_jax import config, files, flow, lm, sharding, vocoder, vocoder_istft  # noqa: E402
 from deepasmr_jax import speech_tokenizer as s3  # noqa: E402
@@ -460,6 +463,24 @@ def measure_say(bench: Bench) -> None:
     bench.table("Loaded `Synthesizer`, N2A", names, rows)
 
 
+@contextlib.contextmanager
+def own_cache() -> Iterator[None]:
+    """Lets a Synthesizer keep compiled programs in a temporary folder; afterwards JAX's cache is as it was."""
+    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
+    names = [f"jax_{name}" for name in (*names, "persistent_cache_min_entry_size_bytes")]
+    before, switch = {name: getattr(jax.config, name) for name in names}, os.environ["DEEPASMR_CACHE"]
+    jax.config.update("jax_compilation_cache_dir", None)  # else the Synthesizer would keep to that one
+    compilation_cache.reset_cache()  # the folder of the first use stays JAX's, whatever the setting says later
+    try:
+        with tempfile.TemporaryDirectory() as os.environ["DEEPASMR_CACHE"]:
+            yield
+    finally:
+        os.environ["DEEPASMR_CACHE"] = switch
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
 def measure_programs(bench: Bench) -> None:
     """Seconds that each program of a short request takes to compile, then to be read from the cache on disk.
 
@@ -477,8 +498,7 @@ def measure_programs(bench: Bench) -> None:
             spans.append((now - seconds, now, event.endswith("backend_compile_duration"), fun_name))
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
-    with tempfile.TemporaryDirectory() as place:
-        os.environ["DEEPASMR_CACHE"] = place
+    with own_cache():
         synthesizer = synthesis.load(bench.args.model)
         synthesizer.solver["num_steps"] = 1
         for _ in range(2):
@@ -500,8 +520,6 @@ def measure_programs(bench: Bench) -> None:
                 row = seconds.setdefault(name, [0.0, 0.0])
                 row[0], row[1], before = row[0] + traced, row[1] + end - start, []
             found.append(seconds)
-        jax.config.update("jax_compilation_cache_dir", None)
-        os.environ["DEEPASMR_CACHE"] = "off"
     jax.monitoring.unregister_event_duration_listener(on_event)
     rows = [(name, *row, *found[1].get(name, (0.0, 0.0))) for name, row in found[0].items()]
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))

@@ -1,4 +1,5 @@
-# Sourced by demo.sh and test.sh: finds a Python, makes the environment, installs the package quietly.
+# Sourced by the scripts here: finds a Python, makes the environment, installs the package quietly (demo.sh, test.sh);
+# prints a command instead of running it (gke.sh, tpu_vm.sh).
 
 venv="${DEEPASMR_VENV:-.venv}"
 
@@ -27,4 +28,14 @@ make_environment() {
   fi
   echo "installing (a minute or two the first time) ..."
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$1"
+}
+
+# do_it COMMAND: runs it, or prints it, quoted, where $dry is set.
+do_it() {
+  if [ -n "$dry" ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
 }

@@ -16,6 +16,7 @@
 #   xpk cluster create --cluster NAME --tpu-type=v5litepod-16 --num-slices=1 --spot --enable-gcsfuse-csi-driver
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/environment.sh
 
 usage() {
   sed -n '2,16p' "$0" >&2
@@ -33,15 +34,6 @@ case "$what" in
   run | logs | delete | collect) [ -n "$name" ] || usage ;;
   *) usage ;;
 esac
-
-do_it() {
-  if [ -n "$dry" ]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
 
 # Prints launch/gke.yaml filled in; the arguments of the training as a list of JSON strings.
 manifest() {

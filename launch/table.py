@@ -309,6 +309,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose name contains one of these")
     parser.add_argument("--parts", nargs="+", choices=[part for part, _ in PARTS], help="all if absent")
     parser.add_argument("--languages", help="such as en; without it all of the split")
+    parser.add_argument(
+        "--no-enrolment",
+        action="store_true",
+        help="hear each voice as it comes, without 25 decodings per voice and style first: more word errors",
+    )
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
 
@@ -330,6 +335,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     out = Path(args.out)
     settings = {key: getattr(args, key) for key in ("data", "split", "per_row", "languages")}
+    if args.no_enrolment:  # older folders do not say that they were enrolled
+        settings["no_enrolment"] = True
+        known = dataclasses.replace(known, enrolment={style: {} for style in STYLES.values()})
     check_settings(
         out / "settings.json", settings | {"model": batch.fingerprint(rows.synthesizer)}, parser.error
     )

@@ -9,4 +9,4 @@ make_environment ".[dev,zh,judge]"
 echo "ruff ..."
 "$venv/bin/ruff" check .
 echo "pytest ..."
-"$venv/bin/pytest" -n 2 --dist loadfile --durations=25 "$@"
+"$venv/bin/pytest" -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"

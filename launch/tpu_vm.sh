@@ -17,6 +17,7 @@
 # mesh.data to the number of chips.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/environment.sh
 
 dry=""
 if [ "${1:-}" = "--dry-run" ]; then
@@ -31,15 +32,6 @@ what="$1" name="$2"
 shift 2
 : "${ZONE:?set ZONE, such as us-central2-b}"
 place=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
-
-do_it() {
-  if [ -n "$dry" ]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
 
 tpu() { do_it gcloud compute tpus tpu-vm "$@" "${place[@]}"; }
 

@@ -21,6 +21,19 @@ if not absl.flags.FLAGS.is_parsed():
     absl.flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
 
 
+# files that take longest, first: two workers take whole files, and one that comes last keeps the other waiting
+SLOWEST = (
+    "train vocoder_istft flow_cosyvoice2 notebooks two_processes flow speech_tokenizer nn vocoder synthesis lm kills "
+    "speaker"
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Slowest files first; pytest-xdist keeps this order with --no-loadscope-reorder."""
+    order = {f"test_{name}.py": i for i, name in enumerate(SLOWEST.split())}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def mesh():
     """A 1x1x1 mesh, set before every test and after it.

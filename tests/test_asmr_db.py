@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -395,6 +396,20 @@ def test_a_piece_that_was_transcribed_before_a_kill_is_not_sent_again(listed, se
         path.unlink()
     assert _make(work) == 0 and len(service.asked) == 3
     assert (work / "corpus" / "manifest.jsonl").read_bytes() == before
+
+
+def test_a_recording_that_was_replaced_is_heard_again_and_one_that_was_only_copied_is_not(listed, service):
+    path, work = listed
+    _make(work)
+    manifest = work / "corpus" / "manifest.jsonl"
+    before = manifest.read_bytes()
+    for name in ("a1", "a2"):
+        os.utime(path.parent / f"{name}.flac", (0, 0))
+    assert _make(work) == 0 and len(service.asked) == 3 and manifest.read_bytes() == before
+    wav, rate = soundfile.read(path.parent / "a2.flac", dtype="float32")
+    soundfile.write(path.parent / "a2.flac", 0.9 * wav, rate, subtype="PCM_16")  # of the same length
+    assert _make(work) == 0 and len(service.asked) == 4
+    assert _make(work) == 0 and len(service.asked) == 4
 
 
 def test_a_recording_of_another_length_is_heard_again_and_a_corrected_index_is_followed(listed, service):

@@ -53,6 +53,17 @@ def test_a_guess_of_the_style_says_how_to_give_it_on_the_command_line_and_in_pyt
     assert any("say which with --voice-style or voice_style" in note for note in notes)
 
 
+def test_a_clip_whose_level_does_not_move_is_used_with_a_warning():
+    rng, notes = np.random.default_rng(0), []
+    noise = rng.normal(size=32000).astype(np.float32) * 0.1
+    clip.read(noise, 16000, 16000, style="normal", notes=notes)
+    assert any("nobody's voice" in note for note in notes)
+    notes.clear()
+    syllables = noise * (np.sin(2 * np.pi * 4 * np.arange(32000) / 16000) > -0.3)
+    clip.read(syllables, 16000, 16000, style="normal", notes=notes)
+    assert not notes
+
+
 def test_the_gain_brings_a_clip_to_the_level_of_its_style_only_if_it_is_far_from_it():
     wav, notes = tiny_model.buzz(), []
     level = clip.level_db(wav)

@@ -81,6 +81,22 @@ def test_unknown_and_missing_fields_are_named_together():
         config.from_dict(Needs, {"wdth": 3})
 
 
+def test_values_of_another_type_are_named_together():
+    @dataclasses.dataclass(frozen=True)
+    class Kinds:
+        width: int = 1
+        rate: float = 1.0
+        name: str | None = None
+        sizes: tuple[int, ...] = ()
+
+    fine = {"width": 3, "rate": 2, "name": None, "sizes": [1, 2]}
+    assert config.from_dict(Kinds, fine) == Kinds(3, 2.0, None, (1, 2))
+    with pytest.raises(
+        ValueError, match=r"Kinds: width is True, sizes is \(1, 'x'\); .* width is of type int"
+    ):
+        config.from_dict(Kinds, fine | {"width": True, "sizes": [1, "x"]})
+
+
 def test_differences_name_the_field_and_both_values():
     old = config.to_dict(Outer())
     new = config.to_dict(config.override(Outer(), "inner.count=5"))

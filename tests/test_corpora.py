@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -370,6 +368,10 @@ def test_the_split_is_by_speaker_and_never_changes(tmp_path):
     assert found[::2] == found[1::2] and len(set(found)) == 2
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_killed_build_goes_on_and_ends_like_one_that_was_not(tmp_path, monkeypatch, small_units):
     source = many(tmp_path / "mine")
     whole, halted = tmp_path / "a" / "many" / "1.0.0", tmp_path / "b" / "many" / "1.0.0"
@@ -394,7 +396,7 @@ def test_a_killed_build_goes_on_and_ends_like_one_that_was_not(tmp_path, monkeyp
         first = len(examined)
         put(halted / ".0123abcd.part.many-train.array_record-00000-of-00001", b"left by a kill")
         # and once more at the end, after the duplicate was taken out
-        patched.setattr(tfds_files, "write_metadata", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+        patched.setattr(tfds_files, "write_metadata", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build.build("manifest", source, halted, options)
         assert first < len(examined) < 40 + first  # shards that were whole are not read again
@@ -415,6 +417,28 @@ def test_processes_and_workers_share_a_build(tmp_path, small_units):
     assert build.build("manifest", source, shared, options, "0/2", workers=2) is None
     assert build.build("manifest", source, shared, options) == counts
     assert content(shared) == content(alone)
+
+
+def test_a_recording_that_was_replaced_while_a_build_was_stopped_is_read_again(tmp_path, small_units, capsys):
+    source, out = tmp_path / "m.jsonl", tmp_path / "many" / "1.0.0"
+    names = [f"{i}.wav" for i in range(24)]
+    for i, name in enumerate(names):
+        put(tmp_path / name, wave(i))
+    put(
+        source,
+        lines(*({"audio": n, "id": n, "text": "Hi there.", "speaker": n, "style": "normal"} for n in names)),
+    )
+    assert build.build("manifest", source, out, build.Options(), "1/2") is None
+    parts = [json.loads(path.read_text()) for path in (out / tfds_files.PARTS).glob("0*.json")]
+    done = [path for part in parts for path in part["files"] if path.endswith(".wav")]
+    assert 4 < len(done) < 20
+    put(Path(done[0]), wave(1000))  # of the same length
+    Path(done[1]).unlink()  # not needed any more
+    capsys.readouterr()
+    build.build("manifest", source, out, build.Options())
+    assert capsys.readouterr().out.count(f"is made again: {done[0]} has changed") == 1
+    found, expected = records(out), soundfile.read(io.BytesIO(wave(1000)), dtype="int16")[0]
+    assert np.array_equal(found[Path(done[0]).name]["audio"], expected)
 
 
 def test_a_source_of_another_layout_is_refused_in_one_sentence(tmp_path, capsys):
@@ -473,7 +497,10 @@ def test_the_measured_manifest_is_built_and_read(tmp_path, capsys):
     counts = build.build("manifest", tmp_path / "m" / "all.jsonl", out, build.Options())
     assert counts["left_out"] == 0 and sum(counts["records"].values()) == 250  # every piece is another sound
     capsys.readouterr()
-    measure.read(str(out), 10.0, num_batches=2)
-    assert f"records ({counts['records']['train']} of" in capsys.readouterr().out
+    measure.read(str(out))
+    told, count = capsys.readouterr().out, counts["records"]["train"]
+    assert (
+        f"records ({count} of {count})" in told and "rows of batches (" in told and "plan of 2 epochs" in told
+    )
     with pytest.raises(ValueError, match="give 1 to 1198000"):
         measure.make(tmp_path / "m", 2_000_000)

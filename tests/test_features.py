@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import shutil
+from pathlib import Path
 
 import fill
 import fixture_data
@@ -138,6 +140,12 @@ def test_processes_share_a_pass_that_goes_on_after_a_kill_and_names_what_it_leav
         changed = [*options, str(shared)]
         changed[changed.index(name) + 1] = other
         assert tools.main(changed) == 2 and "was begun with" in capsys.readouterr().err
+    [path] = Path(corpus).glob("*-valid.array_record-00000*")  # rewritten, if with as many bytes
+    before = path.stat().st_mtime
+    os.utime(path, (before, before + 5))
+    assert tools.main([*options, str(shared)]) == 2
+    assert "was begun with files of the corpus" in capsys.readouterr().err
+    os.utime(path, (before, before))
     model = with_campplus(tmp_path / "model")  # another speaker encoder
     changed[:4] = ["--data", corpus, "--model", str(model)]
     assert tools.main(changed) == 2 and "the speaker encoder of sha256" in capsys.readouterr().err

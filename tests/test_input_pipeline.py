@@ -1,6 +1,10 @@
 """Order, packing, mixtures and rows of the data pipeline, on noise records."""
 
 import dataclasses
+import os
+import pickle
+import shutil
+from pathlib import Path
 
 import fixture_data
 import numpy as np
@@ -30,6 +34,11 @@ def make_config(folder, stage, **changes):
 def equally_long(index):
     """The index with utterances of one length: a share of the hours is then one of the utterances."""
     return dataclasses.replace(index, num_samples=np.full(len(index), 16000, np.int32))
+
+
+def styles_of(index):
+    """The style of each record."""
+    return index.styles[index.voice]
 
 
 def rows_of(batches):
@@ -134,19 +143,19 @@ def test_every_utterance_is_in_the_epoch_once_and_each_segment_has_one_speaker_a
     cfg = make_config(folder, "lm")
     index = equally_long(input_pipeline.read_index(cfg))
     rows = input_pipeline._Lm(cfg, index)
-    segments = rows.segments(0)
-    used = np.concatenate(segments)
+    used, starts = rows.segments(0)
+    segments = np.split(used, starts[1:-1])
     assert sorted(used) == sorted(np.flatnonzero(index.num_tokens + index.num_text + 2 <= cfg.num_tokens))
     assert {len(s) for s in segments} == {1, 2, 3}
     for segment in segments:
-        assert len(set(index.speaker[segment])) == 1 and len(set(index.style[segment])) == 1
-    planned = [tuple(s) for row in rows._plan(0) for s in row]
+        assert len(set(index.voice[segment])) == 1
+    planned = [tuple(s) for i in range(len(rows._plan(0))) for s in rows._plan(0)[i]]
     assert sorted(planned) == sorted(tuple(s) for s in segments)
 
 
 def test_packing_keeps_every_item_once_and_never_overfills():
     lengths = np.random.default_rng(0).integers(20, 300, 3000)
-    rows = input_pipeline.pack(lengths, 512)
+    rows = list(input_pipeline.pack(lengths, 512))
     assert sorted(i for row in rows for i in row) == list(range(3000))
     fill = np.array([lengths[row].sum() for row in rows])
     assert fill.max() <= 512
@@ -157,11 +166,13 @@ def test_packing_keeps_every_item_once_and_never_overfills():
 def test_styles_are_drawn_in_the_wanted_shares_of_the_hours(folder, weights, share):
     cfg = make_config(folder, "flow", style_weights=weights)
     index = input_pipeline.read_index(cfg)
-    samples = np.where(index.style == "asmr", 3 * index.num_samples, index.num_samples)  # whispers are slow
+    samples = np.where(
+        styles_of(index) == "asmr", 3 * index.num_samples, index.num_samples
+    )  # whispers are slow
     index = dataclasses.replace(index, num_samples=samples)
     mixture = input_pipeline.Mixture(cfg, index, np.ones(len(index), bool))
     drawn = np.concatenate([mixture.order(epoch) for epoch in range(50)])
-    whispered = index.num_samples[drawn][index.style[drawn] == "asmr"].sum()
+    whispered = index.num_samples[drawn][styles_of(index)[drawn] == "asmr"].sum()
     # an epoch of 48 has whole numbers of each: up to half an utterance of some ten is missing
     assert whispered / index.num_samples[drawn].sum() == pytest.approx(share, abs=0.03)
 
@@ -169,17 +180,17 @@ def test_styles_are_drawn_in_the_wanted_shares_of_the_hours(folder, weights, sha
 def test_shares_of_the_hours_are_of_what_the_rows_take(folder):
     cfg = make_config(folder, "speaker", num_samples=3200)  # one crop of each record, however long it is
     index = input_pipeline.read_index(cfg)
-    samples = np.where(index.style == "asmr", 3 * index.num_samples, index.num_samples)
+    samples = np.where(styles_of(index) == "asmr", 3 * index.num_samples, index.num_samples)
     mixture = input_pipeline._Waves(cfg, dataclasses.replace(index, num_samples=samples)).mixture
     drawn = np.concatenate([mixture.order(epoch) for epoch in range(5)])
-    assert np.mean(index.style[drawn] == "asmr") == pytest.approx(0.5, abs=0.03)
+    assert np.mean(styles_of(index)[drawn] == "asmr") == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_style_with_a_small_share_goes_on_in_the_next_epoch(folder):
     cfg = make_config(folder, "flow", style_weights=(3.0, 1.0))
     index = equally_long(input_pipeline.read_index(cfg))
     mixture = input_pipeline.Mixture(cfg, index, np.ones(len(index), bool))
-    asmr = [i for epoch in range(2) for i in mixture.order(epoch) if index.style[i] == "asmr"]
+    asmr = [i for epoch in range(2) for i in mixture.order(epoch) if styles_of(index)[i] == "asmr"]
     assert len(asmr) == len(set(asmr)) == 24
 
 
@@ -194,13 +205,13 @@ def test_two_epochs_have_different_orders(folder):
 def test_a_flow_prompt_is_another_sentence_of_the_same_speaker_and_both_styles_occur(folder):
     cfg = make_config(folder, "flow", no_prompt_prob=0.0)
     index = input_pipeline.read_index(cfg)
-    rows = input_pipeline._Flow(cfg, index)
+    rows, speakers = input_pipeline._Flow(cfg, index), index.speakers[index.voice]
     pairs = set()
     for target in range(len(index)):
         prompt = rows._draw_prompt(target, np.random.default_rng(target))
-        assert index.speaker[prompt] == index.speaker[target]
+        assert speakers[prompt] == speakers[target]
         assert index.pair[prompt] != index.pair[target]
-        pairs.add((str(index.style[prompt]), str(index.style[target])))
+        pairs.add((str(styles_of(index)[prompt]), str(styles_of(index)[target])))
     assert len(pairs) == 4
 
 
@@ -297,14 +308,53 @@ def test_spelled_words_keep_the_row_within_its_length(folder):
     assert texts(plain) != texts(spelled)
 
 
-def test_the_index_is_read_from_its_file_the_second_time(folder, monkeypatch):
+def test_the_index_is_read_from_its_file_the_second_time_and_made_again_for_other_records(
+    folder, tmp_path, monkeypatch
+):
     cfg = make_config(folder, "lm")
     first = input_pipeline.read_index(cfg)
-    input_pipeline._folder_index.cache_clear()
-    monkeypatch.setattr(input_pipeline, "_Source", None)
-    second = input_pipeline.read_index(cfg)
-    for field in dataclasses.fields(first):
-        assert np.array_equal(getattr(first, field.name), getattr(second, field.name))
+    input_pipeline._index.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(input_pipeline, "_Source", None)
+        second = input_pipeline.read_index(cfg)
+    sent = pickle.dumps(second)  # to a worker process
+    for index in (second, pickle.loads(sent)):
+        assert isinstance(index.num_samples, np.memmap)
+        for field in dataclasses.fields(first):
+            assert np.array_equal(getattr(first, field.name), getattr(index, field.name))
+    path = Path(first.voice.filename)
+    assert 24 * 48 < path.stat().st_size < 24 * 48 + 256 and len(sent) < 2000
+    shard = next(Path(folder).glob("noise-train*"))
+    shutil.copy2(shard, tmp_path / "shard")
+    os.utime(shard, (0, 0))  # rewritten, if with as many bytes
+    input_pipeline._index.cache_clear()
+    assert input_pipeline.read_index(cfg).voice.filename != str(path)
+    shutil.copystat(tmp_path / "shard", shard)
+
+
+def test_the_index_of_two_folders_is_that_of_both_one_after_the_other(folder, tmp_path):
+    other = fixture_data.write(tmp_path, {"train": 20}, num_speakers=5)
+    both = input_pipeline.read_index(
+        dataclasses.replace(make_config(folder, "lm"), data_dirs=(folder, other))
+    )
+    assert isinstance(both.num_samples, np.memmap)
+    parts = [input_pipeline.read_index(make_config(f, "lm")) for f in (folder, other)]
+    for name in ("pair", "num_samples", "num_tokens", "num_text"):
+        assert np.array_equal(getattr(both, name), np.concatenate([getattr(p, name) for p in parts]))
+    for name in ("speakers", "styles", "languages"):
+        found = [getattr(p, name)[p.voice] for p in parts]
+        assert np.array_equal(getattr(both, name)[both.voice], np.concatenate(found))
+    assert len(both.speakers) == 10
+
+
+def test_an_index_that_cannot_be_kept_is_held_in_memory(tmp_path, monkeypatch, capsys):
+    folder = fixture_data.write(tmp_path, {"train": 8})
+    monkeypatch.setattr(
+        input_pipeline.files, "write_text", lambda *a: (_ for _ in ()).throw(OSError("read-only"))
+    )
+    index = input_pipeline.read_index(make_config(folder, "lm"))
+    assert len(index) == len(pickle.loads(pickle.dumps(index))) == 8
+    assert "is not kept: read-only" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -330,12 +380,12 @@ def test_a_corpus_without_features_is_sent_to_add_features(tmp_path):
 def test_what_a_kill_left_beside_the_records_is_no_record(tmp_path):
     folder = fixture_data.write(tmp_path, {"train": 16})
     before = input_pipeline.read_index(make_config(folder, "flow"))
-    [index] = (tmp_path / "noise" / "1.0.0").glob("index_train_*.npz")
+    [index] = (tmp_path / "noise" / "1.0.0").glob("index_train_*.npy")
     (index.parent / ".0a1b2c3d.part.noise-train.array_record-00000-of-00002").write_bytes(b"half")
-    input_pipeline._folder_index.cache_clear()
+    input_pipeline._index.cache_clear()
     after = input_pipeline.read_index(make_config(folder, "flow"))
     assert np.array_equal(before.num_tokens, after.num_tokens)
-    assert list(index.parent.glob("index_train_*.npz")) == [index]  # read again, not made again
+    assert list(index.parent.glob("index_train_*.npy")) == [index]  # read again, not made again
 
 
 @pytest.mark.parametrize("name", [input_pipeline.MADE_WITH_FILE, input_pipeline.OLD_MADE_WITH_FILE])

@@ -61,7 +61,9 @@ def differences(whole: Path, parts: Path, steps: int) -> list[str]:
     return found
 
 
-def kill_often(place: Path, kills: int, steps: int, seed: int = 0) -> tuple[list[dict], list[str]]:
+def kill_often(
+    place: Path, kills: int, steps: int, seed: int = 0, tell=lambda kill: None, timeout_s: float = 300
+) -> tuple[list[dict], list[str]]:
     """Runs a training undisturbed, then once more with SIGKILL so often.
 
     Args:
@@ -69,6 +71,8 @@ def kill_often(place: Path, kills: int, steps: int, seed: int = 0) -> tuple[list
         kills: how often.
         steps: of the run; if it ends before the last kill, the disturbed run is made anew in another folder.
         seed: of the moments.
+        tell: is called with the facts of each kill.
+        timeout_s: of each run.
 
     Returns:
         (facts of each kill, what differs in the end: nothing if all is well).
@@ -83,7 +87,7 @@ def kill_often(place: Path, kills: int, steps: int, seed: int = 0) -> tuple[list
     while not (whole / "metrics.jsonl").exists() and process.exitcode is None:
         time.sleep(0.01)
     first_s = time.monotonic() - began
-    assert runs.finish(process) == 0, Path(f"{whole}.log").read_text()[-2000:]
+    assert runs.finish(process, timeout_s) == 0, Path(f"{whole}.log").read_text()[-2000:]
     life_s = first_s + 0.5 * (time.monotonic() - began - first_s)
     while len(told) < kills:
         clock, began = time.time(), time.monotonic()
@@ -111,7 +115,8 @@ def kill_often(place: Path, kills: int, steps: int, seed: int = 0) -> tuple[list
                 "checkpoints": checkpoint.steps(parts / "checkpoints"),
             }
         )
-    assert runs.finish(start(parts)) == 0, Path(f"{parts}.log").read_text()[-2000:]
+        tell(told[-1])
+    assert runs.finish(start(parts), timeout_s) == 0, Path(f"{parts}.log").read_text()[-2000:]
     return told, differences(whole, parts, steps)
 
 
@@ -189,9 +194,8 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="a folder that is not there yet")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True)
-    kills, wrong = kill_often(Path(args.out).absolute(), args.kills, args.steps, args.seed)
-    for number, kill in enumerate(kills, 1):
-        print(number, json.dumps(kill))
+    tell = lambda kill: print(json.dumps(kill), flush=True)
+    kills, wrong = kill_often(Path(args.out).absolute(), args.kills, args.steps, args.seed, tell, 3600)
     num_saves = sum(k["during_a_save"] for k in kills)
     print(f"{len(kills)} kills, {num_saves} during a save; differs in the end: {wrong or 'nothing'}")
     return bool(wrong)

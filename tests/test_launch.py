@@ -1,5 +1,6 @@
 """The launch scripts' dry runs: what they would run, with arguments kept whole, and no tool of a platform needed."""
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -109,3 +110,40 @@ def test_every_script_is_a_shell_script_that_bash_can_read(script):
         assert code == 2 and ("unknown command nonsense" if script == "tpu_vm.sh" else "delete NAME") in err
         code, _, err = dry(script)
         assert code == 2 and "delete NAME" in err and all(x.startswith("#") for x in err.splitlines())
+
+
+def test_the_runs_of_stage_two_differ_in_styles_alone_and_the_tables_of_the_mixture_are_joined(tmp_path):
+    """With a stand-in for Python that notes its arguments and writes a table with one row."""
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/usr/bin/env bash
+echo "$*" >>"$LOG"
+while [ $# -gt 1 ]; do if [ "$1" = --out ]; then out="$2"; fi; shift; done
+if [ -z "${out:-}" ]; then exit; fi
+touch "$out/factors.json"
+printf '%s\\n' '| row | words |' '|---|---|' '| text to N2A | 5 |' '' note >"$out/table.md"
+"""
+    )
+    python.chmod(0o755)
+    (tmp_path / "model").mkdir()
+    names = dict(PYTHON=python, LOG=tmp_path / "log", MODEL=tmp_path / "model", EXTRA_SET="--set=steps=1")
+    command = ["bash", str(LAUNCH / "mixture.sh"), "CORPUS", str(tmp_path / "out"), "FEATURES"]
+    for _ in range(2):  # what is finished is not run again
+        subprocess.run(command, env=ENVIRONMENT | {k: str(v) for k, v in names.items()}, check=True)
+    lines = (tmp_path / "log").read_text().splitlines()
+    runs = [x for x in lines if "deepasmr_jax.train" in x]
+    assert len(lines) == 10 and len(runs) == 6
+    value = lambda option, line: re.search(rf"--{option}=(\S+)", line)[1]
+    for network in ("flow", "lm"):
+        own = {
+            value("export", x).split("/")[-1]: x for x in runs if value("config", x).endswith(f":{network}")
+        }
+        styles = {name: value("set=data.styles", x) for name, x in own.items()}
+        assert styles == {"stage_one": "normal", "asmr_only": "asmr", "mixture": "normal,asmr"}
+        starts = [value("set=init_from", x) for x in own.values()]
+        assert starts == [str(tmp_path / "model"), *[str(tmp_path / "out/models/stage_one")] * 2]
+        same = lambda x: re.sub(r"--(workdir|export|set=(init_from|data\.style(s|_weights)))=\S+", "", x)
+        assert same(own["asmr_only"]) == same(own["mixture"]) and "--set=steps=1 " in own["mixture"]
+    rows = [x.split(" | ")[0] for x in (tmp_path / "out" / "table.md").read_text().splitlines()]
+    models = ("start", "stage one", "asmr only", "mixture")
+    assert rows == ["| row", "|---|---|", *(f"| {name}, N2A" for name in models), "", "note"]

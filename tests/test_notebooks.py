@@ -56,7 +56,7 @@ def run_notebook(name: str, folder: Path, **variables: str) -> str:
     cwd, temporary = folder / "cwd", folder / "tmp"
     cwd.mkdir()
     temporary.mkdir()
-    unset = ("DEEPASMR_DATA", "DEEPASMR_FEATURES", "XLA_FLAGS")
+    unset = ("DEEPASMR_DATA", "DEEPASMR_FEATURES")
     env = {k: v for k, v in os.environ.items() if k not in unset} | {
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",

@@ -37,6 +37,17 @@ def test_the_audio_has_the_length_of_its_tokens_and_the_facts_are_complete(made)
     assert result.task == "N2A" and result.prompt.startswith("en_asmr") and result.seed == 3
     assert {"clip_s", "lm_s", "flow_s", "vocoder_s", "compile_s"} == set(result.timings)
     assert "<audio" in result._repr_html_() and "<img" in result._repr_html_()
+    assert repr(result).startswith("Result(N2A, ") and "array" not in repr(result)
+
+
+def test_a_result_that_cannot_be_saved_says_so_in_a_sentence(made, tmp_path):
+    result = made(TEXT, tiny_model.buzz(), voice_rate=tiny_model.RATE, seed=3)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write in the folder .*choose another"):
+        result.save(tmp_path / "file" / "out.wav")
+    with pytest.raises(ValueError, match="does not end in .wav or .flac"):
+        result.save(tmp_path / "out.mp3")
+    assert result.save(tmp_path / "new" / "out.flac").stat().st_size > 0
 
 
 def test_the_same_seed_gives_the_same_audio_and_another_seed_does_not(made):
@@ -139,10 +150,57 @@ def test_a_long_text_is_spoken_in_chunks_with_pauses_between(made):
     assert pauses == (len(chunks) - 1) * round(synthesis.PAUSE_S["normal"] * tiny_model.RATE)
 
 
+def test_a_chunk_that_was_misread_is_drawn_again_and_noted_if_that_does_not_help(made, monkeypatch):
+    fine, held = np.arange(40, dtype=np.int32) % 7, np.full(40, 5, np.int32)
+    drawn = []
+
+    def draw(size, group, attempt):
+        drawn.append((attempt, [row[0].request.seed for row in group]))
+        good = {1: 0, 2: 1, 3: 9}  # seed -> the attempt that is well read
+        return [fine if attempt >= good[row[0].request.seed] else held[: 40 - attempt] for row in group]
+
+    monkeypatch.setattr(made, "redraw", {"attempts": 2, "longest_run": 14})
+    monkeypatch.setattr(made, "_draw", draw)
+    results = made.batch([ask(seed=1), ask(seed=2), ask(seed=3)])
+    assert drawn == [(0, [1, 2, 3]), (1, [2, 3]), (2, [3])]
+    assert [len(r.tokens) for r in results] == [40, 40, 38]
+    assert [any("held for 1.5 s" in n for n in r.notes) for r in results] == [False, False, True]
+
+
+def test_another_attempt_draws_other_tokens_and_the_first_is_the_one_without_redrawing(made, monkeypatch):
+    plain = made.batch([ask(seed=1)])[0]
+    monkeypatch.setattr(made, "_problem", lambda tokens, most: "misread")
+    assert np.array_equal(made.batch([ask(seed=1)])[0].tokens, plain.tokens)
+    monkeypatch.setattr(
+        made, "_problem", lambda tokens, most: "misread" if np.array_equal(tokens, plain.tokens) else ""
+    )
+    monkeypatch.setattr(made, "redraw", {"attempts": 1, "longest_run": 0})
+    assert not np.array_equal(made.batch([ask(seed=1)])[0].tokens, plain.tokens)
+
+
 def test_joined_chunks_fade_to_the_pause_and_keep_their_outer_edges():
     joined = synthesis._join([np.ones(1000, np.float32)] * 3, 16000, 0.1)
     assert len(joined) == 3000 + 2 * 1600 and joined[0] == 1 and joined[-1] == 1
-    assert joined[999] == 0 and joined[1000 + 1600] == 0 and np.abs(np.diff(joined)).max() < 0.01
+    assert joined[999] == 0 and joined[1000 + 1600] == 0 and np.abs(np.diff(joined)).max() < 0.1
+
+
+def test_a_pause_has_the_level_and_colour_of_the_quietest_part_of_the_speech_before_it():
+    rng = np.random.default_rng(0)
+    noise = np.convolve(rng.normal(size=64000), 0.9 ** np.arange(60), "same")  # more at low frequencies
+    weak = np.arange(64000) % 16000 < 4000  # a quarter is 40 dB down
+    wav = (noise * np.where(weak, 1e-3, 1e-1)).astype(np.float32)
+    tone = synthesis._room_tone(wav, 64000, 16000, seed=1)
+    colour = lambda x: np.corrcoef(x[1:], x[:-1])[0, 1]
+    assert tone.dtype == np.float32 and tone.shape == (64000,)
+    assert 0.7 < np.std(tone) / (1e-3 * np.std(noise)) < 1.1
+    assert colour(tone) == pytest.approx(colour(noise), abs=0.05)
+    parts = np.std(tone.reshape(-1, 1600), axis=1)
+    assert 0.6 < parts.min() / parts.max()
+    # without a pause in it: 30 dB below
+    steady = synthesis._room_tone(noise.astype(np.float32), 16000, 16000, seed=1)
+    assert np.std(steady) == pytest.approx(10**-1.5 * np.std(noise), rel=0.2)
+    assert not synthesis._room_tone(np.zeros(100, np.float32), 500, 16000, seed=1).any()
+    assert not synthesis._room_tone(np.zeros(2000, np.float32), 500, 16000, seed=1).any()
 
 
 def test_the_style_that_is_given_wins_over_the_detected_one(made):
@@ -250,21 +308,34 @@ def test_padded_sizes_are_a_base_times_powers_of_two():
     assert [synthesis._padded(n, 64) for n in (1, 64, 65, 128, 129, 1000)] == [64, 64, 128, 128, 256, 1024]
 
 
-def test_a_vocoder_of_another_mel_profile_than_the_folder_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        ("mel_profile", "cv2", "has mel profile 'mini', config.json 'cv2'"),
+        ("sample_rate", 24000, "sample_rate 24000, its mel profile 'mini' 16000"),
+        (
+            "components/lm/config/width",
+            "abc",
+            "lm.Config: width is 'abc'; correct the file, width is of type int",
+        ),
+        ("sampling/lm", {"top_p": "x"}, "lm.Sampling: top_p is 'x'"),
+        ("sampling/flow", {"num_steps": "many"}, "sampling.flow.num_steps = 'many'"),
+        ("sampling/ratios", {"asmr": {"min_ratio": "x"}}, "sampling.ratios = .*'x'"),
+        ("sampling/chunks", {"en": {"longest": "x"}}, "damaged .*'int' and 'str'"),
+        ("sampling/chunks", "x", "damaged .*'str'"),
+    ],
+)
+def test_a_config_that_was_changed_by_hand_is_refused_with_the_value(tmp_path, path, value, words):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model.shared(), folder)
-    config = json.loads((folder / "config.json").read_text()) | {"mel_profile": "cv2"}
+    config = json.loads((folder / "config.json").read_text())
+    *above, name = path.split("/")
+    place = config
+    for key in above:
+        place = place.setdefault(key, {})
+    place[name] = value
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="has mel profile 'mini', config.json 'cv2'"):
-        synthesis.load(folder)
-
-
-def test_a_sample_rate_that_is_not_the_mel_profiles_is_refused(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model.shared(), folder)
-    config = json.loads((folder / "config.json").read_text()) | {"sample_rate": 24000}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="sample_rate 24000, its mel profile 'mini' 16000"):
+    with pytest.raises(ValueError, match=words):
         synthesis.load(folder)
 
 

@@ -320,6 +320,30 @@ def test_the_qwen_tokenizer_gives_cosyvoice_ids_to_the_marks(tmp_path):
     assert tokenizer.encode("héllo 你好 😀").max() < 259  # bytes and the made-up pieces only
 
 
+def test_an_empty_line_ends_a_sentence_and_a_line_end_does_not():
+    wrapped = "Listen to the\nrain falling\n\nsoftly. Sleep"
+    apart = text.split_sentences(wrapped, "en", apart="sentences")
+    assert apart == ["Listen to the\nrain falling.", "softly.", "Sleep."]
+
+
+def test_marks_that_a_model_was_not_trained_on_are_read_as_those_it_knows():
+    some, every = text.MiniTokenizer({"en": ".", "zh": ".,"}), TOKENIZER
+    for known, unknown, language in (
+        ("好。", "好？！", "zh"),
+        ("好，好。", "好；好…", "zh"),
+        ("Yes stay.", "Yes, stay!", "en"),
+        ("Is it. 你好.", "Is it. 你好?", "en"),
+    ):
+        np.testing.assert_array_equal(some.encode(known, language), every.encode(known, language))
+        np.testing.assert_array_equal(some.encode(unknown, language), every.encode(known, language))
+
+
+def test_words_that_the_lexicon_does_not_know_are_named():
+    assert TOKENIZER.note("Close your eyes, 3,000 times.", "en") is None
+    note = TOKENIZER.note("Guten Abend, meine Damen. Guten Abend, zzt und qqx!", "en")
+    assert "'Guten', 'Damen', 'zzt' ..." in note and "letter by letter" in note
+
+
 def test_the_stock_qwen_folder_is_refused_with_the_reason(tmp_path):
     stock = [*BASE, "<|object_ref_start|>", "<|object_ref_end|>"]
     with pytest.raises(ValueError, match="id 151648 .* expected 151646.*CosyVoice-BlankEN"):
@@ -338,6 +362,13 @@ def test_single_sentences_and_clauses_are_chunks_where_a_model_was_trained_on_th
     ]  # fmt: skip
     assert apart(words, "en", apart="clauses") == [
         "Close your eyes.", "and listen to the rain.", "Yes, stay.", "It is 3,000 miles!"
+    ]  # fmt: skip
+    apart_at_5 = functools.partial(apart, merge_below=5, apart="clauses")
+    assert apart_at_5("Come with me here, please. Good night.", "en") == [
+        "Come with me here, please.", "Good night."
+    ]  # fmt: skip
+    assert apart_at_5("Well, come and stay with me, if you like it.", "en") == [
+        "Well, come and stay with me.", "if you like it."
     ]  # fmt: skip
     assert apart("把眼睛闭上，听雨。好。", "zh", apart="sentences") == ["把眼睛闭上，听雨。", "好。"]
     chunks = apart("word " * 40, "en", apart="clauses")

@@ -22,7 +22,7 @@ ENGLISH = [
     ("I’ve “quoted” this — really… wow!!! 😀", "I've quoted this, really... wow!"),
     ("naïve Æsop (maybe) MP3", "naive Aesop, maybe, MP three"),
     ("see https://example.com", "see example dot com"),
-    ("one\ntwo.\nthree", "one, two. three"),
+    ("one\ntwo.\r\nthree \n\n four", "one two. three. four"),
     ("‘Hello’ 'tis cats' toys", "Hello 'tis cats' toys"),
     ("v1.2.3", "v one point two point three"),
     ("1234567890123456", "one two three four five six seven eight nine zero one two three four five six"),

@@ -1,5 +1,6 @@
 """Two processes joined by `jax.distributed` (gloo) train as one process does; SIGTERM to one of them stops both."""
 
+import importlib.util
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ import fixture_data
 import numpy as np
 import pytest
 import runs
+from test_metrics import events
 
 from deepasmr_jax import checkpoint, metrics, sharding
 
@@ -40,7 +42,8 @@ def folder(tmp_path_factory):
     "stage, mesh", [("lm", ("mesh.data=2", "mesh.model=2")), ("flow", ("mesh.slice=2", "mesh.data=2"))]
 )
 def test_two_processes_end_with_the_weights_of_one(folder, tmp_path, stage, mesh):
-    sets = (f"data.data_dirs={folder}", "accumulation=2", "eval_every=2", *mesh)
+    has_events = importlib.util.find_spec("tensorboardX") is not None
+    sets = (f"data.data_dirs={folder}", "accumulation=2", "eval_every=2", f"tensorboard={has_events}", *mesh)
     two = start_two(tmp_path / "two", f"tiny.py:{stage}", *sets)
     one = runs.start(tmp_path / "one", f"tiny.py:{stage}", *sets, devices=4)
     assert [runs.finish(p) for p in (*two, one)] == [0, 0, 0], logs(tmp_path / "two")
@@ -53,6 +56,16 @@ def test_two_processes_end_with_the_weights_of_one(folder, tmp_path, stage, mesh
                 # sums over devices in another order; terms of a gradient cancel each other
                 near = 1e-3 if name == "train/grad_norm" else 1e-5
                 assert b[name] == pytest.approx(a[name], rel=near, abs=1e-6), name
+    if has_events:  # one file, of process 0: a second writer would be another file, or each number twice
+        tags = [
+            sorted((e.step, v.tag) for e in events(tmp_path / name / "tensorboard") for v in e.summary.value)
+            for name in ("one", "two")
+        ]
+        assert tags[0] == tags[1] and len(set(tags[1])) == len(tags[1])
+        wanted = {(4, "train/loss"), (4, "eval/loss")} | (
+            {(4, "picture/1/made")} if stage == "flow" else set()
+        )
+        assert wanted <= set(tags[1])
     one, two = (checkpoint.read_state(tmp_path / name / "checkpoints" / "4") for name in ("one", "two"))
     assert sorted(one) == sorted(two)
     for name in one:
