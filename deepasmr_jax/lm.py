@@ -57,7 +57,7 @@ class Config:
     init_std: float = 0.02
     dtype: str = "float32"  # operands of matrix products: float32 or bfloat16
     activation_dtype: str = "float32"  # of what training keeps between them in the layers: likewise
-    remat: str = "full"  # what the backward pass keeps of a layer: none (all), dots, full (nothing)
+    remat: str = "full"  # what the backward pass keeps of a layer: none (all), dots, full (see nn.REMAT)
     z_loss: float = 0.0  # weight of logsumexp(logits)^2
     alignment_weight: float = 0.0  # of the supervised attention in `alignment_loss`; 0: none, needs no labels
     alignment_layers: tuple[int, ...] = ()  # layers whose first two heads it teaches
