@@ -224,6 +224,7 @@ def curve(name: str, steps: int, seed: int = 0, **changes) -> np.ndarray:
     return np.array(found)
 
 
+@pytest.mark.full  # minutes
 @pytest.mark.parametrize("name", ["lm", "flow"])
 def test_the_loss_curve_in_bfloat16_follows_that_of_float32(name):
     """200 steps; what the precision changes is measured against what another start of the weights changes."""
