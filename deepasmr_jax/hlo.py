@@ -379,12 +379,9 @@ def _kernel_flops(x: _Instruction, operands: list[_Instruction]) -> float:
     grids = [sizes for item, sizes, _ in shapes if item == "s8" and len(sizes) == 3]
     blocks = min(grids[0][-2:]) if grids else 1  # of keys: all at once without a causal mask
     share = (blocks + 1) / (2 * blocks)
-    is_fused = any(
-        len(sizes) > len(queries) for _, sizes, _ in x.shapes
-    )  # parts of the gradient of the queries too
-    products = {"fwd": 2, "dq": 3, "dkv": 5 if is_fused else 4}[
-        found.group(1)
-    ]  # backward makes the scores anew
+    # a fused backward pass also gives parts of the gradient of the queries; every backward makes the scores anew
+    is_fused = any(len(sizes) > len(queries) for _, sizes, _ in x.shapes)
+    products = {"fwd": 2, "dq": 3, "dkv": 5 if is_fused else 4}[found.group(1)]
     return 2.0 * products * math.prod(queries) * keys[-2] * share
 
 

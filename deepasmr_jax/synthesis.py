@@ -227,7 +227,7 @@ class Synthesizer:
                 f"config.json in {folder} has sample_rate {rate}, its mel profile {self.mel_config.name!r} "
                 f"{self.sample_rate}; correct one of them"
             )
-        # a large model's decoding waits for its weights, which bfloat16 halves; a small one's is no faster on a CPU
+        # a large model's decoding waits for its weights, which bfloat16 halves; a small one gains little on a CPU
         if jax.default_backend() == "cpu" and config["components"]["lm"]["num_params"] < BFLOAT16_FROM:
             own_lm = self._parts["lm"]
             own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
@@ -683,7 +683,7 @@ class Synthesizer:
                 for row, tokens in zip(group, drawn, strict=True):
                     j, c, _, _, most = row
                     problem = self._problem(tokens, most)
-                    if not attempt or not problem or _longest_run(tokens) < _longest_run(j.tokens[c]):
+                    if not attempt or not problem or _misread(tokens) < _misread(j.tokens[c]):
                         j.tokens[c], problems[id(j), c] = tokens, problem
             rows = [row for row in rows if problems[id(row[0]), row[1]]]
         for j, c, *_ in rows:
@@ -865,6 +865,11 @@ def _longest_run(tokens: np.ndarray) -> int:
     return int(np.diff(np.concatenate([[0], changes, [len(tokens)]])).max())
 
 
+def _misread(tokens: np.ndarray) -> tuple[bool, int]:
+    """How bad a draw with a problem is, greater is worse: silence, then a long held sound."""
+    return len(tokens) < MIN_CHUNK_TOKENS, _longest_run(tokens)
+
+
 def _is_numbers(x) -> bool:
     """Whether a setting is an object of numbers, or of such objects."""
     return isinstance(x, dict) and all(isinstance(v, int | float) or _is_numbers(v) for v in x.values())
@@ -998,11 +1003,11 @@ def _join(wavs: list[np.ndarray], sample_rate: int, pause_s: float) -> np.ndarra
     if len(wavs) == 1:
         return wavs[0]
     fade = np.linspace(0, 1, round(0.01 * sample_rate), dtype=np.float32)
-    parts, spoken = [], np.concatenate(wavs)
+    parts, tone = [], _room_tone(np.concatenate(wavs)[: 60 * sample_rate], sample_rate)
     for i, wav in enumerate(wavs):
         wav = np.array(wav, np.float32)
         if i:
-            parts.append(_room_tone(spoken, round(pause_s * sample_rate), sample_rate, seed=i))
+            parts.append(tone(round(pause_s * sample_rate), seed=i))
             wav[: len(fade)] *= fade[: len(wav)]
         if i < len(wavs) - 1:
             wav[-len(fade) :] *= fade[::-1][-len(wav) :]
@@ -1010,21 +1015,28 @@ def _join(wavs: list[np.ndarray], sample_rate: int, pause_s: float) -> np.ndarra
     return np.concatenate(parts)
 
 
-def _room_tone(wav: np.ndarray, length: int, sample_rate: int, seed: int) -> np.ndarray:
-    """[length] float32 noise with the spectrum of a waveform's quietest tenth, at least 30 dB below its loud parts."""
+def _room_tone(wav: np.ndarray, sample_rate: int) -> Callable[..., np.ndarray]:
+    """`tone(length, seed)`: [length] float32 noise with the spectrum of the quietest tenth of `wav` [W].
+
+    It is at least 30 dB below the loud parts. The spectrum is taken once, the noise differs from seed to seed.
+    """
     size = 2 * round(0.016 * sample_rate)
     if len(wav) < size:
-        return np.zeros(length, np.float32)
+        return lambda length, seed: np.zeros(length, np.float32)
     hop, window = size // 2, np.sin(np.pi * (np.arange(size) + 0.5) / size)
     frames = np.lib.stride_tricks.sliding_window_view(np.asarray(wav, np.float64), size)[::hop]
     power = np.abs(np.fft.rfft(frames * window)) ** 2 / np.sum(window**2)
     energy = power.sum(axis=1)
     quiet = power[energy <= np.percentile(energy, 10)].mean(axis=0)
     quiet *= min(1.0, 1e-3 * np.percentile(energy, 90) / max(quiet.sum(), 1e-30))
-    rng, count = np.random.default_rng(seed), length // hop + 2
-    noise = rng.normal(size=(2, count, len(quiet)))
-    made = np.fft.irfft((noise[0] + 1j * noise[1]) * np.sqrt(size * quiet / 2), size) * window
-    whole = np.zeros((count + 1) * hop)
-    for half in (0, 1):  # windows overlap by a half, their squares add up to 1
-        whole[half * hop : (half + count) * hop] += made[:, half * hop : (half + 1) * hop].reshape(-1)
-    return whole[hop : hop + length].astype(np.float32)
+
+    def tone(length: int, seed: int) -> np.ndarray:
+        rng, count = np.random.default_rng(seed), length // hop + 2
+        noise = rng.normal(size=(2, count, len(quiet)))
+        made = np.fft.irfft((noise[0] + 1j * noise[1]) * np.sqrt(size * quiet / 2), size) * window
+        whole = np.zeros((count + 1) * hop)
+        for half in (0, 1):  # windows overlap by a half, their squares add up to 1
+            whole[half * hop : (half + count) * hop] += made[:, half * hop : (half + 1) * hop].reshape(-1)
+        return whole[hop : hop + length].astype(np.float32)
+
+    return tone
