@@ -44,6 +44,10 @@ def folder(tmp_path_factory):
 def test_two_processes_end_with_the_weights_of_one(folder, tmp_path, stage, mesh):
     has_events = importlib.util.find_spec("tensorboardX") is not None
     sets = (f"data.data_dirs={folder}", "accumulation=2", "eval_every=2", f"tensorboard={has_events}", *mesh)
+    # Adam divides by the size of a gradient, so that the rounding of one that is nearly nothing becomes a step of full
+    # size; with a large eps it is plain momentum. Products in float32, as a rounding to bfloat16 flips at such a
+    # difference too: so weights can be compared closely
+    sets += ("optim.eps=1", "optim.lr=0.1", "model.dtype=float32")
     two = start_two(tmp_path / "two", f"tiny.py:{stage}", *sets)
     one = runs.start(tmp_path / "one", f"tiny.py:{stage}", *sets, devices=4)
     assert [runs.finish(p) for p in (*two, one)] == [0, 0, 0], logs(tmp_path / "two")
@@ -69,9 +73,7 @@ def test_two_processes_end_with_the_weights_of_one(folder, tmp_path, stage, mesh
     one, two = (checkpoint.read_state(tmp_path / name / "checkpoints" / "4") for name in ("one", "two"))
     assert sorted(one) == sorted(two)
     for name in one:
-        # Adam divides by the size of a gradient: where that is nearly nothing, its rounding becomes a step. Found:
-        # up to 0.023 in biases that began at 0, other noise or rows would make about 1
-        assert np.linalg.norm(two[name] - one[name]) <= 0.05 * np.linalg.norm(one[name]) + 1e-6, name
+        assert np.linalg.norm(two[name] - one[name]) <= 1e-4 * np.linalg.norm(one[name]) + 1e-7, name
 
 
 def test_sigterm_to_one_of_two_processes_saves_on_both_and_the_next_start_goes_on(folder, tmp_path):
