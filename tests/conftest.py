@@ -1,12 +1,27 @@
-"""Shared test set-up: eight fake CPU devices, float32 products, absl flags parsed, fixed mesh."""
+"""Shared test set-up: eight fake CPU devices, float32 products, flags parsed, fixed mesh, one store of programs."""
 
+import importlib.metadata
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# most of the time of these small programs is compilation, which this halves
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# most of the time of these small programs is compilation: the first flag halves it, the second saves another third
+FLAGS = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith(
+    "0.10."
+):  # a flag that a version does not know ends the process
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FLAGS)
+# Both workers and every process that a test starts share what one of them has compiled: a run that is resumed, or the
+# built-in model in a notebook, compiles nothing anew. Set JAX_COMPILATION_CACHE_DIR to keep it for the next run.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["DEEPASMR_TEST_CACHE"] = tempfile.mkdtemp(
+        prefix="deepasmr-tests-"
+    )
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -26,6 +41,12 @@ SLOWEST = (
     "train vocoder_istft flow_cosyvoice2 notebooks two_processes flow speech_tokenizer nn vocoder synthesis lm kills "
     "speaker"
 )
+
+
+def pytest_unconfigure(config):
+    """Removes the compiled programs of this run; a worker leaves that to the main process."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.get("DEEPASMR_TEST_CACHE", ""), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):

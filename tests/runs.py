@@ -54,7 +54,6 @@ def _run(
     devices: int = 1,
     place=None,
     record=None,
-    cache=None,
     limit=None,
     group=False,
 ) -> None:
@@ -66,7 +65,6 @@ def _run(
         devices: fake CPU devices of this process.
         place: (address, number of processes, this one), to join other processes.
         record: file to which "STEP DIGEST-OF-THE-BATCH" is appended before each update.
-        cache: folder of compiled programs.
         group: be the first of a process group, to be signalled as a whole.
         limit: (step, bytes): from this step on no file can be written beyond so many bytes, as on a full disk.
     """
@@ -75,7 +73,6 @@ def _run(
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     for name, value in zip(("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"), place or (), strict=False):
         os.environ[f"JAX_{name}"] = str(value)
     import jax
@@ -85,9 +82,6 @@ def _run(
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_default_matmul_precision", "float32")
-    if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     make = train.make_step
 
     def make_step(cfg):

@@ -78,9 +78,7 @@ def kill_often(
         (facts of each kill, what differs in the end: nothing if all is well).
     """
     data = fixture_data.write(place / "data")
-    start = lambda run: runs.start(
-        run, CONFIG, *settings(data, steps), record=f"{run}.batches", cache=place / "cache"
-    )
+    start = lambda run: runs.start(run, CONFIG, *settings(data, steps), record=f"{run}.batches")
     whole, parts, draw, told = place / "whole", place / "parts", random.Random(seed), []
     began = time.monotonic()
     process = start(whole)
@@ -133,7 +131,6 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_loses_nothing_older(tmp_path
         *settings(data, 4),
         "keep=1",
         record=f"{run}.batches",
-        cache=tmp_path / "cache",
         **options,
     )
     broken = start(run, limit=(2, 20_000))  # checkpoints have files of 100 kB and more
@@ -161,7 +158,7 @@ def test_with_worker_processes_a_signal_to_the_whole_job_saves_and_no_worker_out
         "save_every=100000",
     )
     for number, word in ((signal.SIGTERM, "stopped at step"), (signal.SIGKILL, "start: checkpoint of step")):
-        process = runs.start(run, CONFIG, *sets, cache=tmp_path / "cache", group=True)
+        process = runs.start(run, CONFIG, *sets, group=True)
         before = len(metrics.read(run / "metrics.jsonl")) if run.exists() else 0
         while process.exitcode is None and not (
             (run / "metrics.jsonl").exists() and len(metrics.read(run / "metrics.jsonl")) > before
@@ -194,6 +191,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="a folder that is not there yet")
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(args.out).absolute() / "cache"))
     tell = lambda kill: print(json.dumps(kill), flush=True)
     kills, wrong = kill_often(Path(args.out).absolute(), args.kills, args.steps, args.seed, tell, 3600)
     num_saves = sum(k["during_a_save"] for k in kills)

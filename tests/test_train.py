@@ -56,18 +56,6 @@ def loss(model, cfg, batch, key):
     return total, jnp.sum(active, dtype=jnp.float32), {"rows": (jnp.float32(wav.shape[0]), jnp.float32(1.0))}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Programs compiled by one run of these tests are read back by the next one that needs them."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    old = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.2), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, old, strict=True):
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return fixture_data.write(tmp_path_factory.mktemp("data"))
