@@ -98,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     say.add_argument(
         "--pool-strategy",
         default="nearest",
-        help="nearest (default), static, real, self, or a pool entry's name",
+        help="what gives style and rhythm: nearest (default), the pool entry whose voice is nearest (within a style "
+        "the clip, if --voice-text is given); static, the first entry; real, the nearest that is a recording of a "
+        "person (the built-in pool has none and refuses it); self, the clip; a pool entry's name; none, nothing but "
+        "the text, so that the style is left to chance",
     )
     say.add_argument("--plot", action="store_true", help="also write a spectrogram, OUT with .png")
     say.add_argument("--show-text", action="store_true", help="print the text as it is read, and its symbols")
