@@ -284,7 +284,13 @@ def test_the_demo_prints_a_note_in_its_table_and_shows_it_on_its_page(tmp_path, 
     assert run("demo", "--out", tmp_path / "d", "--model", tiny_model.shared(), "--no-judge") == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].endswith("note") and table[1].endswith("–") and table[2].endswith("was cut")
-    assert "Note: was cut" in (tmp_path / "d" / "index.html").read_text("utf-8")
+    assert "Note: was cut" in (html := (tmp_path / "d" / "index.html").read_text("utf-8"))
+    assert "road to full size" not in html
+    monkeypatch.setattr(cli.request, "BUILT_IN", tiny_model.shared())  # of the built-in model it is said
+    assert run("demo", "--out", tmp_path / "d", "--no-judge") == 0
+    assert "The road to full size: README.md" in capsys.readouterr().out
+    html = (tmp_path / "d" / "index.html").read_text("utf-8")
+    assert '<a href="#road">' in html and "deepasmr convert cosyvoice2" in html
 
 
 def test_demo_writes_a_page_wavs_and_pictures_for_all_four_tasks_in_both_languages(tmp_path, capsys):
