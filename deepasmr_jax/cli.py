@@ -25,6 +25,12 @@ NOTICE = (
     "only. It sounds like the synthesisers it learned from, and misreads more in Mandarin than in English. It does not "
     "show the quality of a model of full size trained on people."
 )
+ROAD = (
+    "The same code holds the networks of full size as presets, and recipes for them in configs/ (lm_asmr.py, "
+    "flow_asmr.py and others); nobody has trained them here. `deepasmr convert cosyvoice2 CosyVoice2-0.5B --out "
+    "models/cv2` makes a full-size model of the public weights, not tuned to ASMR; tested on files of random values "
+    "with their names and shapes. More in README.md of deepasmr_jax, 'The road to full size'."
+)
 
 
 _SEED = "a whole number; another seed gives another reading (default 0)"
@@ -98,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     say.add_argument(
         "--pool-strategy",
         default="nearest",
-        help="nearest (default), static, real, self, or a pool entry's name",
+        help="what gives style and rhythm: nearest (default), the pool entry whose voice is nearest (within a style "
+        "the clip, if --voice-text is given); static, the first entry; real, the nearest that is a recording of a "
+        "person (the built-in pool has none and refuses it); self, the clip; a pool entry's name; none, nothing but "
+        "the text, so that the style is left to chance",
     )
     say.add_argument("--plot", action="store_true", help="also write a spectrogram, OUT with .png")
     say.add_argument("--show-text", action="store_true", help="print the text as it is read, and its symbols")
@@ -276,9 +285,9 @@ def _demo(args) -> None:
 
     synthesizer = synthesis.load(args.model, args.pool)
     if synthesizer.folder.resolve() == request.BUILT_IN.resolve():
-        notice, intro = NOTICE, _VOICE_INTRO
+        notice, intro, road = NOTICE, _VOICE_INTRO, ROAD
     else:
-        notice, intro = _made_from(synthesizer.config), ""
+        notice, intro, road = _made_from(synthesizer.config), "", ""
     sounds = demo.make(synthesizer, seed, _progress)
     judge = None if args.no_judge else evaluate.judge_one
     if judge:
@@ -295,10 +304,10 @@ def _demo(args) -> None:
         lines.append({"voice": s.voice, "sound": s.label} | cells | noted)
     parts = [page.Section(voice, intro, clips, made) for voice, (clips, made) in sections.items()]
     settings = f"Unvoiced: {evaluate.PitchSettings().describe()}. {_SETTINGS}"
-    document = page.demo("DeepASMR in JAX: a demonstration", notice, parts, settings)
+    document = page.demo("DeepASMR in JAX: a demonstration", notice, parts, settings, road)
     files.write_text(folder / "index.html", document)
     print(_table(lines))
-    print(f"\n{notice}\n\nListen: {(folder / 'index.html').resolve()}")
+    print(f"\n{notice} {_ROAD_IN_README * bool(road)}\n\nListen: {(folder / 'index.html').resolve()}")
 
 
 def _batch(args) -> int:
@@ -511,6 +520,7 @@ def _mebibytes(paths: list[Path]) -> str:
     return f"{sum(path.stat().st_size for path in paths) / 2**20:.1f}"
 
 
+_ROAD_IN_README = "The road to full size: README.md, section of that name."
 _VOICE_INTRO = "Training had neither this form of the voice nor these sentences."
 _SETTINGS = (
     "Errors: word error rate of a recogniser that knows only the grammar of the English matrix sentences "

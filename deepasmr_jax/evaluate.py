@@ -352,7 +352,9 @@ class StyleFeatures:
 STYLE_PROXY_WEIGHTS = (0.6, 0.2, 0.2)  # voicing is what makes a whisper; the other two only colour the number
 
 
-def style_features(wav: np.ndarray, sample_rate: int, sentence: str, language: str) -> StyleFeatures:
+def style_features(
+    wav: np.ndarray, sample_rate: int, sentence: str, language: str, unvoiced: float | None = None
+) -> StyleFeatures:
     """Features of one clip for `style_proxy`.
 
     Args:
@@ -360,12 +362,13 @@ def style_features(wav: np.ndarray, sample_rate: int, sentence: str, language: s
         sample_rate: Hz.
         sentence: what is said.
         language: "en" or "zh".
+        unvoiced: the clip's unvoiced ratio, where it is known.
 
     Raises:
         ValueError: if the clip is silent or shorter than a frame, or the rate too low (`spectral_tilt`).
     """
     return StyleFeatures(
-        unvoiced_ratio([wav], sample_rate).ratio,
+        unvoiced_ratio([wav], sample_rate).ratio if unvoiced is None else unvoiced,
         spectral_tilt(wav, sample_rate),
         speaking_rate(wav, sample_rate, sentence, language),
     )
@@ -478,6 +481,7 @@ def evaluate_folder(
     similarity: judges.SimilarityJudge | None = None,
     gallery: tuple[np.ndarray, Sequence[str]] | None = None,
     factors: dict[str, float] | None = None,
+    style: tuple[Sequence[StyleFeatures], Sequence[StyleFeatures]] | None = None,
     workers: int = 1,
 ) -> dict:
     """Measures of a folder of results, by group, written to evaluation.json beside them.
@@ -497,13 +501,14 @@ def evaluate_folder(
         similarity: compares each output with its clip; None: no similarity.
         gallery: ([G, E] embeddings by the same judge, [G] speakers), in the style of the clips.
         factors: of each speaker, the speed at which `matrix` hears them (`judges.MatrixJudge.enrol`); 1 for others.
+        style: features of true normal and of true ASMR clips, between which `style_proxy` places each output.
         workers: processes for the unvoiced ratio.
 
     Returns:
         {"settings": ..., "failed": number of requests without audio, "unvoiced" and "similarity": Interval over all
         groups, "groups": {name: {"clips", "silent", "unvoiced": Interval, "matrix_wer": ..., "mandarin_ser": ...,
-        "retrieval_first": Interval, "speaker_cosine", "similarity": Interval}}}, rates in percent where the key says
-        wer or ser. "similarity" is the mean cosine of the outputs and their voice clips.
+        "retrieval_first": Interval, "speaker_cosine", "similarity", "style_proxy": Interval}}}, rates in percent
+        where the key says wer or ser. "similarity" is the mean cosine of the outputs and their voice clips.
         Where each line names a `token_speaker`, whose tokens were spoken, also "token_speaker_first": how
         often that voice is heard instead.
         Beside "retrieval_first" stand "retrieval_first_three": Interval (among the first three), and
@@ -520,7 +525,7 @@ def evaluate_folder(
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(str(row.get("group") or row.get("style") or "all"), []).append(row)
-    judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker, similarity=similarity)
+    judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker, similarity=similarity, style=style)
     report = {
         "settings": {
             "unvoiced": settings.describe(),
@@ -539,6 +544,13 @@ def evaluate_folder(
         counted.append(unvoiced)
         if unvoiced.active.sum():
             made["unvoiced"] = dataclasses.asdict(unvoiced.interval())
+        if style is not None and unvoiced.active.sum():
+            scores = [
+                style_proxy(style_features(w, settings.sample_rate, r["text"], r["language"], u / a), *style)
+                for w, r, u, a in zip(wavs, members, unvoiced.unvoiced, unvoiced.active, strict=True)
+                if a  # a silent file has no style
+            ]
+            made["style_proxy"] = dataclasses.asdict(bootstrap(scores))
         english = [(w, r) for w, r in zip(wavs, members, strict=True) if r["language"] == "en"]
         english = [(w, r) for w, r in english if matrix is not None and matrix.knows(r["text"])]
         if english:

@@ -142,7 +142,7 @@ def player(row: Row) -> str:
     )
 
 
-def demo(title: str, notice: str, sections: Sequence[Section], settings: str) -> str:
+def demo(title: str, notice: str, sections: Sequence[Section], settings: str, road: str = "") -> str:
     """The demo page.
 
     Args:
@@ -150,6 +150,7 @@ def demo(title: str, notice: str, sections: Sequence[Section], settings: str) ->
         notice: the sentence that says what the listener must know about the model.
         sections: one per voice.
         settings: how the measures of the table were taken; one paragraph.
+        road: how a model of full size comes about, one paragraph at the end, to which the notice links; "": none.
 
     Returns:
         One HTML document that needs nothing outside itself.
@@ -160,7 +161,7 @@ def demo(title: str, notice: str, sections: Sequence[Section], settings: str) ->
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>",
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="notice">{html.escape(notice)}</p>',
+        f'<p class="notice">{html.escape(notice)}{_ROAD_LINK * bool(road)}</p>',
         f"<p>{_READING}</p>",
     ]
     for section in sections:
@@ -175,10 +176,14 @@ def demo(title: str, notice: str, sections: Sequence[Section], settings: str) ->
         parts.append("</section>")
     parts.append("<section><h2>Numbers</h2>")
     parts.append(_table([(s.title, row) for s in sections for row in (*s.clips, *s.outputs)]))
-    parts.append(f'<p class="small">{html.escape(settings)}</p></section></main></body></html>')
+    parts.append(f'<p class="small">{html.escape(settings)}</p></section>')
+    if road:  # in the page itself, which may be sent without the repository
+        parts.append(f'<section id="road"><h2>The road to full size</h2><p>{html.escape(road)}</p></section>')
+    parts.append("</main></body></html>")
     return "\n".join(parts)
 
 
+_ROAD_LINK = ' <a href="#road">The road to full size</a> is at the end of this page.'
 _READING = (
     "Each task name tells the style of the clip and the style of the output: <b>N</b> is normal, <b>A</b> is "
     "whispered ASMR, so N2A turns an ordinary voice into a whisper. In the pictures, normal speech shows "
@@ -216,6 +221,7 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-
 th, td { text-align: right; padding: .4rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 thead th { color: var(--soft); font-weight: 600; border-bottom-width: 2px; }
+a { color: var(--mark); }
 .small { color: var(--soft); font-size: .86rem; max-width: 60rem; }
 """
 

@@ -165,8 +165,8 @@ class Pool:
             if not found:
                 near = ", ".join(e.name for e in self.select(style, language)[:3]) or "none of this style"
                 raise ValueError(
-                    f"unknown pool strategy or entry {strategy!r}; use nearest, static, real, self or "
-                    f"an entry's name (such as {near}; `deepasmr pool list` shows all)"
+                    f"unknown pool strategy or entry {strategy!r}; use nearest, static, real, self, none "
+                    f"or an entry's name (such as {near}; `deepasmr pool list` shows all)"
                 )
             if found[0].style != style:
                 raise ValueError(

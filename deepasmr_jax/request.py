@@ -34,8 +34,8 @@ class Request:
         language: language of `text`, one of `text.LANGUAGES`; None: detected from the letters.
         seed: 0..2^32-1; same request, same seed: same audio.
         refine: passes, 1 to 3; each later pass takes the output before it as the voice.
-        pool_strategy: how the task prompt is chosen: "nearest", "static", "real", "self", or a pool entry's
-        name.
+        pool_strategy: how the task prompt is chosen: "nearest", "static", "real", "self", a pool entry's name, or
+        "none": the language model gets the text only, and chooses the style itself.
 
     Raises:
         ValueError: if a value is outside these bounds; the message names the value and the way out.

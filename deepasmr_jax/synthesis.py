@@ -60,6 +60,13 @@ class Clip:
     gain: float = 1.0
 
 
+def _tokens(prompt: Clip | pool.Entry | None) -> np.ndarray:
+    """Speech tokens [N] of a task prompt, none without one."""
+    if prompt is None:
+        return np.zeros(0, np.int32)
+    return prompt.tokens if isinstance(prompt, Clip) else prompt.speech_tokens
+
+
 @dataclass(frozen=True)
 class Result:
     """What a request gave.
@@ -72,7 +79,7 @@ class Result:
         request: what was asked for; with its seed it reproduces the audio.
         task: "N2A", "A2N", "N2N" or "A2A": style of the clip, style of the output.
         language: "en" or "zh".
-        prompt: name of the pool entry that gave style and rhythm, or "self" for the clip.
+        prompt: name of the pool entry that gave style and rhythm, "self" for the clip, "none" for nobody.
         prompt_similarity: cosine of speaker embeddings of clip and prompt; nan if not compared.
         notes: sentences about what was changed or guessed.
         timings: seconds per stage (`clip_s`, `lm_s`, `flow_s`, `vocoder_s`), `compile_s` apart; in a batch
@@ -606,14 +613,18 @@ class Synthesizer:
 
     def _task_prompt(
         self, request: Request, language: str, clip: Clip, notes: list[str]
-    ) -> tuple[str, "Clip | pool.Entry", float]:
+    ) -> tuple[str, "Clip | pool.Entry | None", float]:
         """Who gives style and rhythm: (name, prompt, cosine).
 
         Within a style it is the clip itself if its transcript is known. Without a transcript the nearest pool
-        entry of that style is better than no speech prompt at all, because the language model takes the style
-        from the prompt alone: with the text only, it would choose a style by chance.
+        entry of that style is better than no speech prompt at all ("none", CosyVoice2's mode for a clip without
+        a text), because the language model takes the style from the prompt alone: with the text only, it
+        chooses a style by chance (docs/evaluation.md).
         """
         strategy, style = request.pool_strategy, request.style
+        if strategy == "none":
+            notes.append(f"without a task prompt the language model chooses the style itself, {style} or not")
+            return "none", None, float("nan")
         if strategy == "self" or (strategy == "nearest" and clip.style == style):
             problem = None
             if clip.style != style:
@@ -647,8 +658,8 @@ class Synthesizer:
             clip=clip,
             clip_style=clip.style,
             prompt_name=name,
-            prompt_ids=encode(prompt.transcript, prompt.language),
-            prompt_tokens=prompt.tokens if isinstance(prompt, Clip) else prompt.speech_tokens,
+            prompt_ids=encode(prompt.transcript, prompt.language) if prompt else np.zeros(0, np.int32),
+            prompt_tokens=_tokens(prompt),
             similarity=similarity,
             chunks=[encode(c, language) for c in self._chunks(request.text, language)],
             notes=notes,

@@ -4,22 +4,28 @@
 
 Everything it hears is synthetic speech. Rows: the recordings, their copy through the vocoder, the flow on their true
 tokens, and text to the four tasks; then pool retrieval against one static prompt (the paper's Table III) and one to
-three refinement passes (Table V). Judges and measures: judges.py, evaluate.py. A finished row is kept and not made
-again; `--rows` picks some. Needs the extras eval and zh. The Markdown table is printed and written to OUT/table.md.
+three refinement passes (Table V), both with a proxy of the style score. Judges and measures: judges.py, evaluate.py.
+A finished row is kept and not made again; `--rows` picks some. Needs the extras eval and zh. The Markdown table is
+printed and written to OUT/table.md, with the date, the code's revision, the model and the command under it.
 """
 
 import argparse
 import dataclasses
+import datetime
+import functools
 import json
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY))
 
-from deepasmr_jax import audio, batch, evaluate, files, input_pipeline, judges, synthesis  # noqa: E402
+from deepasmr_jax import __version__, audio, batch, evaluate, files, input_pipeline, judges, synthesis  # noqa: E402
 
 STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
@@ -31,7 +37,7 @@ PARTS = {  # option, title -> whether a row of that name belongs there
         name.endswith(CROSS) and name.startswith("text") or STATIC in name
     ),
     ("passes", "Refinement passes (the paper's Table V)"): lambda name: (
-        name == "text to N2A" or "passes" in name
+        name in ("text to N2A", "text to A2N") or "passes" in name
     ),
 }
 COLUMNS = (  # title, language (None: all clips), measure of evaluate.evaluate_folder
@@ -43,7 +49,9 @@ COLUMNS = (  # title, language (None: all clips), measure of evaluate.evaluate_f
     ("voice first", "en", "retrieval_first"),
     ("token's voice first", "en", "token_speaker_first"),
     ("cosine", "en", "speaker_cosine"),
+    ("style (proxy)", "en", "style_proxy"),  # not in the main table
 )
+MADE = "made.txt"  # date and revision of the sounds of a row
 FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind")
 ENROLMENT = 5  # true matrix sentences of each English speaker and style on which the judge of words is set
 GALLERY_CLIPS = 6  # clips of each held-out speaker and style from which the judge knows the voice
@@ -198,8 +206,9 @@ def row_table() -> dict[str, tuple]:
         rows[f"text to {task}"] = ("speak", (task,), {}, STYLES[task[2]])
     for task in CROSS:
         rows[f"text to {task}, {STATIC}"] = ("speak", (task,), {"pool_strategy": "static"}, STYLES[task[2]])
-    for passes in (2, 3):
-        rows[f"text to N2A, {passes} passes"] = ("speak", ("N2A",), {"refine": passes}, "asmr")
+    for task in CROSS:
+        for passes in (2, 3):
+            rows[f"text to {task}, {passes} passes"] = ("speak", (task,), {"refine": passes}, STYLES[task[2]])
     return rows
 
 
@@ -212,6 +221,54 @@ def enrol(judge: judges.MatrixJudge, known: Known, path: Path) -> dict[str, dict
         }
         files.write_text(path, json.dumps(found, indent=1))
     return json.loads(path.read_text())
+
+
+def style_references(known: Known, path: Path, workers: int) -> dict[str, list[evaluate.StyleFeatures]]:
+    """Style -> what the style proxy looks at, of each true matrix sentence that is no target; kept in a file."""
+    if not path.exists():
+        found = {}
+        for style, own in known.enrolment.items():
+            clips = [clip for of_speaker in own.values() for clip in of_speaker]
+            counts = evaluate.unvoiced_ratio([w for w, _ in clips], audio.SAMPLE_RATE, workers=workers)
+            found[style] = [
+                dataclasses.astuple(evaluate.style_features(w, audio.SAMPLE_RATE, text, "en", u / a))
+                for (w, text), u, a in zip(clips, counts.unvoiced, counts.active, strict=True)
+            ]
+        files.write_text(path, json.dumps(found, indent=1))
+    return {k: [evaluate.StyleFeatures(*x) for x in v] for k, v in json.loads(path.read_text()).items()}
+
+
+def describe_style(references: tuple, others: dict[str, list[evaluate.StyleFeatures]]) -> str:
+    """What the style proxy compares with, and its mean over recordings that it has not seen."""
+    means = {k: np.mean([evaluate.style_proxy(x, *references) for x in v]) for k, v in others.items()}
+    return (
+        f"Style (proxy): from -1, the mean of {len(references[0])} normal recordings of these speakers, to +1, that "
+        f"of {len(references[1])} whispered ones, by voicing, spectral tilt and pace, no listener; other recordings "
+        f"of them have {means['normal']:.2f} (normal) and {means['asmr']:.2f} (whispered)."
+    )
+
+
+@functools.cache
+def stamp() -> str:
+    """Date and revision of the code at the start; without git, the version of the package."""
+    asked = ["git", "describe", "--always", "--dirty"]
+    try:
+        revision = subprocess.run(
+            asked, cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = f"of version {__version__}"
+    return f"{datetime.date.today()}, revision {revision}"
+
+
+def describe_run(stamps: dict[str, str], model: str, argv: list[str]) -> str:
+    """When, by which code, model and command the tables were made; `stamps`: row -> when its sounds were made."""
+    now = stamp()
+    line = f"Measured {now}, model {model}: `python launch/table.py {shlex.join(argv)}`."
+    for old in sorted(set(stamps.values()) - {now}):
+        names = ", ".join(f"*{name}*" for name, made in stamps.items() if made == old)
+        line += f" Sounds made {old}: {names}."
+    return line
 
 
 def check_settings(path: Path, settings: dict, refuse) -> None:
@@ -246,6 +303,7 @@ def make_row(rows: Rows, spec: tuple, items: dict[str, list[Item]], folder: Path
                 line["token_speaker"] = item.speaker
             lines.append(line)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    files.write_text(folder / MADE, stamp())
     files.write_text(folder / evaluate.RESULTS, text)
 
 
@@ -258,27 +316,37 @@ def is_judged(report_file: Path, judging: dict) -> bool:
 
 
 def cell(report: dict, language: str | None, measure: str) -> str:
-    """A rate in percent or a cosine with its interval, as `12.3 [10.1, 14.9]`; a dash where nothing was measured."""
+    """A rate in percent, a cosine or a score with its interval, as `12.3 [10.1, 14.9]`; a dash if not measured."""
     value = (report["groups"].get(language, {}) if language else report).get(measure)
     if not value:
         return "-"
     middle = value["value" if "value" in value else "rate"]
     low, high = value["low"], value["high"]
-    if measure == "speaker_cosine":
+    if measure in ("speaker_cosine", "style_proxy"):
         return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
     scale = 100 if "value" in value else 1
     return f"{scale * middle:.1f} [{scale * low:.1f}, {scale * high:.1f}]"
 
 
-def markdown(reports: dict[str, dict]) -> str:
-    """The reports of the rows as Markdown tables, one for each of PARTS that has rows; empty columns are left out."""
+def markdown(reports: dict[str, dict], parts: list[str], notes: tuple[str, ...] = ()) -> str:
+    """The reports of the rows as Markdown tables, one for each of `parts` that has rows, and `notes` under them.
+
+    Left out are empty columns, the style proxy of the main table, and the column of both languages if only one ran.
+    """
     tables = []
-    for (_, title), belongs in PARTS.items():
+    languages = {language for report in reports.values() for language in report["groups"]}
+    for (part, title), belongs in PARTS.items():
         own = {name: report for name, report in reports.items() if belongs(name)}
-        if not own or (title and not any("," in name for name in own)):
+        if part not in parts or not own or (title and not any("," in name for name in own)):
             continue
         table = {name: [cell(report, *column[1:]) for column in COLUMNS] for name, report in own.items()}
-        kept = [i for i in range(len(COLUMNS)) if any(cells[i] != "-" for cells in table.values())]
+        kept = [
+            i
+            for i, (_, language, measure) in enumerate(COLUMNS)
+            if any(cells[i] != "-" for cells in table.values())
+            and (language or len(languages) > 1)
+            and (title or measure != "style_proxy")
+        ]
         heads = ["row", *(COLUMNS[i][0] for i in kept)]
         lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         lines += [
@@ -289,8 +357,8 @@ def markdown(reports: dict[str, dict]) -> str:
         " / ".join(f"{group['clips']} {language}" for language, group in sorted(report["groups"].items()))
         for report in reports.values()
     }
-    notes = f"Utterances a row: {', '.join(sorted(counts))}. Unvoiced ratio: {evaluate.PitchSettings().describe()}.\n"
-    return "\n".join([*tables, notes])
+    size = f"Utterances a row: {', '.join(sorted(counts))}. Unvoiced ratio: {evaluate.PitchSettings().describe()}."
+    return "\n".join([*tables, size, *notes, ""])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -317,7 +385,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(argv)
 
-    wanted = [belongs for (part, _), belongs in PARTS.items() if not args.parts or part in args.parts]
+    stamp()  # before anything is changed in the checkout
+    argv = sys.argv[1:] if argv is None else argv
+    parts = args.parts or [part for part, _ in PARTS]
+    wanted = [belongs for (part, _), belongs in PARTS.items() if part in parts]
     table = {name: spec for name, spec in row_table().items() if any(x in name for x in args.rows)}
     table = {name: spec for name, spec in table.items() if any(belongs(name) for belongs in wanted)}
     if not table:
@@ -334,13 +405,13 @@ def main(argv: list[str] | None = None) -> int:
             f"{audio.SAMPLE_RATE} Hz; give a model of that rate"
         )
     out = Path(args.out)
+    model = batch.fingerprint(rows.synthesizer)
     settings = {key: getattr(args, key) for key in ("data", "split", "per_row", "languages")}
+    enrolled = known
     if args.no_enrolment:  # older folders do not say that they were enrolled
         settings["no_enrolment"] = True
-        known = dataclasses.replace(known, enrolment={style: {} for style in STYLES.values()})
-    check_settings(
-        out / "settings.json", settings | {"model": batch.fingerprint(rows.synthesizer)}, parser.error
-    )
+        enrolled = dataclasses.replace(known, enrolment={style: {} for style in STYLES.values()})
+    check_settings(out / "settings.json", settings | {"model": model}, parser.error)
     matrix = judges.MatrixJudge()
     mandarin = judges.MandarinJudge(args.judge) if args.judge else None
     speaker = judges.SpeakerJudge()
@@ -349,9 +420,14 @@ def main(argv: list[str] | None = None) -> int:
         for style, clips in known.gallery.items()
         if "en" in items
     }
-    factors = enrol(matrix, known, out / "factors.json") if "en" in items else {}
-    reports = {}
-    judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker)
+    factors = enrol(matrix, enrolled, out / "factors.json") if "en" in items else {}
+    style, notes = None, []
+    if "en" in items and set(parts) - {"main"}:
+        heard = style_references(known, out / "style.json", args.workers)
+        style = heard["normal"][::2], heard["asmr"][::2]
+        notes.append(describe_style(style, {name: own[1::2] for name, own in heard.items()}))
+    reports, stamps = {}, {}
+    judging = dict(matrix=matrix, mandarin=mandarin, speaker=speaker, style=style)
     for name, spec in table.items():
         folder = out / re.sub("[^A-Za-z0-9]+", "_", name)
         make_row(rows, spec, items, folder)
@@ -362,9 +438,12 @@ def main(argv: list[str] | None = None) -> int:
                 factors=factors.get(spec[3]), workers=args.workers,
             )  # fmt: skip
         reports[name] = json.loads(report_file.read_text())
+        made = folder / MADE
+        stamps[name] = made.read_text() if made.exists() else "at an unknown revision"
         print(name, *(cell(reports[name], *column[1:]) for column in COLUMNS), sep=" | ", flush=True)
-    files.write_text(out / "table.md", markdown(reports))
-    print("\n" + markdown(reports))
+    tables = markdown(reports, parts, (*notes, describe_run(stamps, model, argv)))
+    files.write_text(out / "table.md", tables)
+    print("\n" + tables)
     return 0
 
 

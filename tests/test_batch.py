@@ -61,10 +61,11 @@ def test_a_stopped_run_goes_on_and_makes_only_what_is_missing_or_changed(tmp_pat
     at = whole.index("睛".encode()) + 1  # stopped inside a character of the fourth line
     (out / "results.jsonl").write_bytes(whole[:at])
     (out / "00001_N2A.wav").unlink()
-    rows[2] = rows[2] | {"text": "Another line."}
+    rows[2] = rows[2] | {"text": "Another line.", "pool-strategy": "none"}
     maker.asked.clear()
     assert batch.to_folder(maker, rows, out) == (4, 1, 1)
     assert [r.text for r in maker.asked] == ["Line 1.", "Another line.", "把眼睛闭上。", "Line 4."]
+    assert [r.pool_strategy for r in maker.asked] == ["nearest", "none", "nearest", "nearest"]
     assert sorted(x["row"] for x in lines(out, "results.jsonl")) == [0, 1, 2, 3, 4]
     assert {x["clip"] for x in lines(out, "results.jsonl")} == {str(clip)}
     assert batch.to_folder(maker, rows, out) == (0, 1, 5)

@@ -59,7 +59,7 @@ def check_refused(code, path, capsys, words):
         (["--seed", "x1"], "Hi.", ["'x1'", "whole number"]),
         (["--refine", "4"], "Hi.", ["'4'", "3"]),
         (["--pool", "/nowhere/p.safetensors"], "Hi.", ["/nowhere/p.safetensors"]),
-        (["--pool-strategy", "nobody"], "Hi.", ["'nobody'", "nearest"]),
+        (["--pool-strategy", "nobody"], "Hi.", ["'nobody'", "nearest", "none"]),
         (["--pool-strategy", "self"], "Hi.", ["the clip is normal and asmr is wanted"]),
         (["--colour", "red"], "Hi.", ["--colour", "--help"]),
     ],
@@ -236,14 +236,16 @@ def test_say_writes_the_wav_the_picture_and_the_facts(tmp_path, clip, capsys):
 
 
 def test_batch_speaks_a_list_and_keeps_what_failed_apart(tmp_path, clip, capsys):
-    rows = [{"text": "Good night.", "voice": str(clip), "group": "first"}, {"text": "", "voice": str(clip)}]
+    rows = [{"text": "Good night.", "voice": str(clip), "group": "first", "pool_strategy": "none"}]
+    rows += [{"text": "", "voice": str(clip)}]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     out = tmp_path / "made"
     model = tiny_model.shared()
     assert run("batch", tmp_path / "list.jsonl", "--out", out, "--model", model) == 1
     made = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     failed = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
-    assert len(made) == 1 and made[0]["group"] == "first" and (out / made[0]["file"]).exists()
+    assert (len(made), made[0]["group"], made[0]["prompt"]) == (1, "first", "none")
+    assert (out / made[0]["file"]).exists()
     assert len(failed) == 1 and "empty" in failed[0]["error"]
     assert "1 made, 1 failed" in capsys.readouterr().out
     (tmp_path / "list.jsonl").write_text(json.dumps(rows[0]))
@@ -253,7 +255,15 @@ def test_batch_speaks_a_list_and_keeps_what_failed_apart(tmp_path, clip, capsys)
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("say", ["in the paper stronger", "built-in model less likeness", "whole number"]),
+        (
+            "say",
+            [
+                "in the paper stronger",
+                "built-in model less likeness",
+                "whole number",
+                "built-in pool has none",
+            ],
+        ),
         ("demo", ["--seed SEED a whole number; another seed gives another reading"]),
         ("batch", ["exit code 1 if one failed"]),
         ("evaluate", ["folder the folder, with results.jsonl"]),
@@ -274,7 +284,13 @@ def test_the_demo_prints_a_note_in_its_table_and_shows_it_on_its_page(tmp_path, 
     assert run("demo", "--out", tmp_path / "d", "--model", tiny_model.shared(), "--no-judge") == 0
     table = capsys.readouterr().out.splitlines()
     assert table[0].endswith("note") and table[1].endswith("–") and table[2].endswith("was cut")
-    assert "Note: was cut" in (tmp_path / "d" / "index.html").read_text("utf-8")
+    assert "Note: was cut" in (html := (tmp_path / "d" / "index.html").read_text("utf-8"))
+    assert "road to full size" not in html
+    monkeypatch.setattr(cli.request, "BUILT_IN", tiny_model.shared())  # of the built-in model it is said
+    assert run("demo", "--out", tmp_path / "d", "--no-judge") == 0
+    assert "The road to full size: README.md" in capsys.readouterr().out
+    html = (tmp_path / "d" / "index.html").read_text("utf-8")
+    assert '<a href="#road">' in html and "deepasmr convert cosyvoice2" in html
 
 
 def test_demo_writes_a_page_wavs_and_pictures_for_all_four_tasks_in_both_languages(tmp_path, capsys):

@@ -255,12 +255,14 @@ def test_a_silent_file_counts_among_the_words_and_not_among_the_voices(tmp_path)
         def errors(self, wav, rate, sentence, factor):
             return judges.word_errors(sentence, sentence if np.any(wav) else "")
 
+    style = tuple([evaluate.style_features(w, RATE, "a b", "en")] for w in (tone(), hiss()))
     found = evaluate.evaluate_folder(
-        tmp_path, matrix=Hears(), speaker=Speaker(), gallery=(np.eye(2), ["one", "two"])
+        tmp_path, matrix=Hears(), speaker=Speaker(), gallery=(np.eye(2), ["one", "two"]), style=style
     )["groups"]["all"]
     assert found["clips"] == 2 and found["silent"] == 1
     assert found["matrix_wer"]["rate"] == 50 and found["matrix_wer"]["deletions"] == 50
     assert found["retrieval_first"]["count"] == 1 and found["unvoiced"]["value"] < 0.1
+    assert found["style_proxy"]["count"] == 1 and found["style_proxy"]["value"] < -0.7
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,16 @@ def test_silence_and_a_single_sample_still_give_a_picture():
 def test_the_page_needs_nothing_outside_itself_and_escapes_what_it_is_given():
     row = page.Row("N2A", "made", '<b>rain & "wind"</b>', tiny_model.hiss(0.5), 16000, {"unvoiced %": "93"})
     text = page.demo(
-        "Title", "A small demonstration.", [page.Section("A voice", "Intro.", [], [row])], "Settings."
+        "Title",
+        "A small demonstration.",
+        [page.Section("A voice", "Intro.", [], [row])],
+        "Settings.",
+        "A <road>.",
     )
     links = re.findall(r"(?:src|href)=\"([^\"]*)", text)
+    assert (
+        links.pop(0) == "#road" and '<section id="road"><h2>The road to full size</h2><p>A &lt;road' in text
+    )
     assert len(links) == 2 and all(link.startswith("data:") for link in links)
     assert "A small demonstration." in text and "<td>93</td>" in text
     assert "&lt;b&gt;rain &amp; " in text and "<b>rain" not in text
@@ -76,7 +83,7 @@ def test_a_note_stands_below_the_caption_and_in_the_last_column_of_the_table():
     assert '<td>0.5</td><td class="note"></td>' in text
     assert '<td>0.6</td><td class="note">cut &lt;short&gt;</td>' in text
     without = page.demo("T", "N.", [page.Section("V", "", [], [plain])], "S.")
-    assert "<th>Note" not in without and 'class="note"' not in without
+    assert "<th>Note" not in without and 'class="note"' not in without and "#road" not in without
 
 
 def test_the_wav_in_the_page_holds_the_samples():

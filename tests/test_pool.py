@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import pool
+from deepasmr_jax import pool, request
 
 
 def test_a_saved_pool_is_read_back_bit_for_bit(tmp_path):
@@ -64,6 +64,15 @@ def test_the_real_strategy_looks_at_recordings_of_people_only():
         made.retrieve(target, "asmr", "en", "real")
     person = dataclasses.replace(made.entries[3], name="person", provenance={"kind": "recording"})
     assert made.add(person).retrieve(target, "asmr", "en", "real")[0].name == "person"
+
+
+def test_the_built_in_pool_has_fifty_synthesised_voices_in_both_styles():
+    built_in = pool.load(request.BUILT_IN / "pool.safetensors")
+    for style in ("normal", "asmr"):
+        assert [len(built_in.select(style, language)) for language in ("en", "zh")] == [32, 18]
+        assert not built_in.select(style, real=True)
+    voices = [e.provenance["voice"] for e in built_in.select("asmr")]
+    assert voices == [e.name for e in built_in.select("normal")]
 
 
 def test_two_entries_of_one_name_are_refused():

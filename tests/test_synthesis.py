@@ -127,6 +127,22 @@ def test_the_task_prompt_can_be_fixed_or_named(made):
     assert made.batch([ask(pool_strategy="en_asmr_1")])[0].prompt == "en_asmr_1"
 
 
+def test_without_a_task_prompt_the_language_model_gets_the_text_only(made, monkeypatch):
+    monkeypatch.setattr(made, "pool", pool.Pool((), "mini", "tiny"))  # none is needed
+    heard = []
+    draw = made._draw
+    monkeypatch.setattr(made, "_draw", lambda size, group, n: heard.extend(group) or draw(size, group, n))
+    whispered = made.batch([ask(seed=1, pool_strategy="none")])[0]
+    normal = made.batch([ask(seed=1, pool_strategy="none", style="normal", voice=tiny_model.hiss())])[0]
+    for job, _, text_ids, *_ in heard:
+        assert len(job.prompt_tokens) == 0
+        np.testing.assert_array_equal(text_ids, made.tokenizer.encode(TEXT, "en"))
+    assert whispered.prompt == "none" and whispered.facts()["prompt_similarity"] is None
+    assert any("chooses the style itself, asmr or not" in n for n in whispered.notes)
+    np.testing.assert_array_equal(whispered.tokens, normal.tokens)  # of clip and style it knows nothing
+    assert len(whispered.audio) == 640 * len(whispered.tokens) and np.abs(whispered.audio).max() > 0
+
+
 def test_a_pool_without_the_language_of_the_text_is_used_with_a_note(made, monkeypatch):
     english = tuple(e for e in made.pool if e.language == "en")
     monkeypatch.setattr(made, "pool", pool.Pool(english, "mini", "tiny"))

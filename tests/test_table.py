@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import types
 from pathlib import Path
 
@@ -59,21 +60,54 @@ def test_the_tables_hold_the_rows_and_columns_that_were_measured(table):
         "text to N2N",
         f"text to N2A, {table.STATIC}",
         "text to N2A, 2 passes",
+        "text to A2N, 3 passes",
     ]
     cosine = {"speaker_cosine": {"value": 0.876, "low": 0.8, "high": 0.9}}
-    text = table.markdown({name: report(0.9, **(cosine if "static" in name else {})) for name in names})
+    proxy = {"style_proxy": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    reports = {name: report(0.9, **proxy, **(cosine if "static" in name else {})) for name in names}
+    text = table.markdown(reports, ["main", "pool", "passes"], ("Measured.",))
     main, pool_title, pool, refine_title, refine, notes = text.split("\n\n")
     rows = lambda part: [line.split(" | ")[0][2:] for line in part.splitlines()[2:]]
     assert (
         rows(main) == names[:3]
         and rows(pool) == [names[1], names[3]]
-        and rows(refine) == [names[1], names[4]]
+        and rows(refine) == [names[1], names[4], names[5]]
     )
     assert "Table III" in pool_title and "Table V" in refine_title and "4 en" in notes and "pYIN" in notes
-    assert main.splitlines()[0] == "| row | English words | unvoiced, English | unvoiced, both |"
-    assert main.splitlines()[2].endswith("| 7.2 [5.0, 9.0] | 90.0 [89.0, 91.0] | 90.0 [89.0, 91.0] |")
-    assert pool.splitlines()[3].endswith("| 0.88 [0.80, 0.90] |")
-    assert "Table" not in table.markdown({names[1]: report(0.9)})
+    assert main.splitlines()[0] == "| row | English words | unvoiced, English |"
+    assert main.splitlines()[2].endswith("| 7.2 [5.0, 9.0] | 90.0 [89.0, 91.0] |")
+    assert pool.splitlines()[3].endswith("| 0.88 [0.80, 0.90] | 0.50 [0.40, 0.60] |")
+    assert refine.splitlines()[0].endswith("| style (proxy) |") and notes.endswith("\nMeasured.\n")
+    assert "Table" not in table.markdown({names[1]: report(0.9)}, ["main", "pool", "passes"])
+    assert table.markdown(reports, ["pool"]).split("\n\n")[:2] == [pool_title, pool]
+    both = report(0.9)
+    both["groups"]["zh"] = both["groups"]["en"]
+    assert "unvoiced, both" in table.markdown({names[0]: both}, ["main"])
+
+
+def test_under_the_tables_stand_date_revision_model_and_command(table, monkeypatch):
+    now = table.stamp()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d, revision \S.*", now)
+    argv = ["--data", "a b", "--out", "x"]
+    line = table.describe_run({"one": now}, "mini 1234abcd", argv)
+    assert line == f"Measured {now}, model mini 1234abcd: `python launch/table.py --data 'a b' --out x`."
+    line = table.describe_run({"one": now, "two": "2026-01-02, revision old"}, "mini", argv)
+    assert line.endswith(" Sounds made 2026-01-02, revision old: *two*.")
+    monkeypatch.setenv("PATH", "")  # no git
+    assert table.stamp.__wrapped__().endswith(f"revision of version {table.__version__}")
+
+
+def test_the_style_proxy_stands_between_recordings_that_are_no_targets(table, tmp_path):
+    rng = np.random.default_rng(0)
+    hiss = rng.normal(0, 0.1, 8000).astype(np.float32)
+    buzz = sum(np.sin(2 * np.pi * 120 * k * np.arange(8000) / 16000) / k**2 for k in range(1, 20)) / 4
+    own = {"normal": [(buzz.astype(np.float32), "hello")] * 2, "asmr": [(hiss, "hello")] * 2}
+    known = table.Known({}, {style: {"one": clips} for style, clips in own.items()})
+    heard = table.style_references(known, tmp_path / "style.json", 1)
+    assert heard == table.style_references(None, tmp_path / "style.json", 1)  # kept
+    assert heard["normal"][0].unvoiced < 0.1 < 0.6 < heard["asmr"][0].unvoiced
+    line = table.describe_style((heard["normal"][:1], heard["asmr"][:1]), heard)
+    assert "mean of 1 normal" in line and "-0.80 (normal) and 0.80 (whispered)" in line  # of equal pace
 
 
 def test_every_row_of_the_list_belongs_to_a_table(table):
