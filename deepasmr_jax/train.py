@@ -85,8 +85,8 @@ class TrainConfig:
 
     Raises:
         ValueError: on an unknown component or export dtype, a count below 1, a batch that the mesh and the accumulation
-            do not divide, data whose end id or mel profile is not the model's, or accumulation with a model file that
-            makes its own step.
+            do not divide, data whose end id, mel profile or labels are not the model's, or accumulation with a model
+            file that makes its own step.
     """
 
     component: str  # name in the exported folder, one of COMPONENTS
@@ -141,6 +141,11 @@ class TrainConfig:
         if profile != self.data.mel_profile:
             raise ValueError(
                 f"data.mel_profile {self.data.mel_profile!r} is not the model's {profile!r}; set it to that"
+            )
+        labels = getattr(self.model, "labels", self.data.labels)
+        if labels != self.data.labels:
+            raise ValueError(
+                f"data.labels {self.data.labels!r} are not the model's {labels!r}; set them to those"
             )
         if self.accumulation > 1 and hasattr(_file(self.model), "train_step"):
             raise ValueError(f"{_file(self.model).__name__} makes its own step; use accumulation=1")

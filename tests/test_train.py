@@ -450,11 +450,12 @@ def test_every_config_builds_abstractly_on_its_own_mesh(name):
 
 
 def abstract_batch(cfg):
-    """Shapes, dtypes and shardings of one part of a batch of the stages lm, flow, vocoder and speech_tokenizer."""
+    """Shapes, dtypes and shardings of one part of a batch, as input_pipeline.py makes it."""
     data, rows, mesh = cfg.data, cfg.data.batch_size // cfg.accumulation, sharding.ensure_mesh()
     if data.stage == "lm":
         names = ("tokens", "kinds", "segment_ids", "positions", "targets")
         shapes = {name: ((data.num_tokens,), jnp.int32) for name in names}
+        shapes |= {"aligned": ((data.num_tokens, 2), jnp.int32)} if data.align else {}
     elif data.stage == "flow":
         profile = audio.mel_profile(data.mel_profile)
         frames = data.num_tokens * profile.sample_rate // profile.hop_samples // audio.TOKEN_RATE
@@ -465,10 +466,15 @@ def abstract_batch(cfg):
             "prompt_frames": ((), jnp.int32),
         }
     else:
-        shapes = {"wav": ((data.num_samples,), jnp.float32), "lengths": ((), jnp.int32)}
-        labels = ("phones", "f0_class") if data.stage == "speech_tokenizer" else ()
-        size = (data.num_samples // input_pipeline.LABEL_SAMPLES,)
-        shapes |= {name: (size, jnp.int32) for name in labels}
+        shapes = {"wav": ((data.num_samples,), jnp.float32)}
+        shapes |= {"lengths": ((), jnp.int32)} if data.stage != "vocoder" else {}
+        if data.stage == "speaker":
+            shapes["speaker_index"] = ((), jnp.int32)
+        elif data.stage == "speech_tokenizer" and data.labels == "text":
+            shapes |= {"text_ids": ((data.num_samples // 640,), jnp.int32), "text_lengths": ((), jnp.int32)}
+        elif data.stage == "speech_tokenizer":
+            size = (data.num_samples // input_pipeline.LABEL_SAMPLES,)
+            shapes |= {name: (size, jnp.int32) for name in ("phones", "f0_class")}
 
     def one(shape, dtype):
         spec = sharding.spec("batch", *[None] * len(shape))
@@ -552,9 +558,11 @@ def test_an_unknown_optimizer_or_schedule_is_refused(field, value, known):
         train.Optim(**{field: value})
 
 
-def test_a_vocoder_of_another_mel_profile_than_its_data_is_refused():
+def test_a_model_of_another_mel_profile_or_other_labels_than_its_data_is_refused():
     with pytest.raises(ValueError, match="data.mel_profile 'cv2' is not the model's 'mini'"):
         config.override(config.load(f"{TINY}:vocoder"), "data.mel_profile=cv2")
+    with pytest.raises(ValueError, match="data.labels 'text' are not the model's 'frames'"):
+        config.override(config.load(f"{TINY}:speech_tokenizer"), "data.labels=text")
 
 
 def test_several_hosts_save_once_where_the_checkpoint_of_one_is_too_old(monkeypatch):
