@@ -9,7 +9,9 @@ Number to see: none; the loss falls.
 from deepasmr_jax import flow, input_pipeline, lm, speaker, speech_tokenizer, text, vocoder_istft
 from deepasmr_jax.train import Optim, TrainConfig
 
-STAGES = ("lm", "flow", "vocoder", "vocoder_adversarial", "speech_tokenizer", "speaker")
+STAGES = (
+    "lm", "flow", "vocoder", "vocoder_adversarial", "speech_tokenizer", "speech_tokenizer_text", "speaker",
+)  # fmt: skip
 
 
 def get_config(stage: str = "lm") -> TrainConfig:
@@ -22,7 +24,7 @@ def get_config(stage: str = "lm") -> TrainConfig:
         raise ValueError(
             f"stage {stage!r} is unknown; write configs/tiny.py:STAGE with one of {', '.join(STAGES)}"
         )
-    component = "vocoder" if stage.startswith("vocoder") else stage
+    component = stage.removesuffix("_adversarial").removesuffix("_text")
     sizes = dict(
         num_tokens=128 if stage == "lm" else 64,
         num_samples=4160 if component == "vocoder" else 16000,
@@ -42,10 +44,12 @@ def get_config(stage: str = "lm") -> TrainConfig:
             width=16, mlp_width=32, num_layers=2, adversarial=True, periods=(2, 3), period_channels=(4, 8),
             spectrogram_sizes=(256,), spectrogram_channels=(4, 8),
         )  # fmt: skip
-    elif stage == "speech_tokenizer":
+    elif component == "speech_tokenizer":
+        sizes["labels"] = "text" if stage.endswith("_text") else "frames"
         model = speech_tokenizer.Config(
-            width=32, num_heads=2, num_blocks=1, mlp_width=64, has_head=True, head_width=32
-        )
+            width=32, num_heads=2, num_blocks=1, mlp_width=64, has_head=True, labels=sizes["labels"],
+            head_blocks=1, head_width=32, fsmn_kernel=5 if stage.endswith("_text") else 31,
+        )  # fmt: skip
     else:
         model = speaker.Config(base_channels=2, repeats=(1, 1, 1, 1), embedding_size=8, num_speakers=3)
     return TrainConfig(

@@ -13,9 +13,12 @@ Batches, B rows each, all lengths static:
   flow: speech_tokens [B, N] int32, num_tokens [B] int32, mel [B, T, M] float32, prompt_frames [B]
     int32 (0: no prompt).
   vocoder: wav [B, W] float32 in [-1, 1] at the rate of `mel_profile`, no padding.
-  speech_tokenizer: wav [B, W], lengths [B] samples, phones and f0_class [B, W // 320] int32 (-1 = padding).
+  speech_tokenizer: wav [B, W], lengths [B] samples, and with labels="frames" phones and f0_class [B, W // 320] int32
+    (-1 = padding); with "text" whole utterances, text_ids [B, S = W // 640] int32 of `MiniTokenizer.heard` (0 =
+    padding) and text_lengths [B], 0 where the text cannot be read or needs more tokens than the utterance has.
   speaker: wav [B, W], lengths [B] samples, speaker_index [B] int32 in the order of `speakers`.
-Letters: B rows, N tokens (lm: positions of a row), T mel frames, M mel bins, W samples.
+Letters: B rows, N tokens (lm: positions of a row), S symbols, T mel frames, M mel bins, W samples.
+What a stage cannot use is left out, and a line says how many records, why, and the first of them.
 """
 
 import array
@@ -44,6 +47,8 @@ MADE_WITH_FILE = "made_with.json"
 OLD_MADE_WITH_FILE = "text_tokenizer.json"
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 _EXAMPLES = 2**40  # "without end", for Grain's range
+_NO_TOKENS = "have no speech tokens"
+_TOLD = 5  # texts without a loss that a process tells one by one
 _OPEN_ROWS = 256  # rows that the packing fills at the same time
 
 
@@ -80,6 +85,8 @@ class Config:
     max_prompt_tokens: int = 100
     # vocoder, speech_tokenizer, speaker
     num_samples: int = 16000  # W; for the vocoder at the rate of mel_profile
+    # speech_tokenizer: crops with `phones` and `f0_class`, or whole utterances with `text`
+    labels: Literal["frames", "text"] = "frames"
     # reading; the saved position depends on worker_count, the order does not
     worker_count: int = 0  # processes; 0: threads of this one
     num_threads: int = 2
@@ -98,6 +105,8 @@ class Config:
             raise ValueError(
                 f"num_samples {self.num_samples} is not a multiple of {2 * LABEL_SAMPLES} (one token)"
             )
+        if self.labels not in ("frames", "text"):
+            raise ValueError(f"labels {self.labels!r} are unknown; use frames or text")
         if self.stage == "flow" and self.num_tokens <= 2 * self.min_prompt_tokens:
             raise ValueError(
                 f"num_tokens {self.num_tokens} leaves no room beside a prompt of {self.min_prompt_tokens} "
@@ -340,6 +349,47 @@ def _rng(*numbers: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
 
 
+def _wanted(cfg: Config, index: Index) -> np.ndarray:
+    """[records] bool: of a style with a weight, and of the languages."""
+    heard = [s for s, weight in zip(cfg.styles, cfg.style_weights, strict=True) if weight > 0]
+    voices = np.isin(index.styles, heard)
+    if cfg.languages:
+        voices &= np.isin(index.languages, cfg.languages)
+    return voices[index.voice]
+
+
+def _usable(cfg: Config, index: Index, faults: dict[str, np.ndarray]) -> np.ndarray:
+    """Which records a stage can use; says of the wanted ones that it cannot how many, why, and which first.
+
+    Args:
+        cfg: names the data.
+        index: the records.
+        faults: what is wrong, as it stands behind "they" -> [records] bool; the first one counts.
+
+    Returns:
+        [records] bool.
+    """
+    left, asked = np.ones(len(index), bool), _wanted(cfg, index)
+    for why, mask in faults.items():
+        found = np.flatnonzero(mask & left & asked)
+        left &= ~mask
+        if len(found):
+            print(
+                f"{cfg.split}: {len(found)} of {np.sum(asked)} records are left out, they {why}: "
+                + ", ".join(_names(cfg, found[:3]) + ["..."] * (len(found) > 3)),
+                flush=True,
+            )
+    return left
+
+
+def _names(cfg: Config, numbers: np.ndarray) -> list[str]:
+    """Ids of records, or their numbers where a corpus has none."""
+    if not all("id" in _builder(folder).info.features for folder in cfg.data_dirs):
+        return [str(i) for i in numbers]
+    records = Records(cfg, ("id",))
+    return [_str(records[i]["id"]) for i in numbers]
+
+
 class Mixture:
     """The order of the records in each epoch, styles in the wanted shares of the hours.
 
@@ -358,8 +408,7 @@ class Mixture:
     """
 
     def __init__(self, cfg: Config, index: Index, usable: np.ndarray, lengths: np.ndarray | None = None):
-        if cfg.languages:
-            usable = usable & np.isin(index.languages, cfg.languages)[index.voice]
+        usable = usable & _wanted(cfg, index)
         of_style = (usable & (index.styles == style)[index.voice] for style in cfg.styles)
         pools = [np.flatnonzero(mask).astype(np.int32) for mask in of_style]
         for style, weight, pool in zip(cfg.styles, cfg.style_weights, pools, strict=True):
@@ -564,12 +613,9 @@ class _Lm:
         self.records = Records(cfg, self.fields + (("phones",) if cfg.align else ()))
         cost = index.num_text + index.num_tokens
         self._capacity = cfg.num_tokens - (cfg.spell_room if cfg.spell_probability else 0)
-        usable = (index.num_tokens > 0) & (cost + 2 <= self._capacity)
-        if np.any((index.num_tokens > 0) & ~usable):
-            print(
-                f"{int(np.sum((index.num_tokens > 0) & ~usable))} records are longer than a row and left out"
-            )
-        self.mixture = Mixture(cfg, index, usable)
+        too_long = f"take more than the {self._capacity - 2} positions of a row"
+        faults = {_NO_TOKENS: index.num_tokens == 0, too_long: cost + 2 > self._capacity}
+        self.mixture = Mixture(cfg, index, _usable(cfg, index, faults))
         self._plans: dict[int, _Plan] = {}
         self._lock = threading.Lock()
         self.num_rows = len(self._plan(0))
@@ -687,16 +733,17 @@ class _Flow:
         self.records = Records(cfg, self.fields)
         for folder in cfg.data_dirs:
             check_mel_profile(folder, cfg.mel_profile)
-        usable = (index.num_tokens > 0) & np.isin(index.styles, cfg.styles)[index.voice]
+        fit = _usable(cfg, index, {_NO_TOKENS: index.num_tokens == 0})
         row_samples = cfg.num_tokens * audio.SAMPLE_RATE // audio.TOKEN_RATE
-        self.mixture = Mixture(cfg, index, usable, np.minimum(index.num_samples, row_samples))
+        self.mixture = Mixture(cfg, index, fit, np.minimum(index.num_samples, row_samples))
         self.num_rows = len(self.mixture)
         profile = audio.mel_profile(cfg.mel_profile)
         numerator, denominator = profile.frames_per_token
         self._ratio = numerator / denominator
         self._num_mels = profile.num_mels
         self._num_frames = int(cfg.num_tokens * self._ratio)
-        enough = np.flatnonzero(usable & (index.num_tokens >= cfg.min_prompt_tokens)).astype(np.int32)
+        fit &= np.isin(index.styles, cfg.styles)[index.voice]  # prompts may be of a style without a weight
+        enough = np.flatnonzero(fit & (index.num_tokens >= cfg.min_prompt_tokens)).astype(np.int32)
         # prompts of a speaker, one list per style, whatever the language
         pairs = list(zip(index.speakers.tolist(), index.styles.tolist(), strict=True))
         places = {pair: i for i, pair in enumerate(sorted(set(pairs)))}
@@ -770,19 +817,30 @@ class _Flow:
 
 
 class _Waves:
-    """Pieces of waveforms, with frame labels or the speaker's number where the stage wants them."""
+    """Pieces of waveforms, with frame labels, the text or the speaker's number where the stage wants them."""
 
     def __init__(self, cfg: Config, index: Index):
         self.cfg, self.index = cfg, index
-        labels = ("phones", "f0_class") if cfg.stage == "speech_tokenizer" else ()
-        self.records = Records(cfg, ("audio", *labels))
+        self._labels, self._reader, self._num_told = (), None, 0
+        if cfg.stage == "speech_tokenizer":
+            self._labels = ("text", "language") if cfg.labels == "text" else ("phones", "f0_class")
+        self.records = Records(cfg, ("audio", *self._labels))
         self._rate = (
             audio.mel_profile(cfg.mel_profile).sample_rate if cfg.stage == "vocoder" else audio.SAMPLE_RATE
         )
         self._length = -(-cfg.num_samples * audio.SAMPLE_RATE // self._rate)  # of a piece in the record
         least = self._length if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
+        faults = {f"are shorter than {least / audio.SAMPLE_RATE:g} s": index.num_samples < least}
+        if "text" in self._labels:  # belongs to all of its utterance, so there are no crops
+            longest = f"are longer than a row of {self._length / audio.SAMPLE_RATE:g} s"
+            faults[longest] = index.num_samples > self._length
+            is_read = np.isin(index.languages, text.LANGUAGES)
+            faults["are neither English nor Mandarin"] = ~is_read[index.voice]
+            self._reader = text.MiniTokenizer()
+            if "zh" in index.languages[np.unique(index.voice[_wanted(cfg, index)])]:
+                text.pinyin("你")  # refuses a machine without pypinyin here, and not record by record
         taken = np.minimum(index.num_samples, self._length)
-        self.mixture = Mixture(cfg, index, index.num_samples >= least, taken)
+        self.mixture = Mixture(cfg, index, _usable(cfg, index, faults), taken)
         self.num_rows = len(self.mixture)
         self._speakers = {name: i for i, name in enumerate(speakers(cfg))} if cfg.stage == "speaker" else {}
 
@@ -804,11 +862,39 @@ class _Waves:
         if cfg.stage == "speaker":
             speaker = self.index.speakers[self.index.voice[i]]
             return out | {"speaker_index": np.int32(self._speakers.get(speaker, IGNORED))}
-        for name in ("phones", "f0_class"):
+        if self._reader is not None:
+            return out | self._text(record, len(piece))
+        for name in self._labels:
             found = np.asarray(record[name], np.int32)[start // unit :][: len(piece) // unit]
             out[name] = np.full(cfg.num_samples // unit, IGNORED, np.int32)
             out[name][: len(found)] = found
         return out
+
+    def _text(self, record: dict, num_samples: int) -> dict[str, np.ndarray]:
+        """text_ids and text_lengths of an utterance; no text, and so no loss, where it cannot be its utterance's.
+
+        Reading a text takes a millisecond or more: too long for a look at every record before a run begins. The first
+        ones of a process are told here, and all are counted by the loss (rows_used).
+        """
+        why = ids = None
+        try:
+            ids = self._reader.heard(_str(record["text"]), _str(record["language"]))
+        except ValueError as error:
+            why = str(error)
+        if ids is not None:
+            needs = len(ids) + int(np.sum(ids[1:] == ids[:-1]))  # CTC puts a blank between equal symbols
+            has = -(-(num_samples // audio.S3_HOP_SAMPLES) // audio.S3_FRAMES_PER_TOKEN)
+            if not 0 < needs <= has:
+                why = f"it needs {needs} tokens, its recording has {has}"
+        if why is not None:
+            ids = np.zeros(0, np.int32)
+            self._num_told += 1
+            if self._num_told <= _TOLD:
+                more = "; more are only counted, in rows_used" if self._num_told == _TOLD else ""
+                print(f"no loss from the text {_str(record['text'])[:60]!r}: {why}{more}", flush=True)
+        padded = np.zeros(self.cfg.num_samples // (2 * LABEL_SAMPLES), np.int32)
+        padded[: len(ids)] = ids
+        return {"text_ids": padded, "text_lengths": np.int32(len(ids))}
 
 
 # ---------------------------------------------------------------- the chain

@@ -697,3 +697,11 @@ def ctc(logits: jax.Array, lengths: jax.Array, labels: jax.Array, label_lengths:
     given = [jnp.asarray(x) for x in (logits, lengths, labels, label_lengths)]
     given = [jax.sharding.reshard(x, PartitionSpec(axis, *[None] * (x.ndim - 1))) for x in given]
     return jax.shard_map(rows, out_specs=PartitionSpec(axis), check_vma=False)(*given)
+
+
+def ctc_fits(lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
+    """[B] bool: rows with labels that `ctc` can align: a position for each, and a blank between two equal ones."""
+    inside = length_mask(label_lengths, labels.shape[1])[:, 1:]
+    repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
+    is_whole = (label_lengths > 0) & (label_lengths <= labels.shape[1])
+    return is_whole & (label_lengths + repeats <= lengths)

@@ -1,14 +1,18 @@
 """Speech to S3 tokens: masked convolution stem, attention blocks with an FSMN memory, FSQ of 3^8 codes.
 
 25 tokens/s from a 100 Hz Whisper-style log-mel of 16 kHz speech (`audio.s3_log_mel`). Network and `s3_v2()`
-follow the released S3 tokenizer V2 of CosyVoice 2 (Du et al., 2024); `mini()` is the same code at toy width,
-trained here by recognition: a head that sees only the quantised code of one token names its two 20 ms phones.
-Batch: wav [B, W] float32 16 kHz, lengths [B] samples, phones and f0_class [B, W // 320] int32 (-1 is padding).
-Letters: B rows, T log-mel frames, N = ceil(T / 4) tokens, D width, H heads, E head size, M mel bins.
+follow the released S3 tokenizer V2 of CosyVoice 2 (Du et al., 2024); `mini()` is the same code at toy width.
+Training is by recognition through the quantised codes, and needs one of two kinds of labels (`Config.labels`):
+  frames: a head that sees only the code of one token names its two 20 ms phones and their F0 classes;
+  text: blocks behind the codes read the whole text by CTC, as the rest of an ASR model does in CosyVoice 2.
+Batch: wav [B, W] float32 16 kHz, lengths [B] samples, and of frames: phones and f0_class [B, W // 320] int32 (-1 is
+padding), of text: text_ids [B, S] int32 of `text.MiniTokenizer.heard` (0 is padding) and text_lengths [B].
+Letters: B rows, T log-mel frames, N = ceil(T / 4) tokens, S symbols, D width, H heads, E head size, M mel bins.
 """
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,8 @@ FSQ_SCALE = 0.9990000128746033  # float32 constant of the released graph
 WINDOW_FRAMES = 3000  # 30 s at 100 Hz, the longest input the released model was trained on
 STRIDE_FRAMES = 2600  # 4 s overlap
 EDGE_TOKENS = 50  # 2 s dropped at each inner edge of a window
+# what a batch has beside wav and lengths, by Config.labels
+LABELS = {"frames": ("phones", "f0_class"), "text": ("text_ids", "text_lengths")}
 _LENGTH_STEP = 500  # encode_long pads to multiples of 5 s, so that few lengths are compiled
 
 
@@ -42,15 +48,20 @@ class Config:
     remat: bool = False
     # recognition head and losses (training only)
     has_head: bool = False
+    labels: Literal["frames", "text"] = "frames"  # what the head learns from
+    direct_weight: float = 1.0  # of the same recognition straight from the states: the encoder learns faster
+    raw_share: float = (
+        0.5  # of the rows in training whose code is not rounded: twice as many codes come into use
+    )
+    # text: blocks of the encoder's size behind the code, and symbols, of which 0 is the blank
+    head_blocks: int = 2
+    num_symbols: int = text.MiniTokenizer().vocab_size
+    # frames
     head_width: int = 256
     num_phones: int = len(text.PHONES)
     num_f0_classes: int = 6
     phone_weight: float = 1.0
-    direct_weight: float = 1.0  # of the same recognition straight from the states: the encoder learns faster
     f0_weight: float = 0.3  # 0: codes learn from phones alone, the F0 head only probes what they still hold
-    raw_share: float = (
-        0.5  # of the rows in training whose code is not rounded: twice as many codes come into use
-    )
     # on tokens whose predicted code reads right; on all tokens both terms leave one code after 50 steps
     predictability_weight: float = 0.3  # pulls the code towards the one predicted from the token's labels
     commit_weight: float = 0.1  # pulls each digit away from its rounding limits
@@ -61,6 +72,10 @@ class Config:
 
     def __post_init__(self):
         nn.check_dtype(self.dtype)
+        if self.labels not in LABELS:
+            raise ValueError(f"labels {self.labels!r} are unknown; use {' or '.join(LABELS)}")
+        if self.head_blocks < 1:
+            raise ValueError(f"head_blocks {self.head_blocks} must be at least 1")
         if self.width % self.num_heads:
             raise ValueError(
                 f"width {self.width} is not a multiple of {self.num_heads} heads; change num_heads"
@@ -178,12 +193,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, cfg: Config, log_mel: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, mask = self.stem(cfg, log_mel, lengths)
-
-        def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return block(cfg, x, mask), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(body) if cfg.remat else body, x, self.blocks)
-        return x, mask
+        return _through(cfg, self.blocks, x, mask), mask
 
 
 class Quantizer(nnx.Module):
@@ -242,6 +252,30 @@ class Head(nnx.Module):
         return FSQ_SCALE * jnp.tanh(_float32_mlp(self.code_in, self.code_out, labels))
 
 
+class TextHead(nnx.Module):
+    """Recognition of a text from codes: blocks that see the whole row, then CTC scores of each position.
+
+    `direct_out` is that of `Head`. Products outside the blocks are float32 whatever cfg.dtype.
+    """
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs):
+        self.code_in = nn.Linear(NUM_DIGITS, cfg.width, rngs=rngs)
+        keys = jax.random.split(rngs.params(), cfg.head_blocks)
+        self.blocks = jax.vmap(lambda key: Block(cfg, nnx.Rngs(key)))(keys)
+        self.norm = nn.LayerNorm(cfg.width)
+        self.out = nn.Linear(cfg.width, cfg.num_symbols, rngs=rngs)
+        self.direct_out = nn.Linear(cfg.width, cfg.num_symbols, rngs=rngs)
+
+    def logits(self, cfg: Config, code: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, N, 8] and its mask [B, N] to [B, N, num_symbols]."""
+        x = _through(cfg, self.blocks, self.code_in(code, "float32"), mask)
+        return self.out(self.norm(x, cfg.mlp_norm_eps), "float32")
+
+    def direct_logits(self, states: jax.Array) -> jax.Array:
+        """Encoder states [B, N, D] to [B, N, num_symbols]."""
+        return self.direct_out(states, "float32")
+
+
 class Tokenizer(nnx.Module):
     """`encoder`, `quantizer` and, in training, `head` (None otherwise)."""
 
@@ -249,7 +283,8 @@ class Tokenizer(nnx.Module):
         rngs = nnx.Rngs(key)
         self.encoder = Encoder(cfg, rngs)
         self.quantizer = Quantizer(cfg, rngs)
-        self.head = Head(cfg, rngs) if cfg.has_head else None
+        head = {"frames": Head, "text": TextHead}[cfg.labels]
+        self.head = head(cfg, rngs) if cfg.has_head else None
 
 
 def init(cfg: Config, key: jax.Array) -> Tokenizer:
@@ -266,6 +301,15 @@ def without_head(model: Tokenizer, cfg: Config) -> tuple[Tokenizer, Config]:
 
 
 # ---------------------------------------------------------------- small helpers
+
+
+def _through(cfg: Config, blocks: Block, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, N, D] through stacked blocks."""
+
+    def body(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
+        return block(cfg, x, mask), None
+
+    return jax.lax.scan(jax.checkpoint(body) if cfg.remat else body, x, blocks)[0]
 
 
 def _float32_mlp(first: nn.Linear, second: nn.Linear, x: jax.Array) -> jax.Array:
@@ -429,14 +473,20 @@ def _labels(labels: jax.Array, num_slots: int, num_classes: int) -> tuple[jax.Ar
 
 
 def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | None):
-    """Recognition loss of the quantised code, plus two mild terms that make codes follow from labels.
+    """Recognition loss of the quantised code, of frame labels or of the text (cfg.labels).
 
-    Recognition: cross-entropy of phone (weight 1) and F0 class (cfg.f0_weight) in both slots of a token. With
+    In both cases the gradient passes the rounding unchanged, some rows are not rounded at all (cfg.raw_share), and a
+    second recognition from the states, past the code, has the weight cfg.direct_weight.
+
+    Frames: cross-entropy of phone (cfg.phone_weight) and F0 class (cfg.f0_weight) in both slots of a token. With
     cfg.f0_weight = 0 no style or pitch label reaches the encoder; the F0 head still learns from detached codes;
     its accuracy tells how much of that information the codes keep.
-    The mild terms: squared distance of the projection to the code that a small network predicts from the token's
-    labels, and to its own rounded value. They act on tokens whose predicted code the head reads as the right
-    labels, so that nothing is pulled to a code that means something else.
+    Two mild terms make codes follow from labels: squared distance of the projection to the code that a small network
+    predicts from the token's labels, and to its own rounded value. They act on tokens whose predicted code the head
+    reads as the right labels, so that nothing is pulled to a code that means something else.
+
+    Text: connectionist temporal classification of the symbols. Rows without a text, or with one that needs more
+    positions than the row has tokens, carry no loss.
 
     Args:
         model: tokenizer with a head.
@@ -445,20 +495,24 @@ def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Ar
         key: for augmentation and raw rows; None: neither, as in validation.
 
     Returns:
-        (sum, count, aux): nats summed over valid slots, their number, and name -> (sum, count): phone_accuracy
-        and direct_phone_accuracy (from the states); f0_accuracy, voicing_accuracy; code_agreement (share of tokens
-        that equal the code predicted from their labels), digit_agreement (the same for single digits);
-        distinct_codes (number of different tokens in this batch).
+        (sum, count, aux): nats summed over valid slots or symbols, their number, and name -> (sum, count):
+        distinct_codes (number of different tokens in this batch). Frames: phone_accuracy and direct_phone_accuracy
+        (from the states); f0_accuracy, voicing_accuracy; code_agreement (share of tokens that equal the code predicted
+        from their labels), digit_agreement (the same for single digits). Text: code_nats and direct_nats a symbol;
+        blank_share (of the tokens, read from codes); rows_used (share of the rows that carry a loss).
 
     Raises:
         ValueError: if the model has no head, or the batch no labels.
+
+    Source: CosyVoice 2 (Du et al., 2024), section 2.2, quantises inside the encoder of an ASR model: six blocks before
+        the code, the other blocks and a decoder of text behind it. For text we have CTC in the decoder's place, and
+        sounds of `text.MiniTokenizer` in that of BPE; raw rows and the second recognition are ours.
     """
     if model.head is None:
         raise ValueError("the tokenizer has no recognition head; train one built with Config(has_head=True)")
-    if missing := {"phones", "f0_class"} - set(batch):
-        raise ValueError(
-            f"batch has {sorted(batch)}, no {', '.join(sorted(missing))}; give frame labels of both"
-        )
+    if missing := set(LABELS[cfg.labels]) - set(batch):
+        what = {"frames": "frame labels of both", "text": "data.labels=text"}[cfg.labels]
+        raise ValueError(f"batch has {sorted(batch)}, no {', '.join(sorted(missing))}; give {what}")
     log_mel = audio.s3_log_mel(batch["wav"], batch["lengths"])
     lengths = batch["lengths"] // audio.S3_HOP_SAMPLES
     if key is not None:
@@ -471,32 +525,62 @@ def loss(model: Tokenizer, cfg: Config, batch: dict[str, jax.Array], key: jax.Ar
         code = jnp.where(is_raw, projection, code)
     counts = -(-lengths // audio.S3_FRAMES_PER_TOKEN)
     token_mask = nn.length_mask(counts, code.shape[1])
-    aux = {"distinct_codes": (_num_distinct(tokens_of(digits), token_mask), jnp.ones(()))}
+    if cfg.labels == "text":
+        total, count, aux = _text_loss(model.head, cfg, batch, states, code, counts)
+    else:
+        total, count, aux = _frame_loss(model.head, cfg, batch, states, projection, digits, code, token_mask)
+    aux["distinct_codes"] = (_num_distinct(tokens_of(digits), token_mask), jnp.ones(()))
+    return total, count, aux
 
-    phone_log_probs = jax.nn.log_softmax(model.head.phone_logits(code))
-    direct_phones, direct_f0 = (jax.nn.log_softmax(x) for x in model.head.direct_logits(states))
+
+def _text_loss(head: TextHead, cfg: Config, batch, states, code, counts):
+    """`loss` of the text: (sum, count, aux)."""
+    ids, given = batch["text_ids"], batch["text_lengths"]
+    mask = nn.length_mask(counts, code.shape[1])
+    used = nn.ctc_fits(counts, ids, given)
+    count = jnp.sum(jnp.where(used, given, 0)).astype(jnp.float32)
+    scores, direct = head.logits(cfg, code, mask), head.direct_logits(states)
+    nats, direct_nats = (
+        jnp.sum(jnp.where(used, nn.ctc(x, counts, ids, given), 0.0)) for x in (scores, direct)
+    )
+    blanks = jnp.sum((jnp.argmax(scores, axis=-1) == 0) & mask, dtype=jnp.float32)
+    aux = {
+        "code_nats": (nats, count),
+        "direct_nats": (direct_nats, count),
+        "blank_share": (blanks, jnp.sum(mask, dtype=jnp.float32)),
+        "rows_used": (jnp.sum(used, dtype=jnp.float32), jnp.float32(used.shape[0])),
+    }
+    return nats + cfg.direct_weight * direct_nats, count, aux
+
+
+def _frame_loss(head: Head, cfg: Config, batch, states, projection, digits, code, token_mask):
+    """`loss` of frame labels: (sum, count, aux)."""
+    phone_log_probs = jax.nn.log_softmax(head.phone_logits(code))
+    direct_phones, direct_f0 = (jax.nn.log_softmax(x) for x in head.direct_logits(states))
     num_slots = phone_log_probs.shape[1]
     phones, slot_mask = _labels(batch["phones"], num_slots, cfg.num_phones)
     total = -cfg.phone_weight * jnp.sum(phones * (phone_log_probs + cfg.direct_weight * direct_phones))
     count = jnp.sum(slot_mask, dtype=jnp.float32)
-    aux["direct_phone_accuracy"] = _accuracy(direct_phones, phones, slot_mask)
-    aux["phone_accuracy"] = _accuracy(phone_log_probs, phones, slot_mask)
+    aux = {
+        "direct_phone_accuracy": _accuracy(direct_phones, phones, slot_mask),
+        "phone_accuracy": _accuracy(phone_log_probs, phones, slot_mask),
+    }
     f0_class, f0_mask = _labels(batch["f0_class"], num_slots, cfg.num_f0_classes)
     f0_code = code if cfg.f0_weight else jax.lax.stop_gradient(code)
-    f0_log_probs = jax.nn.log_softmax(model.head.f0_logits(f0_code))
+    f0_log_probs = jax.nn.log_softmax(head.f0_logits(f0_code))
     total = total - (cfg.f0_weight or 1.0) * jnp.sum(f0_class * f0_log_probs)
     total = total - cfg.f0_weight * cfg.direct_weight * jnp.sum(f0_class * direct_f0)
     voiced = jnp.argmax(f0_log_probs, axis=-1) > 0
     right = (voiced == (f0_class[..., 0] == 0)) & f0_mask
     aux["f0_accuracy"] = _accuracy(f0_log_probs, f0_class, f0_mask)
     aux["voicing_accuracy"] = (jnp.sum(right, dtype=jnp.float32), jnp.sum(f0_mask, dtype=jnp.float32))
-    called_for = model.head.code_of(phones, f0_class * (1.0 if cfg.f0_weight else 0.0))
+    called_for = head.code_of(phones, f0_class * (1.0 if cfg.f0_weight else 0.0))
     pairs = (token_mask.shape[1], 2)
     labelled = token_mask & jnp.all(_reshape(slot_mask, *pairs), axis=-1)
     meant = jnp.round(called_for)
-    is_right = jnp.argmax(model.head.phone_logits(meant), axis=-1) == jnp.argmax(phones, axis=-1)
+    is_right = jnp.argmax(head.phone_logits(meant), axis=-1) == jnp.argmax(phones, axis=-1)
     if cfg.f0_weight:
-        is_right &= jnp.argmax(model.head.f0_logits(meant), axis=-1) == jnp.argmax(f0_class, axis=-1)
+        is_right &= jnp.argmax(head.f0_logits(meant), axis=-1) == jnp.argmax(f0_class, axis=-1)
     settled = labelled & jnp.all(_reshape(is_right, *pairs), axis=-1)
     stop = jax.lax.stop_gradient
     total = total + 2 * (  # 2 slots

@@ -475,6 +475,11 @@ class MiniTokenizer:
                 symbols += (None if spelled else pronounce(m[0])) or list(m[0].lower().strip("'"))
         return np.array([self._ids[s] for s in self._known(symbols, language)], np.int32)
 
+    def heard(self, text: str, language: str) -> np.ndarray:
+        """`encode` without language mark, separators and punctuation: the sounds that a recording of the text has."""
+        ids = self.encode(text, language)
+        return ids[ids > self._ids[PUNCTUATION[-1]]]
+
     def _known(self, symbols: list[str], language: str) -> list[str]:
         """The symbols with marks that the model knows."""
         known = self._marks.get(language)

@@ -43,10 +43,10 @@ class Optim:
 
     Raises:
         ValueError: on an unknown name or schedule, no warm-up, an exponential schedule without an end, or weight decay
-            without adamw.
+            with adam.
     """
 
-    name: Literal["adam", "adamw"] = "adam"
+    name: Literal["adam", "adamw", "sgd"] = "adam"  # sgd: with Nesterov's momentum, betas[0]
     lr: float = 1e-3  # peak
     schedule: Literal["constant", "noam", "cosine", "wsd", "exponential"] = "cosine"
     warmup_steps: int = 100
@@ -54,7 +54,7 @@ class Optim:
     decay_ratio: float = 0.2  # wsd: last share of the steps, over which the rate falls linearly
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = 0.0  # adamw only; never on the names in NO_DECAY nor on tables
+    weight_decay: float = 0.0  # of adamw, and of sgd as part of the gradient; never on NO_DECAY nor on tables
     clip_norm: float | None = 1.0
 
     def __post_init__(self):
@@ -66,8 +66,8 @@ class Optim:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be at least 1")
         if self.schedule == "exponential" and self.final_lr_ratio <= 0:
             raise ValueError("the exponential schedule needs optim.final_lr_ratio above 0, such as 0.05")
-        if self.weight_decay and self.name != "adamw":
-            raise ValueError(f"weight_decay {self.weight_decay} needs optim.name=adamw, found {self.name!r}")
+        if self.weight_decay and self.name == "adam":
+            raise ValueError(f"weight_decay {self.weight_decay} needs optim.name=adamw or sgd, found 'adam'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ class TrainConfig:
 
     Raises:
         ValueError: on an unknown component or export dtype, a count below 1, a batch that the mesh and the accumulation
-            do not divide, data whose end id or mel profile is not the model's, or accumulation with a model file that
-            makes its own step.
+            do not divide, data whose end id, mel profile or labels are not the model's, or accumulation with a model
+            file that makes its own step.
     """
 
     component: str  # name in the exported folder, one of COMPONENTS
@@ -141,6 +141,11 @@ class TrainConfig:
         if profile != self.data.mel_profile:
             raise ValueError(
                 f"data.mel_profile {self.data.mel_profile!r} is not the model's {profile!r}; set it to that"
+            )
+        labels = getattr(self.model, "labels", self.data.labels)
+        if labels != self.data.labels:
+            raise ValueError(
+                f"data.labels {self.data.labels!r} are not the model's {labels!r}; set them to those"
             )
         if self.accumulation > 1 and hasattr(_file(self.model), "train_step"):
             raise ValueError(f"{_file(self.model).__name__} makes its own step; use accumulation=1")
@@ -221,12 +226,14 @@ def _weight_decay(amount: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(cfg: Optim, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, Adam, decoupled weight decay, schedule."""
-    parts = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    parts.append(optax.scale_by_adam(b1=cfg.betas[0], b2=cfg.betas[1], eps=cfg.eps))
-    if cfg.weight_decay:
-        parts.append(_weight_decay(cfg.weight_decay))
-    return optax.chain(*parts, optax.scale_by_learning_rate(make_schedule(cfg, steps)))
+    """Clip by global norm, Adam, decoupled weight decay, schedule; of sgd the decay comes before the momentum."""
+    clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    decay = [_weight_decay(cfg.weight_decay)] if cfg.weight_decay else []
+    if cfg.name == "sgd":
+        parts = [*decay, optax.trace(cfg.betas[0], nesterov=True)]
+    else:
+        parts = [optax.scale_by_adam(b1=cfg.betas[0], b2=cfg.betas[1], eps=cfg.eps), *decay]
+    return optax.chain(*clip, *parts, optax.scale_by_learning_rate(make_schedule(cfg, steps)))
 
 
 # ---------------------------------------------------------------- state and step
@@ -606,8 +613,9 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
     flops = 0.0  # of a step, where the peak is known
     saved_step, saved_at = step, time.monotonic()
 
-    def finish(number: int, out: dict) -> None:
-        """Waits for a step, checks it, and writes it if due."""
+    def finish(number: int, out: dict, wait_s: float) -> None:
+        """Waits for a step, checks it, and writes it if due; `wait_s` is how long it waited for its batch."""
+        waited_s.append(wait_s)
         values = {k: float(v) for k, v in jax.device_get(out).items()}
         timer.tick()
         if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm") if k in values):
@@ -619,7 +627,7 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         if number % cfg.log_every and number != cfg.steps:
             return
         line = {f"train/{k}": v for k, v in values.items()}
-        line["data/wait_s"] = sum(waited_s) / max(len(waited_s), 1)
+        line["data/wait_s"] = sum(waited_s) / len(waited_s)
         waited_s.clear()
         step_s, speed = timer.take(), ""
         if step_s:
@@ -674,7 +682,7 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
                 stop.saved()
             before = time.perf_counter()
             batch = next(data)
-            waited_s.append(time.perf_counter() - before)
+            wait_s = time.perf_counter() - before
             batches = _split(batch, cfg.accumulation)
             if peak and not flops:
                 flops = step_flops(cfg, state, batches)
@@ -682,7 +690,7 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
             step += 1
             if previous is not None:
                 finish(*previous)
-            previous = (step, out)
+            previous = (step, out, wait_s)
             # queued programs of fake CPU devices deadlock, so one step is in flight there, elsewhere two
             if is_cpu:
                 jax.block_until_ready((state, out))

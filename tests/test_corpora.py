@@ -1,5 +1,6 @@
 """Builders of corpora: each layout gives the records it holds, whatever is broken, and goes on after a kill."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -19,7 +20,9 @@ import manifest  # noqa: E402
 import measure  # noqa: E402
 import tfds_files  # noqa: E402
 
-from deepasmr_jax import audio, data_check, input_pipeline  # noqa: E402
+from deepasmr_jax import audio, checkpoint, config, data_check, input_pipeline, metrics, train  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
 
 RATE = 16000
 
@@ -489,6 +492,26 @@ def test_the_loader_makes_batches_of_a_corpus_that_was_built(tmp_path):
     [batch] = input_pipeline.first_batches(cfg, 1)
     assert batch["wav"].shape == (4, 3200) and np.all(batch["lengths"] == 3200)
     assert "s3" not in input_pipeline.speakers(cfg)
+
+
+def test_the_speech_tokenizer_trains_from_a_corpus_that_was_built_with_nothing_but_text(tmp_path):
+    rows = [
+        {"audio": f"{i}.wav", "id": f"u{i}", "text": text, "speaker": f"s{i}", "style": style}
+        for i, (text, style) in enumerate([("Hi there.", "normal"), ("Sleep.", "asmr")] * 8)
+    ]
+    for i in range(len(rows)):
+        put(tmp_path / "mine" / f"{i}.wav", wave(i, 0.5 + 0.02 * i))
+    put(tmp_path / "mine" / "m.jsonl", lines(*rows))
+    out = tmp_path / "corpus" / "1.0.0"
+    build.build("manifest", tmp_path / "mine", out, build.Options(valid_speakers=("s3", "s4")))
+    cfg = config.load(str(ROOT / "configs" / "tiny.py:speech_tokenizer_text"))
+    data = dataclasses.replace(cfg.data, data_dirs=(str(out),))
+    state = train.train(dataclasses.replace(cfg, data=data, steps=2, eval_batches=0), tmp_path / "run")
+    assert int(state.step) == 2
+    found = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert [x["train/rows_used"] for x in found] == [1.0, 1.0]
+    model, model_cfg = checkpoint.load_component(tmp_path / "run" / "export", "speech_tokenizer")
+    assert model.head is None and not model_cfg.has_head
 
 
 def test_the_measured_manifest_is_built_and_read(tmp_path, capsys):

@@ -269,6 +269,69 @@ def test_padding_of_labels_is_minus_one_and_of_waves_is_silence(folder):
         assert np.all(row["phones"][frames:] == -1) and np.all(row["phones"][:frames] >= 0)
 
 
+def test_a_row_for_the_text_loss_is_a_whole_utterance_with_the_sounds_of_its_text(folder, capsys):
+    cfg = make_config(folder, "speech_tokenizer", labels="text", num_samples=19200)
+    index = input_pipeline.read_index(cfg)
+    rows = input_pipeline._Waves(cfg, index)
+    told = capsys.readouterr().out
+    expected = text.MiniTokenizer().heard("the quiet rain falls", "en")
+    num_long = np.sum(index.num_samples > 19200)
+    assert (
+        f"train: {num_long} of 48 records are left out, they are longer than a row of 1.2 s: train_" in told
+    )
+    for example in range(len(rows.mixture)):
+        record, row = int(rows.mixture.order(0)[example]), rows.row(example, np.random.default_rng(0))
+        assert row["lengths"] == index.num_samples[record] <= 19200
+        assert np.array_equal(row["text_ids"], np.pad(expected, (0, 16))) and row["text_lengths"] == 14
+    assert not capsys.readouterr().out
+
+
+def test_a_text_that_its_recording_cannot_hold_gives_no_loss_and_is_told(folder, capsys):
+    cfg = make_config(folder, "speech_tokenizer", labels="text")
+    rows = input_pipeline._Waves(cfg, equally_long(input_pipeline.read_index(cfg)))
+    texts = {"the quiet rain falls": "it needs 14 tokens, its recording has 13", "!": "has only punctuation"}
+    for words, why in (texts | {"a <|laugh|>": "mark '<|laugh|>' is unknown"}).items():
+        row = rows._text({"text": words, "language": "en"}, 8479)  # 52 frames
+        assert row["text_lengths"] == 0 and not np.any(row["text_ids"]) and row["text_ids"].shape == (25,)
+        assert why in capsys.readouterr().out
+    assert rows._text({"text": "the quiet rain falls", "language": "en"}, 8480)["text_lengths"] == 14
+    for count, length in ((5, 0), (6, 5)):  # S IY1 T T IY1: a blank between the two T
+        assert rows._text({"text": "seat t", "language": "en"}, 640 * count)["text_lengths"] == length
+    for _ in range(3):
+        rows._text({"text": "?", "language": "en"}, 8000)
+    assert capsys.readouterr().out.count("no loss") == 2  # "seat t", the fourth, and one more
+
+
+@pytest.mark.parametrize(
+    "stage, changes, fault, why",
+    [
+        ("lm", {}, dict(num_tokens=0), "have no speech tokens"),
+        ("lm", {}, dict(num_text=180), "take more than the 190 positions of a row"),
+        ("flow", {}, dict(num_tokens=0), "have no speech tokens"),
+        ("vocoder", {}, dict(num_samples=7999), "are shorter than 0.5 s"),
+        ("speech_tokenizer", {}, dict(num_samples=639), "are shorter than 0.04 s"),
+        ("speech_tokenizer", dict(labels="text"), dict(num_samples=16001), "are longer than a row of 1 s"),
+        ("speaker", {}, dict(num_samples=0), "are shorter than 0.04 s"),
+    ],
+)
+def test_what_a_stage_leaves_out_is_counted_and_named(folder, capsys, stage, changes, fault, why):
+    cfg = make_config(folder, stage, **changes)
+    index = equally_long(input_pipeline.read_index(cfg))
+    for name, value in fault.items():
+        values = getattr(index, name).copy()
+        values[[7, 20, 21, 40]] = value
+        index = dataclasses.replace(index, **{name: values})
+    rows = {"lm": input_pipeline._Lm, "flow": input_pipeline._Flow}.get(stage, input_pipeline._Waves)(
+        cfg, index
+    )
+    told = capsys.readouterr().out
+    assert told == f"train: 4 of 48 records are left out, they {why}: train_7, train_20, train_21, ...\n"
+    assert not {7, 20, 21, 40} & set(np.concatenate([rows.mixture.order(e) for e in range(2)]).tolist())
+    asked = dataclasses.replace(cfg, styles=("normal",), style_weights=(1.0,))  # of 20 and 40
+    rows.__class__(asked, index)
+    assert capsys.readouterr().out == f"train: 2 of 24 records are left out, they {why}: train_20, train_40\n"
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (7, 40), (40, 7), (12, 12)])
 def test_the_cheapest_way_is_that_of_librosa(shape):
     import librosa
@@ -424,6 +487,7 @@ def test_alignment_without_phone_labels_says_how_to_train_without_it(tmp_path):
         (dict(stage="lm", style_weights=(1.0,)), "one weight per style"),
         (dict(stage="speech_tokenizer", num_samples=16001), "16001 is not a multiple of 640"),
         (dict(stage="flow", num_tokens=40), "leaves no room"),
+        (dict(stage="speech_tokenizer", labels="phones"), "labels 'phones' are unknown; use frames or text"),
         (dict(stage="flow", mel_profile="minni"), "unknown mel profile 'minni'; known: cv2"),
     ],
 )

@@ -25,6 +25,7 @@ loss = jax.jit(st.loss, static_argnums=1)
 TINY = st.Config(
     width=64, num_heads=2, num_blocks=2, mlp_width=128, fsmn_kernel=5, has_head=True, head_width=64
 )
+TEXT = dataclasses.replace(TINY, labels="text", head_blocks=1, num_symbols=8)
 
 
 def num_parameters(cfg):
@@ -63,6 +64,28 @@ def tones(num_rows, seconds=1.0, seed=0):
         "phones": phones,
         "f0_class": (np.where(noisy, 0, 1 + phones % 5)).astype(np.int32),
     }
+
+
+def spelled(num_rows, seconds=1.0, seed=0):
+    """`tones` with the sequence of the phones for a text, in the place of frame labels."""
+    batch = tones(num_rows, seconds, seed)
+    runs = [row[np.insert(row[1:] != row[:-1], 0, True)] for row in batch.pop("phones")]
+    ids = np.stack([np.pad(run, (0, int(25 * seconds) - len(run))) for run in runs]).astype(np.int32)
+    lengths = np.asarray([len(run) for run in runs], np.int32)
+    return {k: batch[k] for k in ("wav", "lengths")} | {"text_ids": ids, "text_lengths": lengths}
+
+
+def numpy_ctc(scores, labels):
+    """Nats of a label sequence under the scores [N, V] of all positions: the recursion over labels and blanks."""
+    log_probs = scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
+    states = np.zeros(2 * len(labels) + 1, int)
+    states[1::2] = labels
+    alpha = np.where(np.arange(len(states)) < 2, log_probs[0, states], -np.inf)
+    for row in log_probs[1:]:
+        before = np.stack([alpha, np.append(-np.inf, alpha[:-1]), np.append([-np.inf] * 2, alpha[:-2])])
+        before[2, 2:][(states[2:] == 0) | (states[2:] == states[:-2])] = -np.inf
+        alpha = np.logaddexp.reduce(before, axis=0) + row[states]
+    return -np.logaddexp(alpha[-1], alpha[-2])
 
 
 def test_stem_and_blocks_equal_the_public_package(golden, golden_model):
@@ -157,6 +180,8 @@ def test_wrong_inputs_are_refused_with_the_number_that_is_wrong():
     bare, bare_cfg = st.without_head(model, TINY)
     with pytest.raises(ValueError, match="has_head"):
         st.loss(bare, bare_cfg, tones(1), None)
+    with pytest.raises(ValueError, match="no text_ids, text_lengths; give data.labels=text"):
+        st.loss(jax.eval_shape(lambda: st.init(TEXT, jax.random.key(0))), TEXT, tones(1), None)
     with pytest.raises(ValueError, match="no f0_class, phones; give frame labels"):
         st.loss(model, TINY, {k: v for k, v in tones(1).items() if k in ("wav", "lengths")}, None)
     with pytest.raises(ValueError, match="7"):
@@ -187,6 +212,31 @@ def test_padded_frames_and_labels_do_not_change_the_loss():
     padded_total, padded_count, _ = loss(model, TINY, padded, None)
     assert count == padded_count == 60
     np.testing.assert_allclose(total, padded_total, rtol=1e-5)
+
+
+def test_the_loss_of_a_text_is_plain_ctc_over_its_codes_and_its_states_whatever_the_padding():
+    batch, model = spelled(4, 0.8), init(TEXT, jax.random.key(4))
+    batch["text_lengths"][3] = 0  # no text
+    batch["text_ids"][2], batch["text_lengths"][2] = 5, 18  # 20 tokens; 17 blanks would have to part these
+
+    @jax.jit
+    def both_scores(model):
+        log_mel = audio.s3_log_mel(batch["wav"], batch["lengths"])
+        states, projection = st.hidden(model, TEXT, log_mel, batch["lengths"] // 160)
+        mask = jnp.ones(projection.shape[:2], bool)
+        return model.head.logits(TEXT, jnp.round(projection), mask), model.head.direct_logits(states)
+
+    texts = [batch["text_ids"][i, : batch["text_lengths"][i]] for i in range(2)]
+    scores = [np.asarray(s, np.float64) for s in both_scores(model)]
+    expected = sum(numpy_ctc(s[i], texts[i]) for s in scores for i in range(2))
+    padded = batch | {
+        "wav": np.pad(batch["wav"], ((0, 0), (0, 3200)), constant_values=0.5),
+        "text_ids": np.pad(batch["text_ids"], ((0, 0), (0, 5)), constant_values=3),
+    }
+    for rows in (batch, padded):
+        total, count, aux = loss(model, TEXT, rows, None)
+        np.testing.assert_allclose(total, expected, rtol=1e-5)
+        assert count == sum(map(len, texts)) and aux["rows_used"] == (2, 4)
 
 
 def test_without_f0_weight_no_style_label_reaches_the_encoder():
@@ -229,8 +279,9 @@ def test_two_devices_give_the_loss_gradient_and_tokens_of_one():
     np.testing.assert_array_equal(one[3], eight[3])
 
 
-def test_one_batch_is_learned_through_its_codes_alone():
-    cfg, batch = TINY, tones(4, 0.8)
+@pytest.mark.parametrize("cfg", [TINY, TEXT], ids=["frames", "text"])
+def test_one_batch_is_learned_through_its_codes_alone(cfg):
+    batch = {"frames": tones, "text": spelled}[cfg.labels](4, 0.8)
     model = init(cfg, jax.random.key(9))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-3))
 
@@ -245,9 +296,12 @@ def test_one_batch_is_learned_through_its_codes_alone():
         return optax.apply_updates(model, updates), opt_state, aux
 
     opt_state = tx.init(model)
-    for _ in range(150):
+    for _ in range(150 if cfg is TINY else 40):
         model, opt_state, aux = step(model, opt_state)
     rates = {name: float(total / count) for name, (total, count) in aux.items()}
+    if cfg is TEXT:
+        assert rates["code_nats"] < 1.0 and rates["distinct_codes"] > 6, rates
+        return
     assert rates["phone_accuracy"] > 0.9, rates
     assert rates["f0_accuracy"] > 0.8, rates
     assert rates["distinct_codes"] > 6, rates
