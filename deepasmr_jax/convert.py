@@ -1,10 +1,11 @@
 """Public weights to a model folder: what a file is, whether it is whole, whose licence it has, and its conversion.
 
 `KINDS` is the one list of what is known. A file is recognised by the names of its tensors, never by its own name.
-Sizes are read off the shapes, so that a file of another width converts as well; what shapes do not tell (heads of
-64, rates of the vocoder) is as in the released models. Nothing is executed (`weight_files.py`), everything is checked
-before the first array is written (`public_names.py`), and arrays go through memory one at a time. A new folder
-appears only when it is whole; in a folder that is there a component is replaced only when the new one is whole.
+Sizes are read off the shapes, so that a file of another width converts as well; what shapes do not tell is as in the
+released models (heads of 64), or stands in a config.json beside the file (rates and mel of HiFi-GAN). Nothing is
+executed (`weight_files.py`), everything is checked before the first array is written (`public_names.py`), and arrays
+go through memory one at a time. A new folder appears only when it is whole; in a folder that is there a component is
+replaced only when the new one is whole.
 """
 
 import contextlib
@@ -60,15 +61,16 @@ class Kind:
         name: as a reader knows it.
         component: its place in a model folder.
         marks: tensors that only such a file has, after `prepare`'s renaming of prefixes.
-        config: shapes by name -> our Config.
+        config: shapes by name -> our Config; takes the values of a config.json beside the file too if `has_settings`.
         table: Config -> `public_names.Table`.
         licence: of the released weights, one of `LICENCES`.
         init: `init(cfg, key)` of the module; the shape of what is written.
         prepare: tensors of the file -> tensors in the names of the table.
         ignored: names that the file may have and we do not use, as regular expressions.
         absent: parameters that such a file never has; they start at random.
-        mel_profile: of flows and vocoders.
+        mel_profile: of a flow or vocoder whose Config has none.
         released: file name and size in bytes of the released file, and its sha256 where it is known.
+        has_settings: whether a config.json beside the file says what its shapes do not.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Kind:
     absent: tuple[str, ...] = ()
     mel_profile: str | None = None
     released: tuple[tuple[str, int, str | None], ...] = ()
+    has_settings: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,11 @@ class Found:
     kind: Kind
     tensors: Mapping[str, np.ndarray]
     config: object
+
+    @property
+    def mel_profile(self) -> str | None:
+        """Of a flow or vocoder: the profile of its Config, else that of its kind."""
+        return getattr(self.config, "mel_profile", self.kind.mel_profile)
 
     @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -222,11 +230,81 @@ def _hift_config(t: Mapping) -> vocoder_hift.Config:
     )
 
 
-def _hifigan_config(t: Mapping) -> vocoder.Config:
+class SettingsError(ValueError):
+    """A config.json beside a weight file that is damaged, not that file's, or of a network that is unknown here."""
+
+
+_HIFIGAN_SIZES = {  # field of HiFi-GAN's config.json -> ours
+    "upsample_rates": "upsample_rates",
+    "upsample_kernel_sizes": "upsample_kernels",
+    "upsample_initial_channel": "initial_channels",
+    "resblock_kernel_sizes": "residual_kernels",
+    "resblock_dilation_sizes": "residual_dilations",
+}
+_HIFIGAN_MEL = {
+    "sampling_rate": "sample_rate",
+    "n_fft": "n_fft",
+    "win_size": "win_samples",
+    "hop_size": "hop_samples",
+    "num_mels": "num_mels",
+    "fmin": "fmin_hz",
+    "fmax": "fmax_hz",
+}
+
+
+def _hifigan_config(t: Mapping, settings: Mapping | None = None) -> vocoder.Config:
+    """By the config.json beside the file; without one, V3 where the residual blocks are single, else V1 or V2."""
     channels = t["conv_pre.weight"].shape[0]
-    if "resblocks.0.convs.0.weight" in t:
-        return dataclasses.replace(vocoder.v3(), initial_channels=channels)
-    return dataclasses.replace(vocoder.v1(), initial_channels=channels)
+    if settings is None:
+        cfg = vocoder.v3() if "resblocks.0.convs.0.weight" in t else vocoder.v1()
+        return dataclasses.replace(cfg, initial_channels=channels)
+    cfg = _hifigan_settings(settings)
+    stages = _count(t, "ups.{}.weight")
+    blocks = _count(t, "resblocks.{}.") // stages
+    convs = "convs1" if "resblocks.0.convs1.0.weight" in t else "convs"
+    read_off = {
+        "resblock": "1" if convs == "convs1" else "2",
+        "upsample_initial_channel": channels,
+        "upsample_kernel_sizes": [t[f"ups.{i}.weight"].shape[2] for i in range(stages)],
+        "resblock_kernel_sizes": [t[f"resblocks.{j}.{convs}.0.weight"].shape[2] for j in range(blocks)],
+        "num_mels": t["conv_pre.weight"].shape[1],
+    }
+    depths = [_count(t, f"resblocks.{j}.{convs}.{{}}.weight") for j in range(blocks)]
+    for name, found in read_off.items():
+        if settings[name] != found:
+            raise SettingsError(f"it has {name} {settings[name]!r}, the tensors {found!r}")
+    if [len(x) for x in cfg.residual_dilations] != depths:
+        raise SettingsError(
+            f"it has resblock_dilation_sizes {settings['resblock_dilation_sizes']}, the tensors {depths} dilations"
+        )
+    return cfg
+
+
+def _hifigan_settings(settings: Mapping) -> vocoder.Config:
+    """The generator that a config.json of HiFi-GAN describes; SettingsError if there is none here."""
+    for name in ("resblock", *_HIFIGAN_SIZES, *_HIFIGAN_MEL):
+        if name not in settings:
+            raise SettingsError(f"it has no {name}")
+    mel = {ours: settings[name] for name, ours in _HIFIGAN_MEL.items()}
+    if mel["fmax_hz"] is None and isinstance(mel["sample_rate"], int):
+        mel["fmax_hz"] = mel["sample_rate"] / 2
+    known = {p.name: p for p in audio.MEL_PROFILES.values() if p.kind == "hifigan"}
+    profile = next((n for n, p in known.items() if all(getattr(p, k) == x for k, x in mel.items())), None)
+    if profile is None:
+        told = ", ".join(f"{name} {settings[name]}" for name in _HIFIGAN_MEL)
+        raise SettingsError(f"its mel ({told}) is none of the profiles {', '.join(known)}")
+    sizes = {ours: _tuples(settings[name]) for name, ours in _HIFIGAN_SIZES.items()}
+    try:
+        return vocoder.Config(mel_profile=profile, is_paired=settings["resblock"] == "1", **sizes)
+    except TypeError:
+        told = ", ".join(f"{name} {settings[name]!r}" for name in _HIFIGAN_SIZES)
+        raise SettingsError(f"one of its sizes is of another kind ({told})") from None
+    except ValueError as e:
+        raise SettingsError(str(e)) from None
+
+
+def _tuples(x):
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
 def _resnet_config(t: Mapping) -> speaker.Config:
@@ -282,8 +360,11 @@ def _wavlm_tensors(tensors: Mapping) -> dict[str, np.ndarray]:
     return public_names.fold_weight_norm(named, public_models.wavlm_kept_axis)
 
 
-def _discriminators_config(t: Mapping) -> vocoder.Config:
-    """Of the periods only the number can be read; the groups follow from the channels of each convolution."""
+def _discriminators_config(t: Mapping, settings: Mapping | None = None) -> vocoder.Config:
+    """Of the periods only the number can be read; the groups follow from the channels of each convolution.
+
+    The generator beside them is as the config.json says, or V1.
+    """
     period, scale = "mpd.discriminators.", "msd.discriminators."
 
     def weights(prefix: str) -> list:
@@ -292,7 +373,7 @@ def _discriminators_config(t: Mapping) -> vocoder.Config:
     channels = tuple(w.shape[0] for w in weights(scale))
     inputs = (1, *channels[:-1])
     return dataclasses.replace(
-        vocoder.v1(),
+        vocoder.v1() if settings is None else _hifigan_settings(settings),
         periods=vocoder.v1().periods[: _count(t, f"{period}{{}}.conv_post.weight")],
         period_channels=tuple(w.shape[0] for w in weights(period)),
         num_scales=_count(t, f"{scale}{{}}.conv_post.weight"),
@@ -419,7 +500,7 @@ KINDS = (
         "MIT",
         vocoder.init_generator,
         public_models.hifigan_folded,
-        mel_profile="hifigan",
+        has_settings=True,
     ),
     Kind(
         "HiFi-GAN discriminators, for training on",
@@ -430,7 +511,7 @@ KINDS = (
         "MIT",
         vocoder.Discriminators,
         public_models.hifigan_folded,
-        mel_profile="hifigan",
+        has_settings=True,
     ),
     Kind(
         "WavLM speaker verification, judge of similarity",
@@ -488,20 +569,34 @@ def recognise(path: str | os.PathLike) -> Found:
         tree = _weights(tree)
     tensors = {name: x for name, x in tree.items() if isinstance(name, str) and isinstance(x, np.ndarray)}
     _check_memory(path, tensors)
-    for kind in KINDS:
-        try:
-            prepared = _marked(kind, tensors)
-            if prepared is not None:
-                return Found(path, kind, prepared, kind.config(prepared))
-        except _BENT as e:
-            raise ValueError(
-                f"{path} looks like a {kind.name}, but is not whole ({e}); fetch it again"
-            ) from None
-    some = ", ".join(sorted(tensors)[:3]) or "no tensors"
-    raise UnknownModel(
-        f"{path} is no model that is known here: it has {len(tensors)} tensors ({some}); "
-        f"known are {', '.join(dict.fromkeys(k.name for k in KINDS))}"
-    )
+    kind = next((k for k in KINDS if _has_marks(k, tensors)), None)
+    if kind is None:
+        some = ", ".join(sorted(tensors)[:3]) or "no tensors"
+        raise UnknownModel(
+            f"{path} is no model that is known here: it has {len(tensors)} tensors ({some}); "
+            f"known are {', '.join(dict.fromkeys(k.name for k in KINDS))}"
+        )
+    settings = (_settings_beside(path),) if kind.has_settings else ()
+    try:
+        prepared = kind.prepare(tensors)
+        return Found(path, kind, prepared, kind.config(prepared, *settings))
+    except SettingsError as e:
+        raise SettingsError(
+            f"the config.json beside {path} does not fit it: {e}; fetch both again, or give another vocoder"
+        ) from None
+    except _BENT as e:
+        raise ValueError(f"{path} looks like a {kind.name}, but is not whole ({e}); fetch it again") from None
+
+
+def _settings_beside(path: Path) -> dict | None:
+    """A HiFi-GAN's config.json in the folder of the file; None if there is none, or another program's."""
+    beside = path.parent / "config.json"
+    if not beside.is_file():
+        return None
+    values = _json(beside)
+    if not values:
+        raise SettingsError(f"{beside}, which says the rates of {path.name}, is damaged; fetch it again")
+    return values if {*_HIFIGAN_SIZES, *_HIFIGAN_MEL} & set(values) else None
 
 
 def _weights(tree: Mapping) -> Mapping:
@@ -552,15 +647,13 @@ def _campplus_graph_config(graph) -> speaker_campplus.Config | None:
     )
 
 
-def _marked(kind: Kind, tensors: Mapping) -> Mapping | None:
-    """The tensors as the kind prepares them, if it has all its marks (as beginnings of names)."""
+def _has_marks(kind: Kind, tensors: Mapping) -> bool:
+    """Whether the tensors have all marks of a kind, as beginnings of names."""
 
-    def has(mark: str, names) -> bool:
-        return any(name.removeprefix("generator.").startswith(mark.removesuffix("weight")) for name in names)
+    def has(mark: str) -> bool:
+        return any(n.removeprefix("generator.").startswith(mark.removesuffix("weight")) for n in tensors)
 
-    if not all(has(mark, tensors) for mark in kind.marks):
-        return None
-    return kind.prepare(tensors)
+    return all(map(has, kind.marks))
 
 
 # ---------------------------------------------------------------- doctor
@@ -743,7 +836,7 @@ def convert_cosyvoice2(
             raise ValueError(f"{path} is a {found[component].kind.name}, no {component}; give the right file")
         if problems := found[component].problems():
             raise ValueError(f"{path} is not whole: {problems}; fetch it again")
-    profiles = {f.kind.mel_profile for f in found.values() if f.kind.mel_profile}
+    profiles = {f.mel_profile for f in found.values() if f.mel_profile}
     if len(profiles) > 1:
         raise ValueError(
             f"flow and vocoder have different mel profiles ({', '.join(sorted(profiles))}); "
@@ -794,9 +887,9 @@ def convert_file(
         own = checkpoint.read_config(out)
         profile = own.get("mel_profile")
         others = set(own["components"]) - {found.kind.component}
-        if found.kind.mel_profile not in (None, profile) and others & {"flow", "vocoder", "discriminators"}:
+        if found.mel_profile not in (None, profile) and others & {"flow", "vocoder", "discriminators"}:
             raise ValueError(
-                f"{path} is for the mel profile {found.kind.mel_profile!r}, the model in {out} has {profile!r}; "
+                f"{path} is for the mel profile {found.mel_profile!r}, the model in {out} has {profile!r}; "
                 "give a new folder"
             )
     with _writing(out, [found], dtype):
@@ -855,14 +948,14 @@ def write(found: Found, folder: Path, dtype: str) -> None:
     licences = [own.get("provenance", {}).get(name, {}).get("licence") for name in others]
     licence = strictest([kind.licence, *(x for x in licences if x)])
     top: dict = {"provenance": {kind.component: provenance}, "licence": licence}
-    if kind.mel_profile:
-        top["mel_profile"] = kind.mel_profile
+    if found.mel_profile:
+        top["mel_profile"] = found.mel_profile
     if kind.name == E2_TTS:
-        cfg = _decoder_around(found.config, kind.mel_profile)
+        cfg = _decoder_around(found.config, found.mel_profile)
         module = flow.init(cfg, jax.random.key(0))
         shapes = {k: np.asarray(x) for k, x in checkpoint.named_arrays(jax.device_get(module)).items()}
         started, provenance["copied"] = public_models.warm_start_flow(
-            cfg, found.tensors, shapes, kind.mel_profile, str(found.path)
+            cfg, found.tensors, shapes, found.mel_profile, str(found.path)
         )
         arrays = started.items()
     else:

@@ -276,18 +276,103 @@ def test_a_folder_that_is_none_or_holds_something_else(tmp_path, capsys):
     assert "unknown" in capsys.readouterr().out
 
 
-def test_a_vocoder_of_another_profile_is_refused(model, tmp_path, capsys):
-    cfg = convert.vocoder.v3()
-    like = checkpoint.abstract(
-        lambda key: convert.vocoder.init_generator(cfg, key), convert.jax.random.key(0)
-    )
+def write_generator(folder: Path, cfg: vocoder.Config, **changes) -> Path:
+    """A `g_` file of zeros with the config.json that HiFi-GAN's authors put beside it."""
+    like = checkpoint.abstract(lambda key: vocoder.init_generator(cfg, key), jax.random.key(0))
     zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
     tensors = public_names.to_theirs(public_models.hifigan(cfg), zeros)
-    weight_writers.write_torch_zip(tmp_path / "g_00000000", {"generator": tensors})
+    weight_writers.write_torch_zip(folder / "g_00000000", {"generator": tensors})
+    settings = {
+        "resblock": "1" if cfg.is_paired else "2",
+        "upsample_rates": cfg.upsample_rates,
+        "upsample_kernel_sizes": cfg.upsample_kernels,
+        "upsample_initial_channel": cfg.initial_channels,
+        "resblock_kernel_sizes": cfg.residual_kernels,
+        "resblock_dilation_sizes": cfg.residual_dilations,
+        "segment_size": 8192,
+        "num_mels": cfg.mel.num_mels,
+        "n_fft": cfg.mel.n_fft,
+        "hop_size": cfg.mel.hop_samples,
+        "win_size": cfg.mel.win_samples,
+        "sampling_rate": cfg.mel.sample_rate,
+        "fmin": int(cfg.mel.fmin_hz),
+        "fmax": int(cfg.mel.fmax_hz),
+        "fmax_for_loss": None,
+    }
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    return folder / "g_00000000"
+
+
+def test_a_vocoder_of_another_profile_is_refused(model, tmp_path, capsys):
+    file = write_generator(tmp_path, dataclasses.replace(vocoder.v3(), initial_channels=32))
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
-    assert run("convert", "file", tmp_path / "g_00000000", "--out", copy) == 2
+    assert run("convert", "file", file, "--out", copy) == 2
     assert "hifigan" in (error := capsys.readouterr().err) and "cv2" in error
+
+
+SINGLE = dict(
+    initial_channels=16, residual_kernels=(3, 5), residual_dilations=((1, 2), (2, 6)), is_paired=False
+)
+HIFIGANS = {
+    "rates the other way": dict(upsample_rates=(4, 8, 8), upsample_kernels=(16, 16, 8)),
+    "the mel of CosyVoice2": dict(
+        mel_profile="cv2", upsample_rates=(10, 6, 4, 2), upsample_kernels=(20, 12, 8, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HIFIGANS)
+def test_a_hifi_gan_has_the_rates_and_the_mel_of_the_config_beside_it(case, tmp_path, capsys):
+    cfg = vocoder.Config(**SINGLE | HIFIGANS[case])
+    file = write_generator(tmp_path, cfg)
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 0, capsys.readouterr().err
+    assert checkpoint.component_config(tmp_path / "m", "vocoder") == cfg
+    assert checkpoint.read_config(tmp_path / "m")["mel_profile"] == cfg.mel_profile
+    assert run("doctor", tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            dict(sampling_rate=48000, hop_size=512, win_size=2048, n_fft=2048, fmax=24000),
+            ["sampling_rate 48000"],
+        ),
+        (dict(fmax=None), ["fmax None", "none of the profiles"]),
+        (dict(upsample_rates=[8, 8, 8]), ["multiply to 512", "needs 256"]),
+        (dict(upsample_rates=[4, 4, 4, 4]), ["3 upsample_kernels for 4 rates"]),
+        (dict(upsample_rates=8), ["upsample_rates 8,", "of another kind"]),
+        (dict(upsample_kernel_sizes=[16, 16, 4]), ["[16, 16, 4]", "[16, 16, 8]"]),
+        (dict(resblock_kernel_sizes=[3, 7]), ["[3, 7]", "[3, 5]"]),
+        (dict(resblock_dilation_sizes=[[1], [2]]), ["[[1], [2]]", "[2, 2]"]),
+        (dict(resblock="1"), ["resblock '1'", "'2'"]),
+        (dict(upsample_initial_channel=32), ["upsample_initial_channel 32", "16"]),
+    ],
+)
+def test_a_config_that_is_not_the_hifi_gan_s_is_refused(changes, words, tmp_path, capsys):
+    cfg = vocoder.Config(**SINGLE, upsample_rates=(8, 8, 4), upsample_kernels=(16, 16, 8))
+    file = write_generator(tmp_path, cfg, **changes)
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 2
+    error = capsys.readouterr().err
+    for word in ("config.json beside", "g_00000000", *words):
+        assert word in error, error
+    assert error.count("\n") == 1 and not (tmp_path / "m").exists()
+    assert run("doctor", tmp_path) == 1 and "damaged" in capsys.readouterr().out
+
+
+def test_a_config_beside_a_hifi_gan_that_is_damaged_or_of_another_program(tmp_path, capsys):
+    cfg = dataclasses.replace(vocoder.v3(), initial_channels=32)
+    file = write_generator(tmp_path, cfg)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["hop_size"]
+    for text, words in ((json.dumps(values), "has no hop_size"), ("{", "is damaged")):
+        (tmp_path / "config.json").write_text(text)
+        assert run("convert", "file", file, "--out", tmp_path / "m") == 2
+        assert words in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # then it is V3 by its shapes
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 0
+    assert checkpoint.component_config(tmp_path / "m", "vocoder") == cfg
 
 
 # ---------------------------------------------------------------- the judge, and the second player of HiFi-GAN
