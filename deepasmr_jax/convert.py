@@ -31,9 +31,11 @@ from deepasmr_jax import (
     flow,
     flow_cosyvoice2,
     lm,
+    pool,
     public_cosyvoice2,
     public_models,
     public_names,
+    request,
     speaker,
     speaker_campplus,
     speaker_wavlm,
@@ -45,12 +47,12 @@ from deepasmr_jax import (
 )
 from deepasmr_jax import text as text_lib
 
-LICENCES = ("MIT", "Apache-2.0", "CC BY 4.0", "CC BY-SA 3.0", "GPL-3.0", "CC BY-NC 4.0")  # ever stricter
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json")
 TEXT_FOLDER = "text_tokenizer"
 E2_TTS = "E2 TTS, start of a flow decoder"
 E2_PROFILES = ("cv2", "hifigan", "f5")  # mel profiles of flows that start from E2 TTS
 HEAD_DIM = 64
+SHOWN = 6  # names of each kind in a short list of what is wrong with a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Kind:
         marks: tensors that only such a file has, after `prepare`'s renaming of prefixes.
         config: shapes by name -> our Config; takes the values of a config.json beside the file too if `has_settings`.
         table: Config -> `public_names.Table`.
-        licence: of the released weights, one of `LICENCES`.
+        licence: of the released weights, one of `checkpoint.LICENCES`.
         init: `init(cfg, key)` of the module; the shape of what is written.
         prepare: tensors of the file -> tensors in the names of the table.
         ignored: names that the file may have and we do not use, as regular expressions.
@@ -108,13 +110,20 @@ class Found:
         module = checkpoint.abstract(lambda key: self.kind.init(self.config, key), jax.random.key(0))
         return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in checkpoint.named_arrays(module).items()}
 
-    def problems(self) -> str:
-        """Missing, unexpected and reshaped tensors in one sentence; empty if the file is whole."""
+    def problems(self, most: int | None = None) -> str:
+        """Missing, unexpected and reshaped tensors in one sentence, `most` of each named; empty if it is whole."""
         try:
             shapes = {k: x.shape for k, x in self.shapes.items() if k not in self.kind.absent}
         except _BENT as e:
             return f"no network has the shapes of its tensors ({e})"
-        return public_names.differences(self.kind.table(self.config), self.tensors, shapes, self.kind.ignored)
+        table = self.kind.table(self.config)
+        return public_names.differences(table, self.tensors, shapes, self.kind.ignored, most)
+
+    def check_whole(self) -> None:
+        """ValueError if the file is not whole: some names, and how to see all."""
+        if problems := self.problems(SHOWN):
+            rest = "" if problems == self.problems() else f"; `deepasmr doctor {self.path.parent}` names all"
+            raise ValueError(f"{self.path} is not whole: {problems}; fetch it again{rest}")
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """(parameter, array) in the order of `shapes`; ValueError if the file does not fit."""
@@ -666,7 +675,8 @@ def examine(folder: str | os.PathLike) -> list[dict]:
         folder: of public weights, or a model folder of ours.
 
     Returns:
-        One row a file: "file", "state" ("whole", "damaged", "unknown" or "missing"), "is" and "detail".
+        One row a file: "file", "state" ("whole", "damaged", "unknown" or "missing"), "is" and "detail"; and "all" where
+        the detail does not name all tensors that are missing, unexpected or reshaped.
 
     Raises:
         ValueError: if there is no such folder or it is empty.
@@ -702,7 +712,7 @@ def examine(folder: str | os.PathLike) -> list[dict]:
                 rows.append(
                     {"file": name, "state": "missing", "is": kind, "detail": "fetch the whole folder"}
                 )
-        rows.append(_examine_text(folder))
+        rows.append(_examine_text(folder, "CosyVoice-BlankEN", "fetch the whole folder"))
     if not any(row["file"] != "config.json" for row in rows):
         raise ValueError(f"{folder} holds no weight files; give the folder that was downloaded")
     return rows
@@ -713,7 +723,7 @@ def _examine_file(path: Path, released: tuple | None) -> dict:
     size = path.stat().st_size
     try:
         found = recognise(path)
-        problems = found.problems()
+        problems, every = found.problems(SHOWN), found.problems()
     except ValueError as e:
         short = (
             f"; {size:,} bytes, the released file has {released[0]:,}"
@@ -728,7 +738,7 @@ def _examine_file(path: Path, released: tuple | None) -> dict:
             "detail": f"the name is that of a {released[2].name}, the content is not; fetch it again"
         }
     if problems:
-        return row | {"detail": problems}
+        return row | {"detail": problems} | ({"all": every} if every != problems else {})
     values = sum(int(np.prod(x.shape)) for x in found.tensors.values())
     row |= {"state": "whole", "detail": f"{len(found.tensors)} tensors, {values:,} values"}
     if released and released[1] and size == released[0] and weight_files.sha256(path) != released[1]:
@@ -738,16 +748,15 @@ def _examine_file(path: Path, released: tuple | None) -> dict:
     return row
 
 
-def _examine_text(folder: Path) -> dict:
-    row = {
-        "file": "CosyVoice-BlankEN/",
-        "is": "text tokenizer",
-        "state": "missing",
-        "detail": "fetch the whole folder",
-    }
-    if (folder / "CosyVoice-BlankEN").is_dir():
+def _examine_text(folder: Path, name: str, fetch: str, sha256: Mapping[str, str] | None = None) -> dict:
+    """A folder of the text tokenizer: its files where their checksums are known, and whether it can be read."""
+    row = {"file": f"{name}/", "is": "text tokenizer", "state": "missing", "detail": fetch}
+    if (folder / name).is_dir():
+        files = [(n, _examine_own(folder / name / n, "", sha)) for n, sha in (sha256 or {}).items()]
+        if bad := [(n, r) for n, r in files if r["state"] != "whole"]:
+            return row | {"state": "damaged", "detail": "; ".join(f"{n}: {r['detail']}" for n, r in bad)}
         try:
-            text_lib.QwenTokenizer(folder / "CosyVoice-BlankEN")
+            text_lib.QwenTokenizer(folder / name)
         except ValueError as e:
             return row | {"state": "damaged", "detail": str(e)}
         row |= {"state": "whole", "detail": f"{text_lib.QWEN_VOCABULARY:,} ids"}
@@ -755,21 +764,49 @@ def _examine_text(folder: Path) -> dict:
 
 
 def _examine_ours(folder: Path) -> Iterator[dict]:
-    for name, entry in checkpoint.read_config(folder)["components"].items():
+    values = checkpoint.read_config(folder)
+    for name, entry in values["components"].items():
         for file, sha in checkpoint.files_of(entry):
-            row = {"file": file, "is": f"{name} ({entry['module']})", "state": "whole", "detail": ""}
-            path = folder / file
-            if not path.is_file():
-                row |= {"state": "missing", "detail": "copy the whole model folder"}
-            else:
-                try:
-                    weight_files.check_size(path)
-                    same = weight_files.sha256(path) == sha
-                    why = "" if same else "its sha256 is not that of config.json; copy it again"
-                except ValueError as e:
-                    why = str(e)
-                row |= {"state": "damaged", "detail": why} if why else {}
-            yield row
+            yield _examine_own(folder / file, f"{name} ({entry['module']})", sha)
+    settings = values.get("text", {})
+    if settings.get("tokenizer") == "qwen":
+        yield _examine_text(folder, settings.get("folder", "."), _COPY, settings.get("sha256"))
+    if "pool" in values.get("provenance", {}) or (folder / request.POOL_FILE).exists():
+        yield _examine_pool(folder, values)
+
+
+_COPY = "copy the whole model folder"
+
+
+def _examine_own(path: Path, what: str, sha256: str) -> dict:
+    """A file of a model folder, by its checksum."""
+    row = {"file": path.name, "is": what, "state": "missing", "detail": _COPY}
+    if not path.is_file():
+        return row
+    try:
+        weight_files.check_size(path)
+        same = weight_files.sha256(path) == sha256
+        why = "" if same else "its sha256 is not that of config.json; copy it again"
+    except ValueError as e:
+        why = str(e)
+    return row | {"state": "damaged" if why else "whole", "detail": why}
+
+
+def _examine_pool(folder: Path, values: dict) -> dict:
+    """The pool of a model folder: whole by its own checksum, and made by such a model."""
+    path = folder / request.POOL_FILE
+    row = {"file": path.name, "is": "speaker pool", "state": "missing", "detail": _COPY}
+    if not path.is_file():
+        return row
+    try:
+        weight_files.check_size(path)
+        found = pool.load(path)
+        if "speaker" in values["components"]:
+            size = checkpoint.component_config(folder, "speaker").embedding_size
+            found.check_fits(values.get("mel_profile", found.mel_profile), size)
+    except ValueError as e:
+        return row | {"state": "damaged", "detail": str(e)}
+    return row | {"state": "whole", "detail": f"{len(found)} entries"}
 
 
 def _json(path: Path) -> dict:
@@ -834,8 +871,7 @@ def convert_cosyvoice2(
         found[component] = recognise(path)
         if found[component].kind.component != component:
             raise ValueError(f"{path} is a {found[component].kind.name}, no {component}; give the right file")
-        if problems := found[component].problems():
-            raise ValueError(f"{path} is not whole: {problems}; fetch it again")
+        found[component].check_whole()
     profiles = {f.mel_profile for f in found.values() if f.mel_profile}
     if len(profiles) > 1:
         raise ValueError(
@@ -875,8 +911,7 @@ def convert_file(
         ValueError: if the file is unknown or damaged, or its mel profile is not the folder's.
     """
     found, out = recognise(path), Path(out)
-    if problems := found.problems():
-        raise ValueError(f"{path} is not whole: {problems}; fetch it again")
+    found.check_whole()
     if mel_profile is not None:
         if found.kind.name != E2_TTS:
             raise ValueError(f"{path} is a {found.kind.name}: its mel is given; leave the mel profile out")
@@ -894,7 +929,7 @@ def convert_file(
             )
     with _writing(out, [found], dtype):
         write(found, out, dtype)
-    again = found.kind.component in ("speech_tokenizer", "speaker") and (out / "pool.safetensors").exists()
+    again = found.kind.component in ("speech_tokenizer", "speaker") and (out / request.POOL_FILE).exists()
     return f"{found.kind.name} as {found.kind.component}" + ("; build the pool again" if again else "")
 
 
@@ -943,11 +978,7 @@ def write(found: Found, folder: Path, dtype: str) -> None:
         "licence": kind.licence,
         "converter": f"deepasmr_jax {__version__}",
     }
-    own = checkpoint.read_config(folder) if (folder / "config.json").is_file() else {"components": {}}
-    others = set(own["components"]) - {kind.component}
-    licences = [own.get("provenance", {}).get(name, {}).get("licence") for name in others]
-    licence = strictest([kind.licence, *(x for x in licences if x)])
-    top: dict = {"provenance": {kind.component: provenance}, "licence": licence}
+    top: dict = {"provenance": {kind.component: provenance}}
     if found.mel_profile:
         top["mel_profile"] = found.mel_profile
     if kind.name == E2_TTS:
@@ -963,18 +994,20 @@ def write(found: Found, folder: Path, dtype: str) -> None:
     checkpoint.write_component(folder, kind.component, cfg, shapes, arrays, dtype, **top)
 
 
-def strictest(licences) -> str:
-    """The strictest of some licences, by the order of `LICENCES`; an unknown one is stricter than all."""
-    return max(licences, key=lambda x: LICENCES.index(x) if x in LICENCES else len(LICENCES))
-
-
 def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
     """Text and sampling of a converted CosyVoice2."""
     values = checkpoint.read_config(folder)
     values |= {
         "mel_profile": profile,
         "sample_rate": audio.mel_profile(profile).sample_rate,
-        "text": {"tokenizer": "qwen", "folder": TEXT_FOLDER, "normalizer": "wetext"},
+        "text": {
+            "tokenizer": "qwen",
+            "folder": TEXT_FOLDER,
+            "normalizer": "wetext",
+            "sha256": {p.name: weight_files.sha256(p) for p in sorted((folder / TEXT_FOLDER).iterdir())},
+        },
+        "provenance": values["provenance"]
+        | {"text_tokenizer": {"source": "CosyVoice-BlankEN", "licence": "Apache-2.0"}},
         "languages": list(text_lib.LANGUAGES),
         "sampling": {
             "lm": {"max_ratio": 20.0},
@@ -985,6 +1018,7 @@ def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
         found["vocoder"].config, vocoder_hift.Config
     ):  # its F0 predictor can hear a voice in a whisper
         values["sampling"]["vocoder"] = {"asmr": {"source": "unvoiced"}}
+    checkpoint.set_licence(values)
     config.write_json(folder / "config.json", values)
 
 
@@ -992,7 +1026,7 @@ def _adopt_pool(folder: Path) -> None:
     from deepasmr_jax import synthesis
 
     built_in, model = synthesis.load(), synthesis.load(folder)
-    model.adopt_pool(built_in).save(folder / "pool.safetensors")
+    model.keep_pool(model.adopt_pool(built_in))
 
 
 def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:

@@ -14,6 +14,7 @@ import test_bad_weights
 import test_judges
 import test_public_names
 import test_speaker_wavlm
+import tiny_model
 import weight_writers
 
 from deepasmr_jax import (
@@ -60,7 +61,8 @@ def model(public, small_pool, tmp_path_factory) -> Path:
             return made
 
         patch.setattr(synthesis, "load", load)
-        return convert.convert_cosyvoice2(public, out)
+        assert run("convert", "cosyvoice2", public, "--out", out) == 0
+    return out
 
 
 def run(*words) -> int:
@@ -81,13 +83,21 @@ def test_doctor_finds_every_part_whole(public, capsys):
 def test_the_converted_folder_has_every_part_with_its_source_and_licence(public, model, capsys):
     config = checkpoint.read_config(model)
     assert set(config["components"]) == {"lm", "flow", "vocoder", "speech_tokenizer", "speaker"}
-    assert config["licence"] == "Apache-2.0" and config["sample_rate"] == 24000
+    assert config["sample_rate"] == 24000
     lm = config["provenance"]["lm"]
     assert lm["source"] == "llm.pt" and len(lm["sha256"]) == 64 and lm["licence"] == "Apache-2.0"
+    assert config["provenance"]["text_tokenizer"]["licence"] == "Apache-2.0"
+    assert config["provenance"]["pool"] == {
+        "entries": 4,
+        "recordings": 0,
+        "licence": "GPL-3.0",
+    }  # of espeak-ng
     assert run("info", model) == 0
     out = capsys.readouterr().out
-    assert "licence: Apache-2.0" in out and "languages: en, zh" in out and "memory:" in out
+    assert "licence: GPL-3.0 (the strictest of its parts: pool)" in out and "languages: en, zh" in out
+    assert "memory:" in out
     assert run("doctor", model) == 0
+    assert capsys.readouterr().out.count("whole") == 7  # with the text tokenizer and the pool
 
 
 def test_weights_are_those_of_the_files(public, model):
@@ -122,6 +132,10 @@ def test_the_pool_is_that_of_the_built_in_model_heard_by_this_one(model, small_p
     own = pool.load(model / "pool.safetensors")
     assert [e.name for e in own] == [e.name for e in small_pool] and own.mel_profile == "cv2"
     assert all(e.provenance["heard_from_pool_of"] == small_pool.speaker_model for e in own)
+    assert [e.provenance["licence"] for e in own.select("normal")] == [
+        "BSD-like",
+        "GPL-3.0",
+    ]  # English, Mandarin
     for mine, theirs in zip(own, small_pool, strict=True):  # 50 frames a second in both profiles
         assert abs(len(mine.mel) - len(theirs.mel)) <= 4 and len(mine.speaker_embedding) == 16
 
@@ -186,6 +200,21 @@ def test_e2_tts_starts_a_flow_on_each_mel(profile, tmp_path, capsys):
     assert flow.num_frames(made, 128) == {"f5": 480, "cv2": 256, "hifigan": 441}[profile]
 
 
+def test_of_a_file_with_much_missing_doctor_names_all_and_convert_some(tmp_path, capsys):
+    tensors = e2_tensors()
+    lost = [name for name in tensors if name.endswith(("ff.2.weight", "ff.2.bias"))]
+    weight_writers.write_torch_zip(
+        tmp_path / "e2.pt", {"ema_model_state_dict": {k: x for k, x in tensors.items() if k not in lost}}
+    )
+    assert run("convert", "file", tmp_path / "e2.pt", "--out", tmp_path / "m") == 2
+    error = capsys.readouterr().err
+    assert f"{len(lost)} missing" in error and f"and {len(lost) - 6} more" in error
+    assert f"`deepasmr doctor {tmp_path}` names all" in error and sum(name in error for name in lost) == 6
+    assert run("doctor", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert f"\ne2.pt: {len(lost)} missing (" in out and all(name in out for name in lost)
+
+
 def test_an_e2_tts_file_with_a_tensor_missing_is_no_start(tmp_path, capsys):
     tensors = e2_tensors()
     del tensors["ema_model.transformer.time_embed.time_mlp.0.bias"]
@@ -209,7 +238,47 @@ def test_a_part_of_a_stricter_licence_changes_that_of_the_model(model, tmp_path,
     shutil.copytree(model, copy)
     assert run("convert", "file", tmp_path / "avg_model.pt", "--out", copy) == 0
     assert "build the pool again" in capsys.readouterr().out
-    assert checkpoint.read_config(copy)["licence"] == "CC BY 4.0"
+    config = checkpoint.read_config(copy)
+    assert config["provenance"]["speaker"]["licence"] == "CC BY 4.0" and config["licence"] == "GPL-3.0"
+    del config["provenance"]["pool"]
+    checkpoint.set_licence(config)
+    assert config["licence"] == "CC BY 4.0"
+
+
+def _flip(path: Path, where: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 1
+    path.write_bytes(data)
+
+
+def _other_pool(path: Path) -> None:
+    tiny_model.make_pool().save(path)
+
+
+TEXT, POOL = "text_tokenizer/", "pool.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("part", "harm", "words"),
+    [
+        (POOL, lambda m: (m / POOL).unlink(), ["missing", "copy the whole"]),
+        (POOL, lambda m: (m / POOL).write_bytes((m / POOL).read_bytes()[:-9]), ["damaged", "damaged ("]),
+        (POOL, lambda m: _flip(m / POOL, 0.9), ["damaged", "its checksum is another"]),
+        (POOL, lambda m: _other_pool(m / POOL), ["damaged", "'mini'", "'cv2'"]),
+        (TEXT, lambda m: shutil.rmtree(m / TEXT), ["missing", "copy the whole"]),
+        (TEXT, lambda m: (m / TEXT / "merges.txt").unlink(), ["damaged", "merges.txt: copy"]),
+        (TEXT, lambda m: _flip(m / TEXT / "vocab.json", 0.5), ["damaged", "vocab.json: its sha256"]),
+    ],
+)
+def test_doctor_finds_a_damaged_pool_or_text_tokenizer(part, harm, words, model, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    harm(copy)
+    assert run("doctor", copy) == 1
+    rows = capsys.readouterr().out.splitlines()
+    row = next(r for r in rows if r.startswith(part))
+    assert all(word in row for word in words), row
+    assert sum("  whole" in r for r in rows) == 6
 
 
 def damaged(public: Path, tmp_path: Path) -> Path:
@@ -454,6 +523,8 @@ def test_the_second_player_goes_beside_the_generator_and_not_beside_another_mel(
 
 
 def test_the_strictest_licence_is_on_top():
-    assert convert.strictest(["MIT", "Apache-2.0"]) == "Apache-2.0"
-    assert convert.strictest(["Apache-2.0", "CC BY-NC 4.0", "MIT"]) == "CC BY-NC 4.0"
-    assert convert.strictest(["MIT", "something new"]) == "something new"
+    assert checkpoint.strictest(["MIT", "Apache-2.0"]) == "Apache-2.0"
+    assert checkpoint.strictest(["Apache-2.0", "CC BY-NC 4.0", "MIT"]) == "CC BY-NC 4.0"
+    assert checkpoint.strictest(["MIT", "something new"]) == "something new"
+    assert all(k.licence in checkpoint.LICENCES for k in convert.KINDS)
+    assert set(pool.ENGINE_LICENCES.values()) <= set(checkpoint.LICENCES)
