@@ -255,7 +255,9 @@ class Synthesizer:
                 )
         self.ratios = settings.get("ratios", {})  # style -> {"min_ratio", "max_ratio"} where they differ
         self.solver = {"num_steps": 16, "guidance": 1.0, "method": "euler", "schedule": "cosine"}
-        for name, value in settings.get("flow", {}).items():
+        of_flow = dict(settings.get("flow", {}))
+        self.flow_noise = self._fixed_noise(of_flow.pop("noise", None))
+        for name, value in of_flow.items():
             if name not in self.solver or not isinstance(value, type(self.solver[name]) | int):
                 raise ValueError(f"config.json in {folder} has sampling.flow.{name} = {value!r}; correct it")
             self.solver[name] = value
@@ -766,6 +768,11 @@ class Synthesizer:
         def tokens_of(row):
             return np.concatenate([row[0].clip.tokens, row[0].tokens[row[1]]])
 
+        if self.flow_noise is not None:
+            for j, c in rows:
+                if (frames := self._num_frames(len(tokens_of((j, c))))) > (most := len(self.flow_noise)):
+                    j.error = f"clip and speech have {frames} frames, the fixed noise of the flow {most}; shorten them"
+            rows = [row for row in rows if not row[0].error]
         for size, group in self._groups(rows, lambda row: _padded(len(tokens_of(row)), TOKEN_BASE)):
             with _clock_all([r[0].timings for r in group], "flow_s"):
                 num_frames = self._num_frames(size)
@@ -784,6 +791,8 @@ class Synthesizer:
                 batch = sharding.put(batch)
                 keys = _keys(batch.pop("seeds"), batch.pop("chunks"), 1 + number)
                 voice = {name: batch.pop(name) for name in ("speaker",) if name in batch}
+                if self.flow_noise is not None:  # padding is masked: what stands there does not matter
+                    voice["noise"] = _pad(self.flow_noise[:num_frames], num_frames)
                 mel = jax.device_get(
                     flow.file.sample(
                         flow.module, flow.config, *batch.values(), keys=keys, **voice, **self.solver
@@ -850,6 +859,20 @@ class Synthesizer:
         mel = audio.log_mel(batch["wav"], num * (self.sample_rate // audio.TOKEN_RATE), self.mel_config)
         embedding = embed_speaker(speaker.file, models["speaker"], speaker.config, batch["wav16"], samples16)
         return tokens, mel, embedding
+
+    def _fixed_noise(self, setting) -> np.ndarray | None:
+        """[T, M] noise that every utterance starts from, by `sampling.flow.noise`; None: drawn from the seed."""
+        if setting is None:
+            return None
+        flow = self._parts["flow"]
+        where = f"config.json in {self.folder} has sampling.flow.noise = {setting!r}"
+        if not hasattr(flow.file, "read_noise"):
+            raise ValueError(f"{where}, but only the flow of CosyVoice2 takes a fixed noise; take it out")
+        if not isinstance(setting, str) or Path(setting).name != setting:
+            raise ValueError(f'{where}; say "reference" or name a file in that folder')
+        if setting == "reference":
+            return flow.file.reference_noise(flow.file.REFERENCE_NOISE_FRAMES)
+        return flow.file.read_noise(self.folder / setting, flow.config.mel_bins)
 
     def _num_frames(self, num_tokens: int) -> int:
         flow = self._parts["flow"]

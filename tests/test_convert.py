@@ -22,6 +22,7 @@ from deepasmr_jax import (
     cli,
     convert,
     flow,
+    flow_cosyvoice2,
     pool,
     public_cosyvoice2,
     public_models,
@@ -126,6 +127,50 @@ def test_a_whisper_leaves_the_sines_of_the_vocoder_out(model):
     made = synthesis.load(model)
     assert made._vocoder_configs["asmr"].source == "unvoiced"
     assert made._vocoder_configs["normal"].source == "predicted"
+
+
+def test_a_fixed_noise_of_config_json_reaches_the_flow(model, tmp_path, monkeypatch):
+    """Without the network, which is tested with given noise elsewhere."""
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    noise = np.random.default_rng(0).standard_normal((1, 80, 200)).astype(np.float32)
+    weight_writers.write_torch_zip(copy / "noise.pt", {"rand_noise": noise})
+    config = checkpoint.read_config(copy)
+    config["sampling"]["flow"]["noise"] = "reference"
+    (copy / "config.json").write_text(json.dumps(config))
+    made = synthesis.load(copy)
+    seen = []
+
+    def sample(model, cfg, tokens, *_, noise=None, **__):
+        seen.append(noise)
+        return np.zeros((len(tokens), 2 * tokens.shape[1], 80), np.float32)
+
+    monkeypatch.setattr(flow_cosyvoice2, "sample", sample)
+    made._vocode = lambda module, cfg, mel, lengths: np.zeros((len(mel), 480 * mel.shape[1]), np.float32)
+
+    def sound():
+        entry = made.pool.entries[0]
+        clip = synthesis.Clip(entry.speech_tokens[:50], entry.mel[:100], entry.speaker_embedding, entry.style)
+        asked = request.Request(text="Hi.", voice=np.zeros(0), voice_rate=24000)
+        job = made._job(0, asked, "en", clip, entry.name, entry, float("nan"), [])
+        job.tokens = [entry.speech_tokens[:10]]
+        made._sound([job], 0)
+        return job.error
+
+    assert sound() == ""
+    np.testing.assert_array_equal(seen[-1], flow_cosyvoice2.reference_noise(128))  # 60 tokens, padded to 64
+    made.flow_noise = made._fixed_noise("noise.pt")
+    assert sound() == ""
+    np.testing.assert_array_equal(seen[-1], noise[0, :, :128].T)
+    made.flow_noise = made.flow_noise[:119]
+    assert "120 frames, the fixed noise of the flow 119" in sound() and len(seen) == 2
+    made.flow_noise = made._fixed_noise(None)
+    assert sound() == "" and seen[-1] is None
+    for setting in ("../noise.pt", 5, ["reference"]):
+        with pytest.raises(ValueError, match='say "reference" or name a file in that folder'):
+            made._fixed_noise(setting)
+    with pytest.raises(ValueError, match="nowhere.pt"):
+        made._fixed_noise("nowhere.pt")
 
 
 def test_the_pool_is_that_of_the_built_in_model_heard_by_this_one(model, small_pool):
