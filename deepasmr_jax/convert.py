@@ -1065,6 +1065,7 @@ def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:
             "num_hidden_layers": cfg.num_layers,
             "num_attention_heads": cfg.num_heads,
             "num_key_value_heads": cfg.num_kv_heads,
+            "head_dim": cfg.head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": 32768,
             "rms_norm_eps": cfg.norm_eps,

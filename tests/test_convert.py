@@ -23,6 +23,7 @@ from deepasmr_jax import (
     convert,
     flow,
     flow_cosyvoice2,
+    lm,
     pool,
     public_cosyvoice2,
     public_models,
@@ -195,6 +196,33 @@ def test_export_writes_the_language_model_under_the_names_of_qwen2(public, model
         np.testing.assert_array_equal(x, state[prefix + name])
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["model_type"] == "qwen2" and config["num_hidden_layers"] == 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_loads_the_exported_language_model_and_gives_its_logits(dtype, public, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen2ForCausalLM
+
+    model = tmp_path / "m"
+    assert run("convert", "file", public / "llm.pt", "--out", model, "--dtype", dtype) == 0
+    assert run("export", "--model", model, "--out", tmp_path / "hf") == 0
+    theirs, told = Qwen2ForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, cfg = checkpoint.load_component(model, "lm")
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    text = np.random.default_rng(0).integers(0, cfg.text_vocab, (1, 20)).astype(np.int32)
+    with torch.inference_mode():
+        want = theirs.eval()(torch.as_tensor(text.astype(np.int64))).logits.numpy()
+    ones = np.ones_like(text)
+    batch = dict(
+        tokens=text, kinds=lm.TEXT * ones, segment_ids=ones, positions=np.arange(20, dtype=np.int32)[None]
+    )
+    found = np.asarray(lm.hidden(ours, cfg, batch)) @ np.asarray(ours.text_table[...]).T
+    assert np.std(want) > 0.1
+    np.testing.assert_allclose(found, want, rtol=0, atol=2e-4)
 
 
 def test_half_precision_files_convert(public, tmp_path):
