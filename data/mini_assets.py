@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, files, input_pipeline  # noqa: E402
+from deepasmr_jax import audio, files, input_pipeline, pool  # noqa: E402
 
 FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind", "engine")
 POOL_SIZE = {"en": 32, "zh": 18}  # 50, as in the paper
@@ -120,6 +120,7 @@ def pool_sources(data: str, out: str | Path) -> int:
             lines.append({
                 "audio": f"{pair['speaker']}.wav", "name": pair["speaker"], "text": pair["text"], "style": "normal",
                 "kind": "synthesis", "language": language, "attributes": {"engine": pair["engine"]},
+                "licence": pool.ENGINE_LICENCES[pair["engine"]],
             })  # fmt: skip
         audio.save(out / f"asmr_{language}.wav", prompts[language]["wav"], audio.SAMPLE_RATE)
         (out / f"asmr_{language}.txt").write_text(prompts[language]["text"], encoding="utf-8")

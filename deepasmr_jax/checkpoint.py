@@ -29,6 +29,9 @@ from deepasmr_jax import files, sharding, weight_files
 FORMAT = 1
 SHARD_BYTES = 2**30  # a weight file is split where it would grow beyond this
 DTYPES = ("float32", "float16", "bfloat16")
+LICENCES = (  # ever stricter
+    "CC0 1.0", "BSD-like", "MIT", "Apache-2.0", "CC BY 4.0", "CC BY-SA 3.0", "CC BY-SA 4.0", "GPL-3.0", "CC BY-NC 4.0",
+)  # fmt: skip
 _ENTRY = {  # of a component in config.json
     "module": str, "config": dict, "file": str | list, "sha256": str | list, "dtype": str, "num_params": int,
 }  # fmt: skip
@@ -135,7 +138,7 @@ def export_component(folder, name: str, module, config, dtype: str = "float32", 
         config: the frozen Config that built the module.
         dtype: "float32", "float16" or "bfloat16" of the file; integers stay as they are.
         **top: top-level entries of config.json to set, e.g. mel_profile="mini", provenance={...} (dicts are
-            merged).
+            merged). The strictest licence that `provenance` states goes on top.
 
     Returns:
         The path of the weight file.
@@ -208,6 +211,7 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
         values = {"format": FORMAT, "name": folder.name, "components": {}} | values
         for key, value in top.items():
             values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+        set_licence(values)
         before = values["components"].get(name)
         values["components"][name] = {
             "module": type(config).__module__.rsplit(".", 1)[-1],
@@ -364,6 +368,23 @@ def read_arrays(path, sha256: str | None = None) -> dict[str, np.ndarray]:
             f"config.json says {sha256[:12]}...; copy it again"
         )
     return dict(weight_files.read(path))
+
+
+def strictest(licences) -> str:
+    """The strictest of some licences, by the order of `LICENCES`; an unknown one is stricter than all."""
+    return max(licences, key=lambda x: LICENCES.index(x) if x in LICENCES else len(LICENCES))
+
+
+def licences(values: dict) -> dict[str, str]:
+    """Part -> licence, of the parts for which the `provenance` of a config.json states one."""
+    parts = {k: x for k, x in values.get("provenance", {}).items() if isinstance(x, dict)}
+    return {name: str(x["licence"]) for name, x in parts.items() if x.get("licence")}
+
+
+def set_licence(values: dict) -> None:
+    """Puts the strictest licence of the parts on top of the values of a config.json, if any part states one."""
+    if stated := licences(values).values():
+        values["licence"] = strictest(stated)
 
 
 def component_config(folder, name: str):

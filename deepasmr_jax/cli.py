@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--normal", help="the same, for ordinary speech beside --asmr: 50 recordings in the paper"
     )
-    build.add_argument("--out", required=True, help="the pool file to write")
+    build.add_argument("--out", help="the pool file to write; without it the pool of MODEL")
     build.add_argument(
         "--asmr-sample",
         "--asmr",
@@ -171,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     for p in (build, adding):
         p.add_argument("--style", help="style of a folder's recordings: normal or asmr")
         p.add_argument("--language", help="language of a folder's recordings: en or zh; detected without it")
+        p.add_argument(
+            "--licence", default="", help="of the recordings and the ASMR sample, where a JSON line has none"
+        )
         add_model(p, with_pool=False)
     listing = add(actions, "list", _pool_list, "list the entries of a pool")
     add_model(listing)
@@ -284,7 +287,7 @@ def _demo(args) -> None:
     from deepasmr_jax import audio, demo, evaluate, page, synthesis
 
     synthesizer = synthesis.load(args.model, args.pool)
-    if synthesizer.folder.resolve() == request.BUILT_IN.resolve():
+    if _is_built_in(synthesizer.folder):
         notice, intro, road = NOTICE, _VOICE_INTRO, ROAD
     else:
         notice, intro, road = _made_from(synthesizer.config), "", ""
@@ -352,6 +355,11 @@ def _evaluate(args) -> None:
 
 
 def _pool_build(args) -> None:
+    if args.out is None:
+        folder = _check_model(args)
+        if _is_built_in(folder):
+            raise ValueError("the built-in model's pool is part of the package; name another file with --out")
+        args.out = folder / request.POOL_FILE
     out = request.check_output(args.out, (".safetensors",))
     seed = request.check_seed(args.seed)
     _check_model(args)
@@ -377,15 +385,15 @@ def _pool_build(args) -> None:
                 f"{sample} has no transcript; give it with --asmr-text, or write it into {transcript.name} beside it"
             )
         language = text_lib.detect_language(text)
-        recordings.append(pool.Recording(sample.stem, sample, text, "asmr", language))
-    synthesizer = synthesis.load(args.model)
+        recordings.append(pool.Recording(sample.stem, sample, text, "asmr", language, licence=args.licence))
+    synthesizer = synthesis.load(args.model, with_pool=False)
     made = synthesizer.build_pool(
         recordings,
         synthesize_asmr=bool(args.asmr_sample),
         seed=seed,
         progress=_progress,
     )
-    made.save(out)
+    _save_pool(synthesizer, made, out)
     print(f"{out}: {len(made.select('normal'))} normal and {len(made.select('asmr'))} ASMR entries")
 
 
@@ -397,14 +405,22 @@ def _pool_add(args) -> None:
 
     synthesizer = synthesis.load(args.model, target)  # refuses a pool that another model made
     new = synthesizer.pool.add(*(synthesizer.entry(r) for r in recordings))
-    new.save(target)
+    _save_pool(synthesizer, new, target)
     print(f"{target}: {len(recordings)} added, {len(new)} entries in all")
+
+
+def _save_pool(synthesizer, made, path: Path) -> None:
+    """Writes a pool file; where it is the model's own, config.json learns of it."""
+    if path.resolve() == (synthesizer.folder / request.POOL_FILE).resolve():
+        synthesizer.keep_pool(made)
+    else:
+        made.save(path)
 
 
 def _pool_list(args) -> None:
     from deepasmr_jax import pool
 
-    path = Path(args.pool) if args.pool else _check_model(args) / "pool.safetensors"
+    path = Path(args.pool) if args.pool else _check_model(args) / request.POOL_FILE
     rows = pool.describe(pool.load(path))
     print("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) if args.json else _table(rows))
 
@@ -413,7 +429,10 @@ def _doctor(args) -> int:
     from deepasmr_jax import convert
 
     rows = convert.examine(args.folder)
-    print(_table(rows))
+    print(_table([{k: x for k, x in row.items() if k != "all"} for row in rows]))
+    for row in rows:
+        if "all" in row:
+            print(f"\n{row['file']}: {row['all']}")
     return 0 if all(row["state"] in ("whole", "unknown") for row in rows) else 1
 
 
@@ -509,7 +528,8 @@ def _info(args) -> None:
     if "lm" in config["components"]:
         print(f"languages: {', '.join(config.get('languages', text_lib.LANGUAGES))}")
     if "licence" in config:
-        print(f"licence: {config['licence']} (the strictest of its parts)")
+        of = ", ".join(n for n, x in checkpoint.licences(config).items() if x == config["licence"])
+        print(f"licence: {config['licence']} (the strictest of its parts{': ' + of if of else ''})")
     for name, value in config.get("provenance", {}).items():
         print(f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
 
@@ -553,6 +573,10 @@ def _measures(sound, judge, sample_rate: int) -> dict[str, str]:
     return cells
 
 
+def _is_built_in(folder: Path) -> bool:
+    return folder.resolve() == request.BUILT_IN.resolve()
+
+
 def _recordings(args) -> list:
     for value, known, what in (
         (args.style, request.STYLES, "style"),
@@ -562,9 +586,8 @@ def _recordings(args) -> list:
             request.check_choice(value, known, what)
     from deepasmr_jax import pool
 
-    return pool.read_recordings(
-        args.source, args.style or ("normal" if getattr(args, "asmr_sample", 0) else None), args.language
-    )
+    style = args.style or ("normal" if getattr(args, "asmr_sample", 0) else None)
+    return pool.read_recordings(args.source, style, args.language, args.licence)
 
 
 def _check_model(args) -> Path:

@@ -1,10 +1,11 @@
 """Public weights to a model folder: what a file is, whether it is whole, whose licence it has, and its conversion.
 
 `KINDS` is the one list of what is known. A file is recognised by the names of its tensors, never by its own name.
-Sizes are read off the shapes, so that a file of another width converts as well; what shapes do not tell (heads of
-64, rates of the vocoder) is as in the released models. Nothing is executed (`weight_files.py`), everything is checked
-before the first array is written (`public_names.py`), and arrays go through memory one at a time. A new folder
-appears only when it is whole; in a folder that is there a component is replaced only when the new one is whole.
+Sizes are read off the shapes, so that a file of another width converts as well; what shapes do not tell is as in the
+released models (heads of 64), or stands in a config.json beside the file (rates and mel of HiFi-GAN). Nothing is
+executed (`weight_files.py`), everything is checked before the first array is written (`public_names.py`), and arrays
+go through memory one at a time. A new folder appears only when it is whole; in a folder that is there a component is
+replaced only when the new one is whole.
 """
 
 import contextlib
@@ -30,9 +31,11 @@ from deepasmr_jax import (
     flow,
     flow_cosyvoice2,
     lm,
+    pool,
     public_cosyvoice2,
     public_models,
     public_names,
+    request,
     speaker,
     speaker_campplus,
     speaker_wavlm,
@@ -44,12 +47,12 @@ from deepasmr_jax import (
 )
 from deepasmr_jax import text as text_lib
 
-LICENCES = ("MIT", "Apache-2.0", "CC BY 4.0", "CC BY-SA 3.0", "GPL-3.0", "CC BY-NC 4.0")  # ever stricter
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json")
 TEXT_FOLDER = "text_tokenizer"
 E2_TTS = "E2 TTS, start of a flow decoder"
 E2_PROFILES = ("cv2", "hifigan", "f5")  # mel profiles of flows that start from E2 TTS
 HEAD_DIM = 64
+SHOWN = 6  # names of each kind in a short list of what is wrong with a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +63,16 @@ class Kind:
         name: as a reader knows it.
         component: its place in a model folder.
         marks: tensors that only such a file has, after `prepare`'s renaming of prefixes.
-        config: shapes by name -> our Config.
+        config: shapes by name -> our Config; takes the values of a config.json beside the file too if `has_settings`.
         table: Config -> `public_names.Table`.
-        licence: of the released weights, one of `LICENCES`.
+        licence: of the released weights, one of `checkpoint.LICENCES`.
         init: `init(cfg, key)` of the module; the shape of what is written.
         prepare: tensors of the file -> tensors in the names of the table.
         ignored: names that the file may have and we do not use, as regular expressions.
         absent: parameters that such a file never has; they start at random.
-        mel_profile: of flows and vocoders.
+        mel_profile: of a flow or vocoder whose Config has none.
         released: file name and size in bytes of the released file, and its sha256 where it is known.
+        has_settings: whether a config.json beside the file says what its shapes do not.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Kind:
     absent: tuple[str, ...] = ()
     mel_profile: str | None = None
     released: tuple[tuple[str, int, str | None], ...] = ()
+    has_settings: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +99,31 @@ class Found:
     tensors: Mapping[str, np.ndarray]
     config: object
 
+    @property
+    def mel_profile(self) -> str | None:
+        """Of a flow or vocoder: the profile of its Config, else that of its kind."""
+        return getattr(self.config, "mel_profile", self.kind.mel_profile)
+
     @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Parameters of ours that the file becomes, without memory."""
         module = checkpoint.abstract(lambda key: self.kind.init(self.config, key), jax.random.key(0))
         return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in checkpoint.named_arrays(module).items()}
 
-    def problems(self) -> str:
-        """Missing, unexpected and reshaped tensors in one sentence; empty if the file is whole."""
+    def problems(self, most: int | None = None) -> str:
+        """Missing, unexpected and reshaped tensors in one sentence, `most` of each named; empty if it is whole."""
         try:
             shapes = {k: x.shape for k, x in self.shapes.items() if k not in self.kind.absent}
         except _BENT as e:
             return f"no network has the shapes of its tensors ({e})"
-        return public_names.differences(self.kind.table(self.config), self.tensors, shapes, self.kind.ignored)
+        table = self.kind.table(self.config)
+        return public_names.differences(table, self.tensors, shapes, self.kind.ignored, most)
+
+    def check_whole(self) -> None:
+        """ValueError if the file is not whole: some names, and how to see all."""
+        if problems := self.problems(SHOWN):
+            rest = "" if problems == self.problems() else f"; `deepasmr doctor {self.path.parent}` names all"
+            raise ValueError(f"{self.path} is not whole: {problems}; fetch it again{rest}")
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """(parameter, array) in the order of `shapes`; ValueError if the file does not fit."""
@@ -222,11 +239,81 @@ def _hift_config(t: Mapping) -> vocoder_hift.Config:
     )
 
 
-def _hifigan_config(t: Mapping) -> vocoder.Config:
+class SettingsError(ValueError):
+    """A config.json beside a weight file that is damaged, not that file's, or of a network that is unknown here."""
+
+
+_HIFIGAN_SIZES = {  # field of HiFi-GAN's config.json -> ours
+    "upsample_rates": "upsample_rates",
+    "upsample_kernel_sizes": "upsample_kernels",
+    "upsample_initial_channel": "initial_channels",
+    "resblock_kernel_sizes": "residual_kernels",
+    "resblock_dilation_sizes": "residual_dilations",
+}
+_HIFIGAN_MEL = {
+    "sampling_rate": "sample_rate",
+    "n_fft": "n_fft",
+    "win_size": "win_samples",
+    "hop_size": "hop_samples",
+    "num_mels": "num_mels",
+    "fmin": "fmin_hz",
+    "fmax": "fmax_hz",
+}
+
+
+def _hifigan_config(t: Mapping, settings: Mapping | None = None) -> vocoder.Config:
+    """By the config.json beside the file; without one, V3 where the residual blocks are single, else V1 or V2."""
     channels = t["conv_pre.weight"].shape[0]
-    if "resblocks.0.convs.0.weight" in t:
-        return dataclasses.replace(vocoder.v3(), initial_channels=channels)
-    return dataclasses.replace(vocoder.v1(), initial_channels=channels)
+    if settings is None:
+        cfg = vocoder.v3() if "resblocks.0.convs.0.weight" in t else vocoder.v1()
+        return dataclasses.replace(cfg, initial_channels=channels)
+    cfg = _hifigan_settings(settings)
+    stages = _count(t, "ups.{}.weight")
+    blocks = _count(t, "resblocks.{}.") // stages
+    convs = "convs1" if "resblocks.0.convs1.0.weight" in t else "convs"
+    read_off = {
+        "resblock": "1" if convs == "convs1" else "2",
+        "upsample_initial_channel": channels,
+        "upsample_kernel_sizes": [t[f"ups.{i}.weight"].shape[2] for i in range(stages)],
+        "resblock_kernel_sizes": [t[f"resblocks.{j}.{convs}.0.weight"].shape[2] for j in range(blocks)],
+        "num_mels": t["conv_pre.weight"].shape[1],
+    }
+    depths = [_count(t, f"resblocks.{j}.{convs}.{{}}.weight") for j in range(blocks)]
+    for name, found in read_off.items():
+        if settings[name] != found:
+            raise SettingsError(f"it has {name} {settings[name]!r}, the tensors {found!r}")
+    if [len(x) for x in cfg.residual_dilations] != depths:
+        raise SettingsError(
+            f"it has resblock_dilation_sizes {settings['resblock_dilation_sizes']}, the tensors {depths} dilations"
+        )
+    return cfg
+
+
+def _hifigan_settings(settings: Mapping) -> vocoder.Config:
+    """The generator that a config.json of HiFi-GAN describes; SettingsError if there is none here."""
+    for name in ("resblock", *_HIFIGAN_SIZES, *_HIFIGAN_MEL):
+        if name not in settings:
+            raise SettingsError(f"it has no {name}")
+    mel = {ours: settings[name] for name, ours in _HIFIGAN_MEL.items()}
+    if mel["fmax_hz"] is None and isinstance(mel["sample_rate"], int):
+        mel["fmax_hz"] = mel["sample_rate"] / 2
+    known = {p.name: p for p in audio.MEL_PROFILES.values() if p.kind == "hifigan"}
+    profile = next((n for n, p in known.items() if all(getattr(p, k) == x for k, x in mel.items())), None)
+    if profile is None:
+        told = ", ".join(f"{name} {settings[name]}" for name in _HIFIGAN_MEL)
+        raise SettingsError(f"its mel ({told}) is none of the profiles {', '.join(known)}")
+    sizes = {ours: _tuples(settings[name]) for name, ours in _HIFIGAN_SIZES.items()}
+    try:
+        return vocoder.Config(mel_profile=profile, is_paired=settings["resblock"] == "1", **sizes)
+    except TypeError:
+        told = ", ".join(f"{name} {settings[name]!r}" for name in _HIFIGAN_SIZES)
+        raise SettingsError(f"one of its sizes is of another kind ({told})") from None
+    except ValueError as e:
+        raise SettingsError(str(e)) from None
+
+
+def _tuples(x):
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
 def _resnet_config(t: Mapping) -> speaker.Config:
@@ -282,8 +369,11 @@ def _wavlm_tensors(tensors: Mapping) -> dict[str, np.ndarray]:
     return public_names.fold_weight_norm(named, public_models.wavlm_kept_axis)
 
 
-def _discriminators_config(t: Mapping) -> vocoder.Config:
-    """Of the periods only the number can be read; the groups follow from the channels of each convolution."""
+def _discriminators_config(t: Mapping, settings: Mapping | None = None) -> vocoder.Config:
+    """Of the periods only the number can be read; the groups follow from the channels of each convolution.
+
+    The generator beside them is as the config.json says, or V1.
+    """
     period, scale = "mpd.discriminators.", "msd.discriminators."
 
     def weights(prefix: str) -> list:
@@ -292,7 +382,7 @@ def _discriminators_config(t: Mapping) -> vocoder.Config:
     channels = tuple(w.shape[0] for w in weights(scale))
     inputs = (1, *channels[:-1])
     return dataclasses.replace(
-        vocoder.v1(),
+        vocoder.v1() if settings is None else _hifigan_settings(settings),
         periods=vocoder.v1().periods[: _count(t, f"{period}{{}}.conv_post.weight")],
         period_channels=tuple(w.shape[0] for w in weights(period)),
         num_scales=_count(t, f"{scale}{{}}.conv_post.weight"),
@@ -419,7 +509,7 @@ KINDS = (
         "MIT",
         vocoder.init_generator,
         public_models.hifigan_folded,
-        mel_profile="hifigan",
+        has_settings=True,
     ),
     Kind(
         "HiFi-GAN discriminators, for training on",
@@ -430,7 +520,7 @@ KINDS = (
         "MIT",
         vocoder.Discriminators,
         public_models.hifigan_folded,
-        mel_profile="hifigan",
+        has_settings=True,
     ),
     Kind(
         "WavLM speaker verification, judge of similarity",
@@ -488,20 +578,34 @@ def recognise(path: str | os.PathLike) -> Found:
         tree = _weights(tree)
     tensors = {name: x for name, x in tree.items() if isinstance(name, str) and isinstance(x, np.ndarray)}
     _check_memory(path, tensors)
-    for kind in KINDS:
-        try:
-            prepared = _marked(kind, tensors)
-            if prepared is not None:
-                return Found(path, kind, prepared, kind.config(prepared))
-        except _BENT as e:
-            raise ValueError(
-                f"{path} looks like a {kind.name}, but is not whole ({e}); fetch it again"
-            ) from None
-    some = ", ".join(sorted(tensors)[:3]) or "no tensors"
-    raise UnknownModel(
-        f"{path} is no model that is known here: it has {len(tensors)} tensors ({some}); "
-        f"known are {', '.join(dict.fromkeys(k.name for k in KINDS))}"
-    )
+    kind = next((k for k in KINDS if _has_marks(k, tensors)), None)
+    if kind is None:
+        some = ", ".join(sorted(tensors)[:3]) or "no tensors"
+        raise UnknownModel(
+            f"{path} is no model that is known here: it has {len(tensors)} tensors ({some}); "
+            f"known are {', '.join(dict.fromkeys(k.name for k in KINDS))}"
+        )
+    settings = (_settings_beside(path),) if kind.has_settings else ()
+    try:
+        prepared = kind.prepare(tensors)
+        return Found(path, kind, prepared, kind.config(prepared, *settings))
+    except SettingsError as e:
+        raise SettingsError(
+            f"the config.json beside {path} does not fit it: {e}; fetch both again, or give another vocoder"
+        ) from None
+    except _BENT as e:
+        raise ValueError(f"{path} looks like a {kind.name}, but is not whole ({e}); fetch it again") from None
+
+
+def _settings_beside(path: Path) -> dict | None:
+    """A HiFi-GAN's config.json in the folder of the file; None if there is none, or another program's."""
+    beside = path.parent / "config.json"
+    if not beside.is_file():
+        return None
+    values = _json(beside)
+    if not values:
+        raise SettingsError(f"{beside}, which says the rates of {path.name}, is damaged; fetch it again")
+    return values if {*_HIFIGAN_SIZES, *_HIFIGAN_MEL} & set(values) else None
 
 
 def _weights(tree: Mapping) -> Mapping:
@@ -552,15 +656,13 @@ def _campplus_graph_config(graph) -> speaker_campplus.Config | None:
     )
 
 
-def _marked(kind: Kind, tensors: Mapping) -> Mapping | None:
-    """The tensors as the kind prepares them, if it has all its marks (as beginnings of names)."""
+def _has_marks(kind: Kind, tensors: Mapping) -> bool:
+    """Whether the tensors have all marks of a kind, as beginnings of names."""
 
-    def has(mark: str, names) -> bool:
-        return any(name.removeprefix("generator.").startswith(mark.removesuffix("weight")) for name in names)
+    def has(mark: str) -> bool:
+        return any(n.removeprefix("generator.").startswith(mark.removesuffix("weight")) for n in tensors)
 
-    if not all(has(mark, tensors) for mark in kind.marks):
-        return None
-    return kind.prepare(tensors)
+    return all(map(has, kind.marks))
 
 
 # ---------------------------------------------------------------- doctor
@@ -573,7 +675,8 @@ def examine(folder: str | os.PathLike) -> list[dict]:
         folder: of public weights, or a model folder of ours.
 
     Returns:
-        One row a file: "file", "state" ("whole", "damaged", "unknown" or "missing"), "is" and "detail".
+        One row a file: "file", "state" ("whole", "damaged", "unknown" or "missing"), "is" and "detail"; and "all" where
+        the detail does not name all tensors that are missing, unexpected or reshaped.
 
     Raises:
         ValueError: if there is no such folder or it is empty.
@@ -609,7 +712,7 @@ def examine(folder: str | os.PathLike) -> list[dict]:
                 rows.append(
                     {"file": name, "state": "missing", "is": kind, "detail": "fetch the whole folder"}
                 )
-        rows.append(_examine_text(folder))
+        rows.append(_examine_text(folder, "CosyVoice-BlankEN", "fetch the whole folder"))
     if not any(row["file"] != "config.json" for row in rows):
         raise ValueError(f"{folder} holds no weight files; give the folder that was downloaded")
     return rows
@@ -620,7 +723,7 @@ def _examine_file(path: Path, released: tuple | None) -> dict:
     size = path.stat().st_size
     try:
         found = recognise(path)
-        problems = found.problems()
+        problems, every = found.problems(SHOWN), found.problems()
     except ValueError as e:
         short = (
             f"; {size:,} bytes, the released file has {released[0]:,}"
@@ -635,7 +738,7 @@ def _examine_file(path: Path, released: tuple | None) -> dict:
             "detail": f"the name is that of a {released[2].name}, the content is not; fetch it again"
         }
     if problems:
-        return row | {"detail": problems}
+        return row | {"detail": problems} | ({"all": every} if every != problems else {})
     values = sum(int(np.prod(x.shape)) for x in found.tensors.values())
     row |= {"state": "whole", "detail": f"{len(found.tensors)} tensors, {values:,} values"}
     if released and released[1] and size == released[0] and weight_files.sha256(path) != released[1]:
@@ -645,16 +748,15 @@ def _examine_file(path: Path, released: tuple | None) -> dict:
     return row
 
 
-def _examine_text(folder: Path) -> dict:
-    row = {
-        "file": "CosyVoice-BlankEN/",
-        "is": "text tokenizer",
-        "state": "missing",
-        "detail": "fetch the whole folder",
-    }
-    if (folder / "CosyVoice-BlankEN").is_dir():
+def _examine_text(folder: Path, name: str, fetch: str, sha256: Mapping[str, str] | None = None) -> dict:
+    """A folder of the text tokenizer: its files where their checksums are known, and whether it can be read."""
+    row = {"file": f"{name}/", "is": "text tokenizer", "state": "missing", "detail": fetch}
+    if (folder / name).is_dir():
+        files = [(n, _examine_own(folder / name / n, "", sha)) for n, sha in (sha256 or {}).items()]
+        if bad := [(n, r) for n, r in files if r["state"] != "whole"]:
+            return row | {"state": "damaged", "detail": "; ".join(f"{n}: {r['detail']}" for n, r in bad)}
         try:
-            text_lib.QwenTokenizer(folder / "CosyVoice-BlankEN")
+            text_lib.QwenTokenizer(folder / name)
         except ValueError as e:
             return row | {"state": "damaged", "detail": str(e)}
         row |= {"state": "whole", "detail": f"{text_lib.QWEN_VOCABULARY:,} ids"}
@@ -662,21 +764,49 @@ def _examine_text(folder: Path) -> dict:
 
 
 def _examine_ours(folder: Path) -> Iterator[dict]:
-    for name, entry in checkpoint.read_config(folder)["components"].items():
+    values = checkpoint.read_config(folder)
+    for name, entry in values["components"].items():
         for file, sha in checkpoint.files_of(entry):
-            row = {"file": file, "is": f"{name} ({entry['module']})", "state": "whole", "detail": ""}
-            path = folder / file
-            if not path.is_file():
-                row |= {"state": "missing", "detail": "copy the whole model folder"}
-            else:
-                try:
-                    weight_files.check_size(path)
-                    same = weight_files.sha256(path) == sha
-                    why = "" if same else "its sha256 is not that of config.json; copy it again"
-                except ValueError as e:
-                    why = str(e)
-                row |= {"state": "damaged", "detail": why} if why else {}
-            yield row
+            yield _examine_own(folder / file, f"{name} ({entry['module']})", sha)
+    settings = values.get("text", {})
+    if settings.get("tokenizer") == "qwen":
+        yield _examine_text(folder, settings.get("folder", "."), _COPY, settings.get("sha256"))
+    if "pool" in values.get("provenance", {}) or (folder / request.POOL_FILE).exists():
+        yield _examine_pool(folder, values)
+
+
+_COPY = "copy the whole model folder"
+
+
+def _examine_own(path: Path, what: str, sha256: str) -> dict:
+    """A file of a model folder, by its checksum."""
+    row = {"file": path.name, "is": what, "state": "missing", "detail": _COPY}
+    if not path.is_file():
+        return row
+    try:
+        weight_files.check_size(path)
+        same = weight_files.sha256(path) == sha256
+        why = "" if same else "its sha256 is not that of config.json; copy it again"
+    except ValueError as e:
+        why = str(e)
+    return row | {"state": "damaged" if why else "whole", "detail": why}
+
+
+def _examine_pool(folder: Path, values: dict) -> dict:
+    """The pool of a model folder: whole by its own checksum, and made by such a model."""
+    path = folder / request.POOL_FILE
+    row = {"file": path.name, "is": "speaker pool", "state": "missing", "detail": _COPY}
+    if not path.is_file():
+        return row
+    try:
+        weight_files.check_size(path)
+        found = pool.load(path)
+        if "speaker" in values["components"]:
+            size = checkpoint.component_config(folder, "speaker").embedding_size
+            found.check_fits(values.get("mel_profile", found.mel_profile), size)
+    except ValueError as e:
+        return row | {"state": "damaged", "detail": str(e)}
+    return row | {"state": "whole", "detail": f"{len(found)} entries"}
 
 
 def _json(path: Path) -> dict:
@@ -741,9 +871,8 @@ def convert_cosyvoice2(
         found[component] = recognise(path)
         if found[component].kind.component != component:
             raise ValueError(f"{path} is a {found[component].kind.name}, no {component}; give the right file")
-        if problems := found[component].problems():
-            raise ValueError(f"{path} is not whole: {problems}; fetch it again")
-    profiles = {f.kind.mel_profile for f in found.values() if f.kind.mel_profile}
+        found[component].check_whole()
+    profiles = {f.mel_profile for f in found.values() if f.mel_profile}
     if len(profiles) > 1:
         raise ValueError(
             f"flow and vocoder have different mel profiles ({', '.join(sorted(profiles))}); "
@@ -782,8 +911,7 @@ def convert_file(
         ValueError: if the file is unknown or damaged, or its mel profile is not the folder's.
     """
     found, out = recognise(path), Path(out)
-    if problems := found.problems():
-        raise ValueError(f"{path} is not whole: {problems}; fetch it again")
+    found.check_whole()
     if mel_profile is not None:
         if found.kind.name != E2_TTS:
             raise ValueError(f"{path} is a {found.kind.name}: its mel is given; leave the mel profile out")
@@ -794,14 +922,14 @@ def convert_file(
         own = checkpoint.read_config(out)
         profile = own.get("mel_profile")
         others = set(own["components"]) - {found.kind.component}
-        if found.kind.mel_profile not in (None, profile) and others & {"flow", "vocoder", "discriminators"}:
+        if found.mel_profile not in (None, profile) and others & {"flow", "vocoder", "discriminators"}:
             raise ValueError(
-                f"{path} is for the mel profile {found.kind.mel_profile!r}, the model in {out} has {profile!r}; "
+                f"{path} is for the mel profile {found.mel_profile!r}, the model in {out} has {profile!r}; "
                 "give a new folder"
             )
     with _writing(out, [found], dtype):
         write(found, out, dtype)
-    again = found.kind.component in ("speech_tokenizer", "speaker") and (out / "pool.safetensors").exists()
+    again = found.kind.component in ("speech_tokenizer", "speaker") and (out / request.POOL_FILE).exists()
     return f"{found.kind.name} as {found.kind.component}" + ("; build the pool again" if again else "")
 
 
@@ -850,29 +978,20 @@ def write(found: Found, folder: Path, dtype: str) -> None:
         "licence": kind.licence,
         "converter": f"deepasmr_jax {__version__}",
     }
-    own = checkpoint.read_config(folder) if (folder / "config.json").is_file() else {"components": {}}
-    others = set(own["components"]) - {kind.component}
-    licences = [own.get("provenance", {}).get(name, {}).get("licence") for name in others]
-    licence = strictest([kind.licence, *(x for x in licences if x)])
-    top: dict = {"provenance": {kind.component: provenance}, "licence": licence}
-    if kind.mel_profile:
-        top["mel_profile"] = kind.mel_profile
+    top: dict = {"provenance": {kind.component: provenance}}
+    if found.mel_profile:
+        top["mel_profile"] = found.mel_profile
     if kind.name == E2_TTS:
-        cfg = _decoder_around(found.config, kind.mel_profile)
+        cfg = _decoder_around(found.config, found.mel_profile)
         module = flow.init(cfg, jax.random.key(0))
         shapes = {k: np.asarray(x) for k, x in checkpoint.named_arrays(jax.device_get(module)).items()}
         started, provenance["copied"] = public_models.warm_start_flow(
-            cfg, found.tensors, shapes, kind.mel_profile, str(found.path)
+            cfg, found.tensors, shapes, found.mel_profile, str(found.path)
         )
         arrays = started.items()
     else:
         cfg, shapes, arrays = found.config, found.shapes, found.arrays()
     checkpoint.write_component(folder, kind.component, cfg, shapes, arrays, dtype, **top)
-
-
-def strictest(licences) -> str:
-    """The strictest of some licences, by the order of `LICENCES`; an unknown one is stricter than all."""
-    return max(licences, key=lambda x: LICENCES.index(x) if x in LICENCES else len(LICENCES))
 
 
 def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
@@ -881,7 +1000,14 @@ def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
     values |= {
         "mel_profile": profile,
         "sample_rate": audio.mel_profile(profile).sample_rate,
-        "text": {"tokenizer": "qwen", "folder": TEXT_FOLDER, "normalizer": "wetext"},
+        "text": {
+            "tokenizer": "qwen",
+            "folder": TEXT_FOLDER,
+            "normalizer": "wetext",
+            "sha256": {p.name: weight_files.sha256(p) for p in sorted((folder / TEXT_FOLDER).iterdir())},
+        },
+        "provenance": values["provenance"]
+        | {"text_tokenizer": {"source": "CosyVoice-BlankEN", "licence": "Apache-2.0"}},
         "languages": list(text_lib.LANGUAGES),
         "sampling": {
             "lm": {"max_ratio": 20.0},
@@ -892,6 +1018,7 @@ def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
         found["vocoder"].config, vocoder_hift.Config
     ):  # its F0 predictor can hear a voice in a whisper
         values["sampling"]["vocoder"] = {"asmr": {"source": "unvoiced"}}
+    checkpoint.set_licence(values)
     config.write_json(folder / "config.json", values)
 
 
@@ -899,7 +1026,7 @@ def _adopt_pool(folder: Path) -> None:
     from deepasmr_jax import synthesis
 
     built_in, model = synthesis.load(), synthesis.load(folder)
-    model.adopt_pool(built_in).save(folder / "pool.safetensors")
+    model.keep_pool(model.adopt_pool(built_in))
 
 
 def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:
@@ -938,6 +1065,7 @@ def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:
             "num_hidden_layers": cfg.num_layers,
             "num_attention_heads": cfg.num_heads,
             "num_key_value_heads": cfg.num_kv_heads,
+            "head_dim": cfg.head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": 32768,
             "rms_norm_eps": cfg.norm_eps,

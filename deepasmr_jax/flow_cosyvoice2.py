@@ -15,6 +15,7 @@ C channels, H heads, E head size.
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import audio, nn, ode, sharding
+from deepasmr_jax import audio, nn, ode, sharding, weight_files
 from deepasmr_jax.sharding import spec, split_rows
 
 FRAMES_PER_TOKEN = 2
@@ -608,6 +609,37 @@ def reference_noise(num_frames: int) -> np.ndarray:
     angle = np.float32(2 * np.pi) * uniform[:, 1]
     noise = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(shape)
     return np.ascontiguousarray(noise[:, :num_frames].T)
+
+
+def read_noise(path, mel_bins: int = REFERENCE_NOISE_BINS) -> np.ndarray:
+    """A fixed noise from a safetensors or PyTorch file, of which nothing is executed.
+
+    Args:
+        path: file with one tensor [1, M, T] or [M, T], alone or in a dictionary; among several the one that is called
+            "rand_noise", as in the public decoder.
+        mel_bins: M.
+
+    Returns:
+        [T, M] float32.
+
+    Raises:
+        ValueError: if the file cannot be read, has no such tensor, or one that is not finite.
+    """
+    tree = weight_files.read_tree(path)
+    named = tree if isinstance(tree, Mapping) else {"rand_noise": tree}
+    arrays = {name: x for name, x in named.items() if isinstance(x, np.ndarray)}
+    if len(arrays) > 1:
+        arrays = {name: x for name, x in arrays.items() if name.split(".")[-1] == "rand_noise"}
+    found = [x[0] if x.ndim == 3 and len(x) == 1 else x for x in arrays.values()]
+    if len(found) != 1 or found[0].ndim != 2 or len(found[0]) != mel_bins or not found[0].size:
+        shapes = ", ".join(f"{k} {x.shape}" for k, x in arrays.items()) or "none"
+        raise ValueError(
+            f"{path} holds no noise (tensors that may be one: {shapes}); save one tensor of (1, {mel_bins}, frames)"
+        )
+    noise = np.ascontiguousarray(found[0].T, np.float32)
+    if not np.isfinite(noise).all():
+        raise ValueError(f"{path} holds a noise that is not finite; save it again")
+    return noise
 
 
 def sample(

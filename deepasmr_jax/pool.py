@@ -9,6 +9,7 @@ recordings with transcripts, which `read_recordings` lists.
 Letters: N tokens, T frames, M mel bins, E embedding.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,10 @@ from deepasmr_jax import text as text_lib
 FORMAT = 1
 STRATEGIES = ("nearest", "static", "real")
 _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-_ARRAYS = ("speech_tokens", "mel", "speaker_embedding")
+_ARRAYS = {"speech_tokens": np.int32, "mel": np.float16, "speaker_embedding": np.float32}
+_FACTS = ("name", "style", "language", "transcript", "attributes", "provenance")
+# of the programs that spoke the entries of the built-in pool, whose file does not state it; an entry names its engine
+ENGINE_LICENCES = {"flite": "BSD-like", "festival": "BSD-like", "espeak": "GPL-3.0"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Entry:
         mel: [T, M] float16, natural log, in the pool's mel profile.
         speaker_embedding: [E] float32, any length; compared by cosine.
         attributes: free facts such as {"gender": "female", "pitch": "low"}.
-        provenance: where it came from; `{"kind": "recording"}` or `{"kind": "synthesis", ...}`.
+        provenance: where it came from: "kind" ("recording" or "synthesis"); of a file its "source" (name) and
+            "sha256"; "licence" where it was stated; of what a model spoke its name, the voice and the task prompt.
     """
 
     name: str
@@ -62,6 +67,12 @@ class Entry:
         """Seconds of speech, from the token count."""
         return len(self.speech_tokens) / audio.TOKEN_RATE
 
+    @property
+    def licence(self) -> str:
+        """As stated, or that of the engine that spoke it; "" if neither is known."""
+        engine = "" if self.is_real else self.attributes.get("engine", "")
+        return self.provenance.get("licence") or ENGINE_LICENCES.get(engine, "")
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -71,6 +82,7 @@ class Recording:
         name, transcript, style, language, attributes: as in `Entry`.
         audio: its file.
         kind: "recording" of a person, or "synthesis".
+        licence: of the recording, "" if it was not stated.
     """
 
     name: str
@@ -80,6 +92,7 @@ class Recording:
     language: str
     attributes: dict = field(default_factory=dict)
     kind: str = "recording"
+    licence: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,19 +199,34 @@ class Pool:
         best = int(np.argmax(cosine))
         return entries[best], cosine[best]
 
+    def check_fits(self, mel_profile: str, embedding_size: int) -> None:
+        """ValueError if a model of this mel profile and speaker encoder cannot use the pool."""
+        way_out = "build a pool with this model, or give the model that made the pool"
+        if self.mel_profile != mel_profile:
+            raise ValueError(
+                f"the pool has mel profile {self.mel_profile!r}, the model {mel_profile!r}; {way_out}"
+            )
+        for e in self.entries:
+            if len(e.speaker_embedding) != embedding_size:
+                raise ValueError(
+                    f"the pool's entry {e.name!r} has an embedding of {len(e.speaker_embedding)} numbers, the "
+                    f"model's speaker encoder gives {embedding_size}; {way_out}"
+                )
+
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the pool to one safetensors file, whole or not at all; missing folders are made."""
+        """Writes the pool to one safetensors file with its checksum, whole or not at all; missing folders are made."""
         from safetensors.numpy import save
 
-        tensors, facts = {}, []
-        for i, e in enumerate(self.entries):
-            tensors[f"{i:04d}.speech_tokens"] = np.asarray(e.speech_tokens, np.int32)
-            tensors[f"{i:04d}.mel"] = np.asarray(e.mel, np.float16)
-            tensors[f"{i:04d}.speaker_embedding"] = np.asarray(e.speaker_embedding, np.float32)
-            names = ("name", "style", "language", "transcript", "attributes", "provenance")
-            facts.append({n: getattr(e, n) for n in names})
+        tensors = {
+            f"{i:04d}.{name}": np.asarray(getattr(e, name), dtype)
+            for i, e in enumerate(self.entries)
+            for name, dtype in _ARRAYS.items()
+        }
+        facts = [{n: getattr(e, n) for n in _FACTS} for e in self.entries]
         head = {"format": FORMAT, "mel_profile": self.mel_profile, "speaker_model": self.speaker_model}
-        metadata = {"pool": json.dumps(head | {"entries": facts}, ensure_ascii=False)}
+        head |= {"entries": facts}
+        head["sha256"] = _sha256(head, tensors.values())
+        metadata = {"pool": json.dumps(head, ensure_ascii=False)}
         with files.atomic_path(path) as part:
             # bytes, as safetensors makes its own files readable by the owner only
             part.write_bytes(save(tensors, metadata))
@@ -208,7 +236,8 @@ def load(path: str | os.PathLike) -> Pool:
     """Reads a pool file.
 
     Raises:
-        ValueError: if the file is missing, no pool file, damaged, or of another format.
+        ValueError: if the file is missing, no pool file, damaged, or of another format. Files made before they had a
+            checksum are taken as they are.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -228,13 +257,24 @@ def load(path: str | os.PathLike) -> Pool:
                 raise ValueError(
                     f"the pool {path} has format {head['format']}, this version reads {FORMAT}; rebuild it"
                 )
-            entries = tuple(
-                Entry(**facts, **{a: f.get_tensor(f"{i:04d}.{a}") for a in _ARRAYS})
-                for i, facts in enumerate(head["entries"])
+            arrays = [{a: f.get_tensor(f"{i:04d}.{a}") for a in _ARRAYS} for i in range(len(head["entries"]))]
+        stated = head.pop("sha256", None)
+        if stated is not None and stated != _sha256(head, (x for each in arrays for x in each.values())):
+            raise ValueError(
+                f"the pool file {path} is damaged (its checksum is another); fetch it again or rebuild it"
             )
+        entries = tuple(Entry(**facts, **each) for facts, each in zip(head["entries"], arrays, strict=True))
         return Pool(entries, head["mel_profile"], head["speaker_model"])
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise ValueError(f"the pool file {path} is damaged ({e}); fetch it again or rebuild it") from None
+
+
+def _sha256(head: dict, arrays: Iterable[np.ndarray]) -> str:
+    """Of everything in a pool file but the checksum itself."""
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+    for x in arrays:
+        digest.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 _WAY_OUT = "give a file that `deepasmr pool build` made"
@@ -248,17 +288,18 @@ def _may_be_safetensors(path: Path) -> bool:
 
 
 def read_recordings(
-    path: str | os.PathLike, style: str | None = None, language: str | None = None
+    path: str | os.PathLike, style: str | None = None, language: str | None = None, licence: str = ""
 ) -> list[Recording]:
     """Lists recordings with transcripts, in the order of their names or of the manifest's lines.
 
     Args:
         path: a folder with `x.wav` (flac, ogg, mp3) and `x.txt` beside each; or a JSON-lines manifest with
             the keys audio (path, relative to the manifest), text, style, language, and optional name,
-            attributes, and kind ("recording" of a person, the default, or "synthesis").
+            attributes, licence, and kind ("recording" of a person, the default, or "synthesis").
         style: style of a folder's recordings, or the default for manifest lines without one.
         language: likewise; None in a folder: Mandarin where the transcript has Chinese characters, else
-        English.
+            English.
+        licence: of the recordings, where a manifest line has none.
 
     Raises:
         ValueError: on a missing transcript, an unknown key's value, or an empty list; with file and line.
@@ -294,7 +335,7 @@ def read_recordings(
         raise ValueError(
             f"{path} holds no recordings ({', '.join(_AUDIO_SUFFIXES)}); add some with transcripts"
         )
-    return [_recording(where, row, style, language) for where, row in rows]
+    return [_recording(where, {"licence": licence} | row, style, language) for where, row in rows]
 
 
 def describe(entries: Iterable[Entry]) -> list[dict]:
@@ -306,6 +347,7 @@ def describe(entries: Iterable[Entry]) -> list[dict]:
             "language": e.language,
             "seconds": round(e.duration_s, 2),
             "kind": e.provenance.get("kind", "?"),
+            "licence": e.licence or "not stated",
             "attributes": " ".join(f"{k}={v}" for k, v in e.attributes.items()),
             "transcript": e.transcript,
         }
@@ -314,7 +356,8 @@ def describe(entries: Iterable[Entry]) -> list[dict]:
 
 
 def _recording(where: str, row: dict, style: str | None, language: str | None) -> Recording:
-    for key, kind, name in (("text", str, "string"), ("name", str, "string"), ("attributes", dict, "object")):
+    kinds = {"text": str, "name": str, "licence": str, "attributes": dict}
+    for key, kind, name in ((k, x, "string" if x is str else "object") for k, x in kinds.items()):
         if not isinstance(row.get(key, kind()), kind):
             raise ValueError(f"{where} has {key} {row[key]!r}, which is no JSON {name}; correct it")
     style = row.get("style", style)
@@ -331,8 +374,9 @@ def _recording(where: str, row: dict, style: str | None, language: str | None) -
     kind = row.get("kind", "recording")
     if kind not in ("recording", "synthesis"):
         raise ValueError(f"{where} has kind {kind!r}; say recording (of a person) or synthesis")
+    attributes, licence = row.get("attributes", {}), row["licence"].strip()
     return Recording(
-        row["name"], row["audio"], row["text"].strip(), style, language, row.get("attributes", {}), kind
+        row["name"], row["audio"], row["text"].strip(), style, language, attributes, kind, licence
     )
 
 

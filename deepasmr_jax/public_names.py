@@ -97,8 +97,13 @@ def differences(
     tensors: Mapping[str, np.ndarray],
     shapes: Mapping[str, tuple[int, ...]],
     ignored: Iterable[str] = (),
+    most: int | None = None,
 ) -> str:
-    """All missing, unexpected and reshaped tensors in one sentence; empty if the file fits.
+    """Missing, unexpected and reshaped tensors in one sentence; empty if the file fits.
+
+    Args:
+        table, tensors, shapes, ignored: as for `to_ours`.
+        most: so many of each kind are named, and the others counted; None: all are named.
 
     Raises:
         KeyError: if table and module do not name the same parameters, which is our own mistake.
@@ -122,11 +127,12 @@ def differences(
             if name in tensors and tuple(tensors[name].shape) != theirs:
                 reshaped.append(f"{name} {tuple(tensors[name].shape)} instead of {theirs}")
     parts = [("missing", missing), ("unexpected", unexpected), ("reshaped", reshaped)]
-    return ", ".join(
-        f"{len(found)} {what} ({', '.join(found[:6])}{', ...' if len(found) > 6 else ''})"
-        for what, found in parts
-        if found
-    )
+
+    def named(found: list[str]) -> str:
+        left = len(found[most:]) if most is not None else 0
+        return ", ".join(found[:most]) + (f" and {left} more" if left else "")
+
+    return ", ".join(f"{len(found)} {what} ({named(found)})" for what, found in parts if found)
 
 
 def to_theirs(table: Table, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from deepasmr_jax import text as text_lib
 
 STYLES = ("normal", "asmr")
 BUILT_IN = Path(__file__).parent / "mini"  # folder of the built-in model
+POOL_FILE = "pool.safetensors"  # the pool of a model folder
 MAX_SEED = 2**32 - 1
 MAX_PASSES = 3  # the paper's Table V stops there; each pass loses similarity
 

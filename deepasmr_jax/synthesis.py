@@ -23,11 +23,11 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from deepasmr_jax import audio, checkpoint, lm, page, pool, sharding
+from deepasmr_jax import audio, checkpoint, files, lm, page, pool, sharding, weight_files
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import config as config_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import MAX_PASSES, STYLES, Request, check_model, check_output, from_row
+from deepasmr_jax.request import MAX_PASSES, POOL_FILE, STYLES, Request, check_model, check_output, from_row
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
@@ -181,12 +181,18 @@ class _Job:
     error: str = ""
 
 
-def load(model: str | os.PathLike | None = None, pool_file: str | os.PathLike | None = None) -> "Synthesizer":
+def load(
+    model: str | os.PathLike | None = None,
+    pool_file: str | os.PathLike | None = None,
+    *,
+    with_pool: bool = True,
+) -> "Synthesizer":
     """A synthesizer from a model folder.
 
     Args:
         model: folder with config.json and the five components; None or "mini": the built-in model.
         pool_file: pool to use instead of the folder's own.
+        with_pool: False leaves the folder's own pool unread, to build a new one.
 
     Raises:
         ValueError: if the folder or one of its files is missing or damaged; the message names it.
@@ -195,7 +201,7 @@ def load(model: str | os.PathLike | None = None, pool_file: str | os.PathLike | 
     _use_compilation_cache()
     sharding.ensure_mesh()
     try:
-        return Synthesizer(folder, pool_file)
+        return Synthesizer(folder, pool_file, with_pool=with_pool)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError) as e:
         raise ValueError(f"the model in {folder} is damaged ({type(e).__name__}: {e}); fetch it again") from e
 
@@ -207,10 +213,16 @@ class Synthesizer:
         folder: model folder (see `checkpoint.export_component`).
         pool_file: pool file; None: `pool.safetensors` in the folder.
         max_batch: most rows in one program.
+        with_pool: False leaves the folder's own pool unread.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, pool_file: str | os.PathLike | None = None, max_batch: int = 8
+        self,
+        folder: str | os.PathLike,
+        pool_file: str | os.PathLike | None = None,
+        max_batch: int = 8,
+        *,
+        with_pool: bool = True,
     ):
         folder = Path(folder)
         config = checkpoint.read_config(folder)
@@ -250,7 +262,9 @@ class Synthesizer:
                 )
         self.ratios = settings.get("ratios", {})  # style -> {"min_ratio", "max_ratio"} where they differ
         self.solver = {"num_steps": 16, "guidance": 1.0, "method": "euler", "schedule": "cosine"}
-        for name, value in settings.get("flow", {}).items():
+        of_flow = dict(settings.get("flow", {}))
+        self.flow_noise = self._fixed_noise(of_flow.pop("noise", None))
+        for name, value in of_flow.items():
             if name not in self.solver or not isinstance(value, type(self.solver[name]) | int):
                 raise ValueError(f"config.json in {folder} has sampling.flow.{name} = {value!r}; correct it")
             self.solver[name] = value
@@ -268,26 +282,14 @@ class Synthesizer:
             for style in STYLES
         }
         self.tokenizer = _text_tokenizer(folder, config.get("text", {}))
-        own = folder / "pool.safetensors"
+        own = folder / POOL_FILE
         if pool_file is not None:
             self.pool = pool.load(pool_file)
-        elif own.exists():
+        elif with_pool and own.exists():
             self.pool = pool.load(own)
         else:  # a model without a pool still clones within a style, and can build its pool
             self.pool = pool.Pool((), self.mel_config.name, config.get("name", folder.name))
-        if self.pool.mel_profile != self.mel_config.name:
-            raise ValueError(
-                f"the pool has mel profile {self.pool.mel_profile!r}, the model {self.mel_config.name!r}; "
-                "build a pool with this model, or give the model that made the pool"
-            )
-        size = self._parts["speaker"].config.embedding_size
-        for e in self.pool:
-            if len(e.speaker_embedding) != size:
-                raise ValueError(
-                    f"the pool's entry {e.name!r} has an embedding of {len(e.speaker_embedding)} numbers, the "
-                    f"model's speaker encoder gives {size}; "
-                    "build a pool with this model, or give the model that made the pool"
-                )
+        self.pool.check_fits(self.mel_config.name, self._parts["speaker"].config.embedding_size)
         self._analyse = jax.jit(self._analyse_batch)
         self._vocode = jax.jit(self._parts["vocoder"].file.apply, static_argnums=1)
 
@@ -459,7 +461,7 @@ class Synthesizer:
         self._sound(jobs, 0)
         return [Failure(j.request, j.error) if j.error else self._result(j) for j in jobs]
 
-    def entry(self, recording: pool.Recording, provenance: dict | None = None) -> pool.Entry:
+    def entry(self, recording: pool.Recording) -> pool.Entry:
         """A pool entry of a recording; ValueError if it cannot be read or is longer than `clip.MAX_DURATION_S`."""
         notes: list[str] = []
         try:
@@ -477,7 +479,12 @@ class Synthesizer:
                 f"recording {recording.name} is longer than {clip_lib.MAX_DURATION_S:g} s; cut it with its "
                 "transcript to 2 to 8 s"
             )
-        return _entry(recording, clip, provenance or {"kind": recording.kind})
+        provenance = {
+            "kind": recording.kind,
+            "source": recording.audio.name,
+            "sha256": weight_files.sha256(recording.audio),
+        }
+        return _entry(recording, clip, provenance | _licence(recording.licence))
 
     def build_pool(
         self,
@@ -523,9 +530,10 @@ class Synthesizer:
             )
         entries = [self.entry(r) for r in normal]
         prompts = {language: self.entry(r) for language, r in samples.items()}
+        prompt_of = lambda e: prompts.get(e.language) or next(iter(prompts.values()))
         jobs = []
         for i, e in enumerate(entries):
-            prompt = prompts.get(e.language) or next(iter(prompts.values()))
+            prompt = prompt_of(e)
             clip = Clip(e.speech_tokens, e.mel.astype(np.float32), e.speaker_embedding, "normal")
             request = Request(
                 text=e.transcript, voice=np.zeros(0), voice_rate=self.sample_rate, seed=seed + i
@@ -538,6 +546,7 @@ class Synthesizer:
         for j, e in zip(jobs, entries, strict=True):
             if j.error:
                 raise ValueError(f"pool entry {e.name}: {j.error}")
+            prompt = prompt_of(e)
             clip = self.read_clip(j.wav, self.sample_rate, voice_style="asmr", notes=[])
             name = f"{e.name}_asmr"
             made = pool.Recording(name, Path(name), e.transcript, "asmr", e.language, dict(e.attributes))
@@ -545,17 +554,35 @@ class Synthesizer:
                 "kind": "synthesis",
                 "model": self.config.get("name", self.folder.name),
                 "task_prompt": j.prompt_name,
+                "task_prompt_from": prompt.provenance,
                 "voice": e.name,
                 "seed": j.request.seed,
             }
-            result = result.add(_entry(made, clip, provenance))
+            both = (e.licence, prompt.licence)
+            licence = checkpoint.strictest(both) if all(both) else ""
+            result = result.add(_entry(made, clip, provenance | _licence(licence)))
         return result
+
+    def keep_pool(self, made: pool.Pool) -> None:
+        """Writes a pool as the model folder's own, and into config.json that it is there and under which licence."""
+        stated = [e.licence for e in made if e.licence]
+        facts = {"entries": len(made), "recordings": sum(e.is_real for e in made)}
+        if len(stated) < len(made):
+            facts["licence_not_stated"] = len(made) - len(stated)
+        facts |= _licence(checkpoint.strictest(stated) if stated else "")
+        values = checkpoint.read_config(self.folder)
+        values["provenance"] = values.get("provenance", {}) | {"pool": facts}
+        checkpoint.set_licence(values)
+        with files.atomic_path(self.folder / "config.json") as new:  # takes its name after the pool has
+            config_lib.write_json(new, values)
+            made.save(self.folder / POOL_FILE)
+        self.pool, self.config = made, values
 
     def adopt_pool(self, other: "Synthesizer") -> pool.Pool:
         """The pool of another model for this one: its sounds, copied by its vocoder, are heard by this model.
 
         A pool holds what its own tokenizer, mel profile and speaker encoder made of a recording; another model
-        cannot use that. The copy has the bandwidth of the other model.
+        cannot use that. The copy has the bandwidth of the other model, and the licence of the original.
         """
         result = pool.Pool((), self.mel_config.name, self.config.get("name", self.folder.name))
         entries = []
@@ -570,9 +597,8 @@ class Synthesizer:
                 notes=[],
             )
             made = pool.Recording(e.name, Path(e.name), e.transcript, e.style, e.language, dict(e.attributes))
-            entries.append(
-                _entry(made, clip, e.provenance | {"heard_from_pool_of": other.pool.speaker_model})
-            )
+            heard = {"heard_from_pool_of": other.pool.speaker_model}
+            entries.append(_entry(made, clip, e.provenance | heard | _licence(e.licence)))
         return result.add(*entries)
 
     def reading(self, request: Request) -> list[str]:
@@ -753,6 +779,11 @@ class Synthesizer:
         def tokens_of(row):
             return np.concatenate([row[0].clip.tokens, row[0].tokens[row[1]]])
 
+        if self.flow_noise is not None:
+            for j, c in rows:
+                if (frames := self._num_frames(len(tokens_of((j, c))))) > (most := len(self.flow_noise)):
+                    j.error = f"clip and speech have {frames} frames, the fixed noise of the flow {most}; shorten them"
+            rows = [row for row in rows if not row[0].error]
         for size, group in self._groups(rows, lambda row: _padded(len(tokens_of(row)), TOKEN_BASE)):
             with _clock_all([r[0].timings for r in group], "flow_s"):
                 num_frames = self._num_frames(size)
@@ -771,6 +802,8 @@ class Synthesizer:
                 batch = sharding.put(batch)
                 keys = _keys(batch.pop("seeds"), batch.pop("chunks"), 1 + number)
                 voice = {name: batch.pop(name) for name in ("speaker",) if name in batch}
+                if self.flow_noise is not None:  # padding is masked: what stands there does not matter
+                    voice["noise"] = _pad(self.flow_noise[:num_frames], num_frames)
                 mel = jax.device_get(
                     flow.file.sample(
                         flow.module, flow.config, *batch.values(), keys=keys, **voice, **self.solver
@@ -837,6 +870,20 @@ class Synthesizer:
         mel = audio.log_mel(batch["wav"], num * (self.sample_rate // audio.TOKEN_RATE), self.mel_config)
         embedding = embed_speaker(speaker.file, models["speaker"], speaker.config, batch["wav16"], samples16)
         return tokens, mel, embedding
+
+    def _fixed_noise(self, setting) -> np.ndarray | None:
+        """[T, M] noise that every utterance starts from, by `sampling.flow.noise`; None: drawn from the seed."""
+        if setting is None:
+            return None
+        flow = self._parts["flow"]
+        where = f"config.json in {self.folder} has sampling.flow.noise = {setting!r}"
+        if not hasattr(flow.file, "read_noise"):
+            raise ValueError(f"{where}, but only the flow of CosyVoice2 takes a fixed noise; take it out")
+        if not isinstance(setting, str) or Path(setting).name != setting:
+            raise ValueError(f'{where}; say "reference" or name a file in that folder')
+        if setting == "reference":
+            return flow.file.reference_noise(flow.file.REFERENCE_NOISE_FRAMES)
+        return flow.file.read_noise(self.folder / setting, flow.config.mel_bins)
 
     def _num_frames(self, num_tokens: int) -> int:
         flow = self._parts["flow"]
@@ -918,6 +965,11 @@ def _entry(recording: pool.Recording, clip: Clip, provenance: dict) -> pool.Entr
         attributes=recording.attributes,
         provenance=provenance,
     )
+
+
+def _licence(licence: str) -> dict[str, str]:
+    """The entry of a provenance; none if it was not stated."""
+    return {"licence": licence} if licence else {}
 
 
 def _text_tokenizer(folder: Path, settings: dict):

@@ -31,6 +31,7 @@ from deepasmr_jax import config as config_lib
 # last names of parameters that weight decay leaves alone: norms and biases; tables go by `is_decayed`
 NO_DECAY = ("scale", "gain", "mean", "var")
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder", "recognizer")  # that can be trained
+STARTED_FROM = "started_from.json"  # in a run's folder: `origin` of its first weights
 _CALIBRATION = 20  # training batches from which batch-norm statistics are taken
 # settings of model and data that may differ when a run is resumed. Other folders with other records do change the
 # order from there on; they are allowed because a corpus may be moved.
@@ -389,12 +390,34 @@ def start(cfg: TrainConfig, checkpoints: checkpoint.Checkpoints, data) -> tuple[
         _say(f"start: checkpoint of step {restored[0]}")
         return restored
     state = jax.jit(make)(key)
+    if jax.process_index() == 0:
+        config_lib.write_json(checkpoints.folder.parent / STARTED_FROM, origin(cfg))
     if cfg.init_from is None:
         _say("start: random weights")
         return 0, state
     model = initialized(state.model, cfg)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, averaged_part(model))
     return 0, dataclasses.replace(state, model=model, ema=ema)
+
+
+def origin(cfg: TrainConfig) -> dict:
+    """Source, checksum and licence of the public weights behind `cfg.init_from`, as far as it states them."""
+    if cfg.init_from is None:
+        return {}
+    folder = Path(cfg.init_from)
+    if _is_model(folder):
+        stated = checkpoint.read_config(folder).get("provenance", {})
+        of_all = {"licence": stated["licence"]} if isinstance(stated.get("licence"), str) else {}
+        found = of_all | stated.get(cfg.component, {})
+    else:
+        path = folder / STARTED_FROM
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return {key: found[key] for key in ("source", "sha256", "is", "licence") if key in found}
+
+
+def _is_model(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.exists() and "components" in json.loads(path.read_text())
 
 
 def initialized(model, cfg: TrainConfig):
@@ -409,7 +432,7 @@ def initialized(model, cfg: TrainConfig):
     folder, own, second = Path(cfg.init_from), checkpoint.named_arrays(model), {}
     is_second = lambda name: name.startswith("discriminators.")  # of the second player
     has_second = any(map(is_second, own))
-    if (folder / "config.json").exists() and "components" in json.loads((folder / "config.json").read_text()):
+    if _is_model(folder):
         values = checkpoint.read_config(folder)["components"]
         if cfg.component not in values:
             raise ValueError(
@@ -705,7 +728,11 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         if held_out and measured_step != step:
             measure(step)
         folder = Path(export) if export is not None else workdir / "export"
-        export_state(cfg, state, folder, step)
+        begun = workdir / STARTED_FROM
+        made_from = (
+            json.loads(begun.read_text("utf-8")) if begun.is_file() else origin(cfg)
+        )  # older runs have none
+        export_state(cfg, state, folder, step, made_from)
         writer.close()
         data.close()
         atexit.unregister(data.close)
@@ -713,7 +740,7 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
     return state
 
 
-def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int) -> Path:
+def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int, made_from: dict) -> Path:
     """Writes the (averaged) weights of a state as one component of a model folder.
 
     A model file with `calibrate` (batch-norm statistics) first sees the first training batches once more.
@@ -723,6 +750,7 @@ def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int) -
         state: its last state.
         folder: model folder, made if absent; other components in it stay.
         step: updates done, for the provenance.
+        made_from: `origin` of the run's first weights, for the provenance.
 
     Returns:
         The path of the weight file.
@@ -737,7 +765,7 @@ def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int) -
         )
         model = file.calibrate(model, cfg.model, map(sharding.put, batches))
     profile = {"mel_profile": cfg.data.mel_profile} if cfg.component in ("flow", "vocoder") else {}
-    made = {"steps": step, "data": cfg.data_note, "averaged": state.ema is not None}
+    made = {"steps": step, "data": cfg.data_note, "averaged": state.ema is not None} | made_from
     return checkpoint.export_component(
         folder, cfg.component, model, cfg.model, cfg.export_dtype, **profile, provenance={cfg.component: made}
     )  # fmt: skip

@@ -263,6 +263,9 @@ FOLDERS = {  # name of the case -> (harm, words, whether info sees it too, exit 
     "no components": (edit({"components": None}), ["does not list components", "again"], True, 2),
     "odd components": (edit({"components": {"lm": {"file": "lm.safetensors"}}}), ["does not list components"], True, 2),
     "a text as sampling": (edit({"sampling": "fast"}), ["no object as sampling", "again"], True, 2),
+    "a fixed noise for our flow": (
+        edit({"sampling": {"flow": {"noise": "reference"}}}), ["sampling.flow.noise", "only the flow of CosyVoice2"],
+        False, 0),
     "another format": (edit({"format": 9}), ["format 9", "format 1"], True, 2),
     "a tensor of 300 GB": (replaced("lm.safetensors", huge_tensor), ["lm.safetensors", "279 GiB"], False, 1),
     "code": (replaced("lm.safetensors", torch_zip(CODE)), ["lm.safetensors is damaged", "again"], False, 1),

@@ -1,17 +1,20 @@
 """The `deepasmr` command: what it makes, and how it refuses."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, cli, demo, evaluate, pool
+from deepasmr_jax import audio, cli, demo, evaluate, pool, synthesis, weight_files
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +167,7 @@ ENTRY = {"audio": "one.wav", "text": "Good night.", "style": "normal"}
         ("evaluate FOLDER --speaker OUT", json.dumps(ROW), ["OUT is no model folder"]),
         ("pool build nowhere --out OUT.safetensors --model MODEL", None, ["nowhere", "does not exist"]),
         ("pool build LIST --out OUT.txt --model MODEL", json.dumps(ENTRY), ["OUT.txt", ".safetensors"]),
+        ("pool build LIST", json.dumps(ENTRY), ["built-in model", "--out"]),
         ("pool build LIST --out OUT.safetensors --seed x --model MODEL", json.dumps(ENTRY), ["'x'"]),
         ("pool build LIST --out OUT.safetensors --model MODEL", json.dumps(ENTRY | {"text": 5}), ["line 1", "text 5"]),
         ("pool build LIST --out OUT.safetensors --model MODEL", json.dumps(ENTRY | {"name": [1]}), ["name [1]"]),
@@ -308,16 +312,19 @@ def test_demo_writes_a_page_wavs_and_pictures_for_all_four_tasks_in_both_languag
     assert "index.html" in out and all(task in out for task in ("N2A", "A2N", "N2N", "A2A"))
 
 
-def test_a_pool_is_built_extended_and_listed(tmp_path, capsys):
+def test_a_pool_is_built_extended_and_listed(tmp_path, capsys, monkeypatch):
     for name, wav in (("one", tiny_model.buzz()), ("two", tiny_model.buzz(f0_hz=210.0))):
         (tmp_path / "voices").mkdir(exist_ok=True)
         audio.save(tmp_path / "voices" / f"{name}.wav", wav, tiny_model.RATE)
         (tmp_path / "voices" / f"{name}.txt").write_text("Good night.")
     audio.save(tmp_path / "sample.wav", tiny_model.hiss(), tiny_model.RATE)
     (tmp_path / "sample.txt").write_text("Sleep well.")
-    target, model = str(tmp_path / "p.safetensors"), str(tiny_model.shared())
-    build = ["pool", "build", str(tmp_path / "voices"), "--out", target, "--model", model]
-    assert cli.main([*build, "--asmr-sample", str(tmp_path / "sample.wav")]) == 0
+    model, target = tmp_path / "model", tmp_path / "model" / "pool.safetensors"
+    shutil.copytree(tiny_model.shared(), model)
+    target.write_bytes(b"of another speaker encoder")  # is replaced, not read
+    build = ("pool", "build", "--normal", tmp_path / "voices", "--model", model, "--licence", "CC BY 4.0")
+    assert run(*build, "--asmr", tmp_path / "sample.wav") == 0 and str(target) in capsys.readouterr().out
+    assert sorted(p.name for p in model.iterdir()) == sorted(p.name for p in tiny_model.shared().iterdir())
     made = pool.load(target)
     assert [(e.name, e.style) for e in made] == [
         ("one", "normal"),
@@ -325,21 +332,39 @@ def test_a_pool_is_built_extended_and_listed(tmp_path, capsys):
         ("one_asmr", "asmr"),
         ("two_asmr", "asmr"),
     ]
-    assert (
-        made.entries[2].provenance["task_prompt"] == "sample" and made.entries[2].provenance["voice"] == "one"
-    )
+    first, _, third, _ = (e.provenance for e in made)
+    assert (first["kind"], first["source"], first["licence"]) == ("recording", "one.wav", "CC BY 4.0")
+    assert first["sha256"] == weight_files.sha256(tmp_path / "voices" / "one.wav")
+    assert (third["task_prompt"], third["voice"], third["licence"]) == ("sample", "one", "CC BY 4.0")
+    assert third["task_prompt_from"]["sha256"] == weight_files.sha256(tmp_path / "sample.wav")
+    config = json.loads((model / "config.json").read_text())
+    assert config["provenance"]["pool"] == {"entries": 4, "recordings": 2, "licence": "CC BY 4.0"}
+    assert config["licence"] == "CC BY 4.0"
     (tmp_path / "more").mkdir()
     shutil.move(tmp_path / "sample.wav", tmp_path / "more")
     shutil.move(tmp_path / "sample.txt", tmp_path / "more")
-    assert (
-        cli.main(["pool", "add", str(tmp_path / "more"), "--to", target, "--style", "asmr", "--model", model])
-        == 0
-    )
+    add = ("pool", "add", tmp_path / "more", "--to", target, "--style", "asmr", "--model", model)
+    before = {p: p.read_bytes() for p in model.iterdir() if p.is_file()}
+    with monkeypatch.context() as patch:
+
+        def fail(path, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        patch.setattr(Path, "write_bytes", fail)
+        with pytest.raises(OSError, match="No space left"):
+            synthesis.Synthesizer.keep_pool(types.SimpleNamespace(folder=model), made)
+    assert before == {p: p.read_bytes() for p in model.iterdir() if p.is_file()}
+    assert run(*add) == 0
     capsys.readouterr()
-    assert cli.main(["pool", "list", "--pool", target, "--json", "--model", model]) == 0
+    assert run("info", model) == 0
+    out = capsys.readouterr().out
+    assert "licence: CC BY 4.0 (the strictest of its parts: pool)" in out and '"licence_not_stated": 1' in out
+    assert run("doctor", model) == 0 and "5 entries" in capsys.readouterr().out
+    assert cli.main(["pool", "list", "--json", "--model", str(model)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [r["name"] for r in rows] == ["one", "two", "one_asmr", "two_asmr", "sample"]
     assert [r["kind"] for r in rows] == ["recording", "recording", "synthesis", "synthesis", "recording"]
+    assert [r["licence"] for r in rows] == [*["CC BY 4.0"] * 4, "not stated"]
 
 
 def test_info_lists_the_components(capsys):

@@ -14,6 +14,7 @@ import test_bad_weights
 import test_judges
 import test_public_names
 import test_speaker_wavlm
+import tiny_model
 import weight_writers
 
 from deepasmr_jax import (
@@ -21,6 +22,8 @@ from deepasmr_jax import (
     cli,
     convert,
     flow,
+    flow_cosyvoice2,
+    lm,
     pool,
     public_cosyvoice2,
     public_models,
@@ -60,7 +63,8 @@ def model(public, small_pool, tmp_path_factory) -> Path:
             return made
 
         patch.setattr(synthesis, "load", load)
-        return convert.convert_cosyvoice2(public, out)
+        assert run("convert", "cosyvoice2", public, "--out", out) == 0
+    return out
 
 
 def run(*words) -> int:
@@ -81,13 +85,21 @@ def test_doctor_finds_every_part_whole(public, capsys):
 def test_the_converted_folder_has_every_part_with_its_source_and_licence(public, model, capsys):
     config = checkpoint.read_config(model)
     assert set(config["components"]) == {"lm", "flow", "vocoder", "speech_tokenizer", "speaker"}
-    assert config["licence"] == "Apache-2.0" and config["sample_rate"] == 24000
+    assert config["sample_rate"] == 24000
     lm = config["provenance"]["lm"]
     assert lm["source"] == "llm.pt" and len(lm["sha256"]) == 64 and lm["licence"] == "Apache-2.0"
+    assert config["provenance"]["text_tokenizer"]["licence"] == "Apache-2.0"
+    assert config["provenance"]["pool"] == {
+        "entries": 4,
+        "recordings": 0,
+        "licence": "GPL-3.0",
+    }  # of espeak-ng
     assert run("info", model) == 0
     out = capsys.readouterr().out
-    assert "licence: Apache-2.0" in out and "languages: en, zh" in out and "memory:" in out
+    assert "licence: GPL-3.0 (the strictest of its parts: pool)" in out and "languages: en, zh" in out
+    assert "memory:" in out
     assert run("doctor", model) == 0
+    assert capsys.readouterr().out.count("whole") == 7  # with the text tokenizer and the pool
 
 
 def test_weights_are_those_of_the_files(public, model):
@@ -118,10 +130,58 @@ def test_a_whisper_leaves_the_sines_of_the_vocoder_out(model):
     assert made._vocoder_configs["normal"].source == "predicted"
 
 
+def test_a_fixed_noise_of_config_json_reaches_the_flow(model, tmp_path, monkeypatch):
+    """Without the network, which is tested with given noise elsewhere."""
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    noise = np.random.default_rng(0).standard_normal((1, 80, 200)).astype(np.float32)
+    weight_writers.write_torch_zip(copy / "noise.pt", {"rand_noise": noise})
+    config = checkpoint.read_config(copy)
+    config["sampling"]["flow"]["noise"] = "reference"
+    (copy / "config.json").write_text(json.dumps(config))
+    made = synthesis.load(copy)
+    seen = []
+
+    def sample(model, cfg, tokens, *_, noise=None, **__):
+        seen.append(noise)
+        return np.zeros((len(tokens), 2 * tokens.shape[1], 80), np.float32)
+
+    monkeypatch.setattr(flow_cosyvoice2, "sample", sample)
+    made._vocode = lambda module, cfg, mel, lengths: np.zeros((len(mel), 480 * mel.shape[1]), np.float32)
+
+    def sound():
+        entry = made.pool.entries[0]
+        clip = synthesis.Clip(entry.speech_tokens[:50], entry.mel[:100], entry.speaker_embedding, entry.style)
+        asked = request.Request(text="Hi.", voice=np.zeros(0), voice_rate=24000)
+        job = made._job(0, asked, "en", clip, entry.name, entry, float("nan"), [])
+        job.tokens = [entry.speech_tokens[:10]]
+        made._sound([job], 0)
+        return job.error
+
+    assert sound() == ""
+    np.testing.assert_array_equal(seen[-1], flow_cosyvoice2.reference_noise(128))  # 60 tokens, padded to 64
+    made.flow_noise = made._fixed_noise("noise.pt")
+    assert sound() == ""
+    np.testing.assert_array_equal(seen[-1], noise[0, :, :128].T)
+    made.flow_noise = made.flow_noise[:119]
+    assert "120 frames, the fixed noise of the flow 119" in sound() and len(seen) == 2
+    made.flow_noise = made._fixed_noise(None)
+    assert sound() == "" and seen[-1] is None
+    for setting in ("../noise.pt", 5, ["reference"]):
+        with pytest.raises(ValueError, match='say "reference" or name a file in that folder'):
+            made._fixed_noise(setting)
+    with pytest.raises(ValueError, match="nowhere.pt"):
+        made._fixed_noise("nowhere.pt")
+
+
 def test_the_pool_is_that_of_the_built_in_model_heard_by_this_one(model, small_pool):
     own = pool.load(model / "pool.safetensors")
     assert [e.name for e in own] == [e.name for e in small_pool] and own.mel_profile == "cv2"
     assert all(e.provenance["heard_from_pool_of"] == small_pool.speaker_model for e in own)
+    assert [e.provenance["licence"] for e in own.select("normal")] == [
+        "BSD-like",
+        "GPL-3.0",
+    ]  # English, Mandarin
     for mine, theirs in zip(own, small_pool, strict=True):  # 50 frames a second in both profiles
         assert abs(len(mine.mel) - len(theirs.mel)) <= 4 and len(mine.speaker_embedding) == 16
 
@@ -136,6 +196,33 @@ def test_export_writes_the_language_model_under_the_names_of_qwen2(public, model
         np.testing.assert_array_equal(x, state[prefix + name])
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["model_type"] == "qwen2" and config["num_hidden_layers"] == 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_loads_the_exported_language_model_and_gives_its_logits(dtype, public, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen2ForCausalLM
+
+    model = tmp_path / "m"
+    assert run("convert", "file", public / "llm.pt", "--out", model, "--dtype", dtype) == 0
+    assert run("export", "--model", model, "--out", tmp_path / "hf") == 0
+    theirs, told = Qwen2ForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, cfg = checkpoint.load_component(model, "lm")
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    text = np.random.default_rng(0).integers(0, cfg.text_vocab, (1, 20)).astype(np.int32)
+    with torch.inference_mode():
+        want = theirs.eval()(torch.as_tensor(text.astype(np.int64))).logits.numpy()
+    ones = np.ones_like(text)
+    batch = dict(
+        tokens=text, kinds=lm.TEXT * ones, segment_ids=ones, positions=np.arange(20, dtype=np.int32)[None]
+    )
+    found = np.asarray(lm.hidden(ours, cfg, batch)) @ np.asarray(ours.text_table[...]).T
+    assert np.std(want) > 0.1
+    np.testing.assert_allclose(found, want, rtol=0, atol=2e-4)
 
 
 def test_half_precision_files_convert(public, tmp_path):
@@ -186,6 +273,21 @@ def test_e2_tts_starts_a_flow_on_each_mel(profile, tmp_path, capsys):
     assert flow.num_frames(made, 128) == {"f5": 480, "cv2": 256, "hifigan": 441}[profile]
 
 
+def test_of_a_file_with_much_missing_doctor_names_all_and_convert_some(tmp_path, capsys):
+    tensors = e2_tensors()
+    lost = [name for name in tensors if name.endswith(("ff.2.weight", "ff.2.bias"))]
+    weight_writers.write_torch_zip(
+        tmp_path / "e2.pt", {"ema_model_state_dict": {k: x for k, x in tensors.items() if k not in lost}}
+    )
+    assert run("convert", "file", tmp_path / "e2.pt", "--out", tmp_path / "m") == 2
+    error = capsys.readouterr().err
+    assert f"{len(lost)} missing" in error and f"and {len(lost) - 6} more" in error
+    assert f"`deepasmr doctor {tmp_path}` names all" in error and sum(name in error for name in lost) == 6
+    assert run("doctor", tmp_path) == 1
+    out = capsys.readouterr().out
+    assert f"\ne2.pt: {len(lost)} missing (" in out and all(name in out for name in lost)
+
+
 def test_an_e2_tts_file_with_a_tensor_missing_is_no_start(tmp_path, capsys):
     tensors = e2_tensors()
     del tensors["ema_model.transformer.time_embed.time_mlp.0.bias"]
@@ -209,7 +311,47 @@ def test_a_part_of_a_stricter_licence_changes_that_of_the_model(model, tmp_path,
     shutil.copytree(model, copy)
     assert run("convert", "file", tmp_path / "avg_model.pt", "--out", copy) == 0
     assert "build the pool again" in capsys.readouterr().out
-    assert checkpoint.read_config(copy)["licence"] == "CC BY 4.0"
+    config = checkpoint.read_config(copy)
+    assert config["provenance"]["speaker"]["licence"] == "CC BY 4.0" and config["licence"] == "GPL-3.0"
+    del config["provenance"]["pool"]
+    checkpoint.set_licence(config)
+    assert config["licence"] == "CC BY 4.0"
+
+
+def _flip(path: Path, where: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 1
+    path.write_bytes(data)
+
+
+def _other_pool(path: Path) -> None:
+    tiny_model.make_pool().save(path)
+
+
+TEXT, POOL = "text_tokenizer/", "pool.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("part", "harm", "words"),
+    [
+        (POOL, lambda m: (m / POOL).unlink(), ["missing", "copy the whole"]),
+        (POOL, lambda m: (m / POOL).write_bytes((m / POOL).read_bytes()[:-9]), ["damaged", "damaged ("]),
+        (POOL, lambda m: _flip(m / POOL, 0.9), ["damaged", "its checksum is another"]),
+        (POOL, lambda m: _other_pool(m / POOL), ["damaged", "'mini'", "'cv2'"]),
+        (TEXT, lambda m: shutil.rmtree(m / TEXT), ["missing", "copy the whole"]),
+        (TEXT, lambda m: (m / TEXT / "merges.txt").unlink(), ["damaged", "merges.txt: copy"]),
+        (TEXT, lambda m: _flip(m / TEXT / "vocab.json", 0.5), ["damaged", "vocab.json: its sha256"]),
+    ],
+)
+def test_doctor_finds_a_damaged_pool_or_text_tokenizer(part, harm, words, model, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    harm(copy)
+    assert run("doctor", copy) == 1
+    rows = capsys.readouterr().out.splitlines()
+    row = next(r for r in rows if r.startswith(part))
+    assert all(word in row for word in words), row
+    assert sum("  whole" in r for r in rows) == 6
 
 
 def damaged(public: Path, tmp_path: Path) -> Path:
@@ -276,18 +418,103 @@ def test_a_folder_that_is_none_or_holds_something_else(tmp_path, capsys):
     assert "unknown" in capsys.readouterr().out
 
 
-def test_a_vocoder_of_another_profile_is_refused(model, tmp_path, capsys):
-    cfg = convert.vocoder.v3()
-    like = checkpoint.abstract(
-        lambda key: convert.vocoder.init_generator(cfg, key), convert.jax.random.key(0)
-    )
+def write_generator(folder: Path, cfg: vocoder.Config, **changes) -> Path:
+    """A `g_` file of zeros with the config.json that HiFi-GAN's authors put beside it."""
+    like = checkpoint.abstract(lambda key: vocoder.init_generator(cfg, key), jax.random.key(0))
     zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
     tensors = public_names.to_theirs(public_models.hifigan(cfg), zeros)
-    weight_writers.write_torch_zip(tmp_path / "g_00000000", {"generator": tensors})
+    weight_writers.write_torch_zip(folder / "g_00000000", {"generator": tensors})
+    settings = {
+        "resblock": "1" if cfg.is_paired else "2",
+        "upsample_rates": cfg.upsample_rates,
+        "upsample_kernel_sizes": cfg.upsample_kernels,
+        "upsample_initial_channel": cfg.initial_channels,
+        "resblock_kernel_sizes": cfg.residual_kernels,
+        "resblock_dilation_sizes": cfg.residual_dilations,
+        "segment_size": 8192,
+        "num_mels": cfg.mel.num_mels,
+        "n_fft": cfg.mel.n_fft,
+        "hop_size": cfg.mel.hop_samples,
+        "win_size": cfg.mel.win_samples,
+        "sampling_rate": cfg.mel.sample_rate,
+        "fmin": int(cfg.mel.fmin_hz),
+        "fmax": int(cfg.mel.fmax_hz),
+        "fmax_for_loss": None,
+    }
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    return folder / "g_00000000"
+
+
+def test_a_vocoder_of_another_profile_is_refused(model, tmp_path, capsys):
+    file = write_generator(tmp_path, dataclasses.replace(vocoder.v3(), initial_channels=32))
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
-    assert run("convert", "file", tmp_path / "g_00000000", "--out", copy) == 2
+    assert run("convert", "file", file, "--out", copy) == 2
     assert "hifigan" in (error := capsys.readouterr().err) and "cv2" in error
+
+
+SINGLE = dict(
+    initial_channels=16, residual_kernels=(3, 5), residual_dilations=((1, 2), (2, 6)), is_paired=False
+)
+HIFIGANS = {
+    "rates the other way": dict(upsample_rates=(4, 8, 8), upsample_kernels=(16, 16, 8)),
+    "the mel of CosyVoice2": dict(
+        mel_profile="cv2", upsample_rates=(10, 6, 4, 2), upsample_kernels=(20, 12, 8, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HIFIGANS)
+def test_a_hifi_gan_has_the_rates_and_the_mel_of_the_config_beside_it(case, tmp_path, capsys):
+    cfg = vocoder.Config(**SINGLE | HIFIGANS[case])
+    file = write_generator(tmp_path, cfg)
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 0, capsys.readouterr().err
+    assert checkpoint.component_config(tmp_path / "m", "vocoder") == cfg
+    assert checkpoint.read_config(tmp_path / "m")["mel_profile"] == cfg.mel_profile
+    assert run("doctor", tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            dict(sampling_rate=48000, hop_size=512, win_size=2048, n_fft=2048, fmax=24000),
+            ["sampling_rate 48000"],
+        ),
+        (dict(fmax=None), ["fmax None", "none of the profiles"]),
+        (dict(upsample_rates=[8, 8, 8]), ["multiply to 512", "needs 256"]),
+        (dict(upsample_rates=[4, 4, 4, 4]), ["3 upsample_kernels for 4 rates"]),
+        (dict(upsample_rates=8), ["upsample_rates 8,", "of another kind"]),
+        (dict(upsample_kernel_sizes=[16, 16, 4]), ["[16, 16, 4]", "[16, 16, 8]"]),
+        (dict(resblock_kernel_sizes=[3, 7]), ["[3, 7]", "[3, 5]"]),
+        (dict(resblock_dilation_sizes=[[1], [2]]), ["[[1], [2]]", "[2, 2]"]),
+        (dict(resblock="1"), ["resblock '1'", "'2'"]),
+        (dict(upsample_initial_channel=32), ["upsample_initial_channel 32", "16"]),
+    ],
+)
+def test_a_config_that_is_not_the_hifi_gan_s_is_refused(changes, words, tmp_path, capsys):
+    cfg = vocoder.Config(**SINGLE, upsample_rates=(8, 8, 4), upsample_kernels=(16, 16, 8))
+    file = write_generator(tmp_path, cfg, **changes)
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 2
+    error = capsys.readouterr().err
+    for word in ("config.json beside", "g_00000000", *words):
+        assert word in error, error
+    assert error.count("\n") == 1 and not (tmp_path / "m").exists()
+    assert run("doctor", tmp_path) == 1 and "damaged" in capsys.readouterr().out
+
+
+def test_a_config_beside_a_hifi_gan_that_is_damaged_or_of_another_program(tmp_path, capsys):
+    cfg = dataclasses.replace(vocoder.v3(), initial_channels=32)
+    file = write_generator(tmp_path, cfg)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["hop_size"]
+    for text, words in ((json.dumps(values), "has no hop_size"), ("{", "is damaged")):
+        (tmp_path / "config.json").write_text(text)
+        assert run("convert", "file", file, "--out", tmp_path / "m") == 2
+        assert words in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # then it is V3 by its shapes
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 0
+    assert checkpoint.component_config(tmp_path / "m", "vocoder") == cfg
 
 
 # ---------------------------------------------------------------- the judge, and the second player of HiFi-GAN
@@ -369,6 +596,8 @@ def test_the_second_player_goes_beside_the_generator_and_not_beside_another_mel(
 
 
 def test_the_strictest_licence_is_on_top():
-    assert convert.strictest(["MIT", "Apache-2.0"]) == "Apache-2.0"
-    assert convert.strictest(["Apache-2.0", "CC BY-NC 4.0", "MIT"]) == "CC BY-NC 4.0"
-    assert convert.strictest(["MIT", "something new"]) == "something new"
+    assert checkpoint.strictest(["MIT", "Apache-2.0"]) == "Apache-2.0"
+    assert checkpoint.strictest(["Apache-2.0", "CC BY-NC 4.0", "MIT"]) == "CC BY-NC 4.0"
+    assert checkpoint.strictest(["MIT", "something new"]) == "something new"
+    assert all(k.licence in checkpoint.LICENCES for k in convert.KINDS)
+    assert set(pool.ENGINE_LICENCES.values()) <= set(checkpoint.LICENCES)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import weight_writers
 from jax.sharding import NamedSharding
 
 from deepasmr_jax import checkpoint, public_cosyvoice2, public_names, sharding
@@ -149,6 +150,26 @@ def test_the_reference_noise_is_that_of_torch():
     assert abs(noise.mean()) < 2e-3 and abs(noise.std() - 1) < 2e-3
     with pytest.raises(ValueError, match="15001"):
         flow.reference_noise(15_001)
+
+
+def test_a_noise_file_of_pytorch_or_safetensors_is_read_and_another_one_refused(tmp_path):
+    noise = np.random.default_rng(0).standard_normal((1, 6, 9)).astype(np.float32)
+    for tree in (noise, noise[0], {"any": noise}, {"decoder.rand_noise": noise, "weight": noise}):
+        weight_writers.write_torch_zip(tmp_path / "noise.pt", tree)
+        np.testing.assert_array_equal(flow.read_noise(tmp_path / "noise.pt", 6), noise[0].T)
+    checkpoint.write_arrays(tmp_path / "noise.safetensors", {"rand_noise": noise}, {})
+    np.testing.assert_array_equal(flow.read_noise(tmp_path / "noise.safetensors", 6), noise[0].T)
+    for tree, words in (
+        ({"a": noise, "b": noise}, "holds no noise"),
+        (noise[:, :5], r"rand_noise \(1, 5, 9\)\); save one tensor of \(1, 6, frames\)"),
+        (np.inf * noise, "not finite"),
+        (b"cposix\nsystem\n(Vecho\ntR.", "'posix.system'"),
+    ):
+        weight_writers.write_torch_zip(tmp_path / "noise.pt", tree)
+        with pytest.raises(ValueError, match=words):
+            flow.read_noise(tmp_path / "noise.pt", 6)
+    with pytest.raises(ValueError, match="nowhere.pt"):
+        flow.read_noise(tmp_path / "nowhere.pt", 6)
 
 
 def test_all_of_the_reference_noise_is_that_of_the_installed_torch():

@@ -97,6 +97,24 @@ def test_a_damaged_pool_file_is_named_in_one_sentence(tmp_path, keep):
         pool.load(path)
 
 
+@pytest.mark.parametrize("where", ["transcript", "array"])
+def test_a_flipped_bit_in_a_pool_file_is_found(tmp_path, where):
+    path = tmp_path / "pool.safetensors"
+    tiny_model.make_pool().save(path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"soft tonight") if where == "transcript" else -3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="pool.safetensors is damaged .*checksum"):
+        pool.load(path)
+
+
+def test_the_built_in_pool_has_no_checksum_and_the_licences_of_the_engines_that_spoke_it():
+    found = pool.load(request.BUILT_IN / request.POOL_FILE)
+    expected = {"en": "BSD-like", "zh": "GPL-3.0"}
+    assert all(e.licence == expected[e.language] and "licence" not in e.provenance for e in found)
+    assert {r["licence"] for r in pool.describe(found)} == set(expected.values())
+
+
 def test_a_file_that_is_no_pool_is_not_called_damaged(tmp_path):
     from safetensors.numpy import save_file
 
@@ -151,8 +169,11 @@ def test_a_manifest_is_listed_in_its_order_and_its_faults_are_named_by_line(tmp_
         "kind": "synthesis",
     }
     path = tmp_path / "list.jsonl"
-    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"name": "two", "style": "normal"}) + "\n")
-    found = pool.read_recordings(path)
+    other = row | {"name": "two", "style": "normal", "licence": "CC0 1.0"}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(other) + "\n")
+    assert [r.licence for r in pool.read_recordings(path)] == ["", "CC0 1.0"]
+    found = pool.read_recordings(path, licence="CC BY 4.0")
+    assert [r.licence for r in found] == ["CC BY 4.0", "CC0 1.0"]
     assert [(r.name, r.style, r.kind) for r in found] == [
         ("x", "asmr", "synthesis"),
         ("two", "normal", "synthesis"),
@@ -164,6 +185,7 @@ def test_a_manifest_is_listed_in_its_order_and_its_faults_are_named_by_line(tmp_
         ({"language": "xx"}, "line 1.*'xx'"),
         ({"text": " "}, "line 1.*empty transcript"),
         ({"kind": "guess"}, "line 1.*'guess'"),
+        ({"licence": 4}, "line 1.*licence 4"),
     ):
         path.write_text(json.dumps(row | fault) + "\n")
         with pytest.raises(ValueError, match=message):

@@ -1,5 +1,9 @@
 """Text as it is spoken: numbers, dates, money, units and symbols in words, in both languages."""
 
+import functools
+import sys
+import types
+
 import numpy as np
 import pytest
 
@@ -72,6 +76,59 @@ def test_no_digit_and_no_foreign_symbol_survives_random_text(language):
         assert not any(c.isdigit() for c in spoken), (raw, spoken)
         assert not set(spoken) & set('$€%"()[]#@&+=~“”—😀°\n/'), (raw, spoken)
         tokenizer.encode(raw, language)
+
+
+@pytest.fixture
+def forget_wetext():
+    """The package is looked for anew, before the test and after it."""
+    text_normalize.wetext_normalizer.cache_clear()
+    yield
+    text_normalize.wetext_normalizer.cache_clear()
+
+
+def qwen_note(raw: str, language: str) -> str | None:
+    """Of a Qwen tokenizer that wants wetext; its folder is not looked at."""
+    return text.QwenTokenizer.note(types.SimpleNamespace(normalizer="wetext"), raw, language)
+
+
+def test_wetext_reads_first_and_our_rules_what_it_leaves(monkeypatch, forget_wetext):
+    asked = []
+
+    class Normalizer:
+        def __init__(self, lang, operator):
+            self.lang, self.operator = lang, operator
+
+        def normalize(self, raw):
+            asked.append((self.lang, self.operator, raw))
+            return raw.replace("$3", "three bucks").replace("2个", "俩")
+
+    monkeypatch.setitem(sys.modules, "wetext", types.SimpleNamespace(Normalizer=Normalizer))
+    spoken = functools.partial(text_normalize.spoken_form, normalizer="wetext")
+    assert spoken("Pay $3 & 5%.", "en") == "Pay three bucks and five percent."
+    assert spoken("买2个，占5%。", "zh") == "买俩，占百分之五。"
+    assert asked == [("en", "tn", "Pay $3 & 5%."), ("zh", "tn", "买2个，占5%。")]
+    assert spoken("<|endofprompt|>$3", "en") == "<|endofprompt|>$3" and len(asked) == 2
+    assert text_normalize.spoken_form("Pay $3.", "en") == "Pay three dollars." and len(asked) == 2
+    assert qwen_note("$3", "en") is None
+
+
+def test_without_wetext_our_rules_read_and_a_note_says_so(monkeypatch, forget_wetext):
+    monkeypatch.setitem(sys.modules, "wetext", None)  # importing it fails
+    assert text_normalize.spoken_form("Pay $3.", "en", "wetext") == "Pay three dollars."
+    assert "pip install wetext" in qwen_note("$3", "en")
+
+
+def test_the_installed_wetext_reads_numbers_in_both_languages(forget_wetext):
+    pytest.importorskip("wetext")
+    for raw, language, expected in (
+        (
+            "It costs $3.50, or 12.5%.",
+            "en",
+            "It costs three point five dollars, or twelve point five percent.",
+        ),
+        ("我在2024年5月6日花了¥3.50。", "zh", "我在二零二四年五月六日花了三点五零元。"),
+    ):
+        assert text_normalize.spoken_form(raw, language, "wetext") == expected
 
 
 def test_text_with_control_marks_is_left_alone():

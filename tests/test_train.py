@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +302,29 @@ def test_a_new_run_starts_from_the_weights_of_another_run_or_of_its_export(folde
         public = checkpoint.public_part(state.model, cfg.model)[0]
         expected = checkpoint.public_part(train.with_averaged(first.model, first.ema), cfg.model)[0]
         assert same(public, expected) and same(state.ema, train.averaged_part(state.model))
+
+
+def test_fine_tuned_weights_keep_source_and_licence_of_those_they_started_from(folder, tmp_path):
+    public, source = tmp_path / "public", {"source": "e2.pt", "sha256": "ab" * 32, "licence": "CC BY-NC 4.0"}
+    given = {"vocoder": source | {"converter": "1"}, "lm": {"licence": "MIT"}}
+    checkpoint.export_component(public, "vocoder", Model(), Config(), provenance=given)
+    cfg = fake(folder, steps=1, init_from=str(public), data_note="mine")
+
+    def made(model, steps=1):
+        values = checkpoint.read_config(model)
+        assert values["licence"] == "CC BY-NC 4.0"
+        assert values["provenance"]["vocoder"] == source | {"steps": steps, "data": "mine", "averaged": False}
+
+    train.train(cfg, tmp_path / "first")
+    made(tmp_path / "first" / "export")
+    train.train(dataclasses.replace(cfg, init_from=str(tmp_path / "first")), tmp_path / "second", public)
+    made(public)  # in place, from a run
+    assert checkpoint.read_config(public)["provenance"]["lm"] == {"licence": "MIT"}
+    shutil.rmtree(public)
+    train.train(dataclasses.replace(cfg, steps=2), tmp_path / "first")
+    made(tmp_path / "first" / "export", 2)  # continued when the start is gone
+    train.train(fake(folder, steps=1), tmp_path / "third")
+    assert "licence" not in checkpoint.read_config(tmp_path / "third" / "export")
 
 
 def test_a_vocoder_starts_from_both_players_where_both_are_there(folder, tmp_path, capsys):
