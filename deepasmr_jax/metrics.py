@@ -56,7 +56,6 @@ CHIPS = {
 }
 _SAME = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 CHIPS |= {name: CHIPS[same] for name, same in _SAME.items()}
-PEAK_FLOPS = {kind: chip.flops for kind, chip in CHIPS.items()}
 
 
 class Writer:

@@ -47,8 +47,8 @@ SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW = 64, 128, 512  # LM: 20 s of speech afte
 SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 1024, 10, 0.7  # flow: 41 s, prompt included
 # share of speech in the positions of the language model, the rest being text: the estimate in configs/lm_asmr.py
 LM_SPEECH = 9 / 11
-# files that a program depends on beside its settings: one of other code is compiled anew
-_SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding", "audio", "checkpoint", "input_pipeline")
+# files that a program depends on beside its settings: one of other code is compiled anew (`_key`)
+_SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +257,10 @@ def _lower(cfg: train.TrainConfig, num_rows: int, sample: bool):
     return jax.jit(call).lower(model, tokens, count, mel, count, keys)
 
 
+# and on these
+_FUNCTIONS = (batch, _abstract, _lower, checkpoint.abstract, checkpoint.placement)
+
+
 def fitted(cfg: train.TrainConfig, where: Target, rows: int | None, sample: bool) -> train.TrainConfig:
     """The config on the mesh of a target, without accumulation.
 
@@ -385,7 +389,7 @@ def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dic
 
 
 def _key(fit: train.TrainConfig, where: Target, sample: bool) -> str:
-    """Digest of all that a program's work depends on: settings, target, versions, the code of the models and of _lower.
+    """Digest of all that a program's work depends on: settings, target, versions, and the code that makes it.
 
     Not the learning-rate schedule, a few scalars: fine-tuning compiles nothing that pre-training has compiled.
     """
@@ -395,12 +399,12 @@ def _key(fit: train.TrainConfig, where: Target, sample: bool) -> str:
     if sample:
         told += [SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE]
     else:
-        told += [fit.data.num_tokens, fit.data.mel_profile, fit.ema_decay]
+        told += [fit.data.num_tokens, repr(audio.mel_profile(fit.data.mel_profile)), fit.ema_decay]
         told += [fit.optim.name, fit.optim.betas, fit.optim.clip_norm, fit.optim.weight_decay]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         told.append(importlib.metadata.version("libtpu"))
     told += [Path(__file__).with_name(f"{name}.py").read_text() for name in _SOURCES]
-    told += [inspect.getsource(function) for function in (batch, _abstract, _lower)]
+    told += [inspect.getsource(function) for function in _FUNCTIONS]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
