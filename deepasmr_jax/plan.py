@@ -16,7 +16,6 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import math
 import os
@@ -47,8 +46,6 @@ SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW = 64, 128, 512  # LM: 20 s of speech afte
 SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 1024, 10, 0.7  # flow: 41 s, prompt included
 # share of speech in the positions of the language model, the rest being text: the estimate in configs/lm_asmr.py
 LM_SPEECH = 9 / 11
-# files that a program depends on beside its settings: one of other code is compiled anew (`_key`)
-_SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +234,9 @@ def _lower(cfg: train.TrainConfig, num_rows: int, sample: bool):
     """The traced program, for the devices of the current mesh."""
     # the key is made inside: an array cannot be made on devices that are not there
     if not sample:
+        # the rate is a few scalars: with one of one kind, fine-tuning is the program of pre-training
+        rate = dataclasses.replace(cfg.optim, lr=1e-4, schedule="constant", warmup_steps=1)
+        cfg = dataclasses.replace(cfg, optim=rate)
         state = checkpoint.abstract(lambda: train.init(cfg, jax.random.key(cfg.seed)))
         return train.make_step(cfg).lower(state, (batch(cfg.data, num_rows),))
     model_cfg = cfg.model
@@ -255,10 +255,6 @@ def _lower(cfg: train.TrainConfig, num_rows: int, sample: bool):
     tokens = _abstract((num_rows, SAMPLE_TOKENS), jnp.int32)
     call = lambda model, *x: flow.sample(model, model_cfg, *x, SAMPLE_STEPS, SAMPLE_GUIDANCE)
     return jax.jit(call).lower(model, tokens, count, mel, count, keys)
-
-
-# and on these
-_FUNCTIONS = (batch, _abstract, _lower, checkpoint.abstract, checkpoint.placement)
 
 
 def fitted(cfg: train.TrainConfig, where: Target, rows: int | None, sample: bool) -> train.TrainConfig:
@@ -363,11 +359,11 @@ def days(cfg: train.TrainConfig, num_rows: int, step_s: float) -> dict[str, floa
 
 def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dict:
     """What the compiler made: its text `hlo`, `memory` in bytes, `optimal_s`, `compile_s`; or an `error`."""
-    path = None if folder is None else Path(folder) / "programs" / f"{_key(fit, where, sample)}.json.gz"
-    if path is not None and path.exists():
-        return json.loads(gzip.decompress(path.read_bytes()))
     with _mesh(fit.mesh, devices(where)):
         lowered = _lower(fit, fit.data.batch_size, sample)
+        path = None if folder is None else Path(folder) / "programs" / f"{_key(lowered, where)}.json.gz"
+        if path is not None and path.exists():
+            return json.loads(gzip.decompress(path.read_bytes()))
         start = time.perf_counter()
         try:
             compiled = lowered.compile()
@@ -388,24 +384,17 @@ def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dic
     return out
 
 
-def _key(fit: train.TrainConfig, where: Target, sample: bool) -> str:
-    """Digest of all that a program's work depends on: settings, target, versions, and the code that makes it.
+def _key(lowered, where: Target) -> str:
+    """Digest of what the compiler is given: the program's text, the target, and the compiler's version and effort.
 
-    Not the learning-rate schedule, a few scalars: fine-tuning compiles nothing that pre-training has compiled.
+    Not the code or the settings that made the text: only what changes the program compiles it anew.
     """
-    told: list = [where.name, where.kind, where.shape, jax.__version__, __version__]
-    told += [where.slices and SLICES[where.slices].options, *map(config_lib.to_dict, (fit.model, fit.mesh))]
-    told += [fit.data.stage, fit.data.batch_size, jax.config.jax_exec_time_optimization_effort]
-    if sample:
-        told += [SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE]
-    else:
-        told += [fit.data.num_tokens, repr(audio.mel_profile(fit.data.mel_profile)), fit.ema_decay]
-        told += [fit.optim.name, fit.optim.betas, fit.optim.clip_norm, fit.optim.weight_decay]
+    text = lowered.as_text()
+    told = [where.name, where.kind, where.shape, where.slices and SLICES[where.slices].options]
+    told += [jax.__version__, jax.config.jax_exec_time_optimization_effort]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         told.append(importlib.metadata.version("libtpu"))
-    told += [Path(__file__).with_name(f"{name}.py").read_text() for name in _SOURCES]
-    told += [inspect.getsource(function) for function in _FUNCTIONS]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return hashlib.sha256((json.dumps(told) + text).encode()).hexdigest()[:16]
 
 
 def facts(cfg, where: Target, cost: hlo.Cost, needed: float, program: dict, sample: bool) -> dict:
