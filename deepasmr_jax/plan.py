@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from deepasmr_jax import (
-    __version__,
     audio,
     checkpoint,
     files,
