@@ -5,6 +5,7 @@ What: 24 layers of width 1024, 337 M parameters, mel profile cv2 (24 kHz, 50 fra
   accumulation 2 are 240 rows of 767 tokens (1534 frames).
 Command: python -m deepasmr_jax.train --config=configs/flow_pretrain.py --workdir=RUN
   --set=data.data_dirs=FEATURES where FEATURES was made with `data/add_features.py --mel-profile cv2`.
+  The records are at 16 kHz as everywhere here and are resampled: nothing above 8 kHz is learned.
 Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
 Number to see: unmeasured.
 """

@@ -2,7 +2,9 @@
 
 XLA's own cost analysis counts the body of a loop once, whatever its trip count; the stacked layers of a model are
 such a loop. This reader walks the computations from the entry and multiplies by the trip counts that the compiler
-wrote beside its loops. It knows the text of XLA's CPU and TPU backends.
+wrote beside its loops. It knows the text of XLA's CPU and TPU backends, and of the
+GPU's the products (cuBLAS, cuDNN, Triton) by the form in XLA's tests, without the gradients of convolutions: no GPU was
+at hand.
 
 What is counted: FLOPs of matrix products and convolutions (2 per multiply-add, positions outside the input left
 out), as element-wise work runs on another unit; bytes between HBM and the chip, where an instruction reads its
@@ -341,11 +343,11 @@ def _group(attributes: str) -> int:
 
 
 def _product_flops(x: _Instruction, operands: list[_Instruction]) -> float:
-    """FLOPs of a dot or a convolution."""
+    """FLOPs of a dot or a convolution, or of a library's kernel for one."""
     (_, out, _), (_, left, _), (_, right, _) = x.shapes[0], operands[0].shapes[0], operands[1].shapes[0]
-    if x.kind == "dot":
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.rest)
-        summed = [left[int(i)] for i in axes.group(1).split(",") if i] if axes else []
+    if x.kind == "dot" or "__cublas$" in x.rest:
+        axes = re.search(r'lhs_contracting_dim\w*"?[=:][{\[]([^}\]]*)', x.rest)
+        summed = [left[int(i)] for i in re.findall(r"\d+", axes.group(1))] if axes else []
         return 2.0 * math.prod(out) * math.prod(summed)
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.rest).groups()
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", x.rest) or [0, ""])[1]))
@@ -365,12 +367,14 @@ def _product_flops(x: _Instruction, operands: list[_Instruction]) -> float:
 
 
 def _kernel_flops(x: _Instruction, operands: list[_Instruction]) -> float:
-    """FLOPs of a kernel: as it states itself, or those of JAX's splash attention.
+    """FLOPs of a kernel: as it states itself, those of a library's product, or of JAX's splash attention.
 
     Splash attention works on whole blocks; a causal one has a square grid of them, and skips those above the diagonal.
     """
     if stated := re.search(r'"flops"\s*:\s*"?(\d+)', x.rest):
         return float(stated.group(1))
+    if "__cublas$" in x.rest or "__cudnn$convForward" in x.rest:
+        return _product_flops(x, operands)
     found = re.match(r"splash_m[hq]a_(fwd|dkv|dq)", x.name)
     if not found:
         return 0.0

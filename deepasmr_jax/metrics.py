@@ -6,6 +6,7 @@ also to TensorBoard, with sounds and pictures. Names are `area/quantity_unit`: `
 and the seconds of the first are kept apart as `compile_s`.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -17,13 +18,44 @@ from jax.extend import core
 
 from deepasmr_jax import files
 
-# greatest bfloat16 FLOP/s of one device (dense products), by the first words of its name in JAX. TPUs: the tables of
-# chips in docs.cloud.google.com/tpu/docs; GPUs: the makers' data sheets, SXM where there are several forms
-PEAK_FLOPS = {
-    "TPU v4": 275e12, "TPU v4 lite": 137e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12,
-    "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L4": 121e12,
-}  # fmt: skip
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one accelerator reaches at most.
+
+    flops: bfloat16 FLOP/s of dense products. memory_gb, memory_gb_per_s: HBM, in 1e9 bytes. link_gb_per_s: of one
+    interconnect link of a TPU in one direction; of all NVLinks (or the PCIe slot) of a GPU together.
+    """
+
+    flops: float
+    memory_gb: float
+    memory_gb_per_s: float
+    link_gb_per_s: float
+
+
+# By the device's name in JAX, of GPUs by its first words.
+# TPUs: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables of the chips as of 2026: peak, HBM, "bidirectional
+# interconnect bandwidth per chip" (400, 1200, 800 GB/s for v5e, v5p, v6e), which is links x 2 directions: 4 links in
+# a 2-d torus, 6 in a 3-d one. The links of v4: Jouppi et al. (2023), "TPU v4", table 4, six of 50 GB/s.
+# GPUs: NVIDIA's data sheets "A100 Tensor Core GPU" (40 and 80 GB; 600 GB/s of NVLink in both directions), "H100" (SXM;
+# 900), "H200" (SXM and NVL; 900), "DGX B200" (an eighth of 1,440 GB and 64 TB/s; 1,800), "L4" (PCIe gen 4; 64). Of a
+# peak that a sheet states with sparsity, a half.
+CHIPS = {
+    "TPU v4": Chip(275e12, 34.4, 1200, 50),
+    "TPU v5 lite": Chip(197e12, 16, 819, 50),
+    "TPU v5": Chip(459e12, 95, 2765, 100),
+    "TPU v6 lite": Chip(918e12, 32, 1638, 100),
+    "NVIDIA A100": Chip(312e12, 40, 1555, 300),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80, 2039, 300),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 80, 1935, 300),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80, 3350, 450),
+    "NVIDIA H200": Chip(989e12, 141, 4800, 450),
+    "NVIDIA H200 NVL": Chip(835e12, 141, 4800, 450),
+    "NVIDIA B200": Chip(2250e12, 180, 8000, 900),
+    "NVIDIA L4": Chip(121e12, 24, 300, 32),
+}
+_SAME = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
+CHIPS |= {name: CHIPS[same] for name, same in _SAME.items()}
 
 
 class Writer:
@@ -157,11 +189,18 @@ class StepTimer:
 # ---------------------------------------------------------------- FLOPs
 
 
+def chip(device_kind: str) -> Chip | None:
+    """The chip of `CHIPS` with this name in JAX; None for another, such as a CPU."""
+    # of a GPU the first words, up to the end of one: an "NVIDIA L40" is no "NVIDIA L4"
+    rest = lambda name: r"(?!\w).*" if name.startswith("NVIDIA") else ""
+    found = [name for name in CHIPS if re.fullmatch(re.escape(name) + rest(name), device_kind)]
+    return CHIPS[max(found, key=len)] if found else None
+
+
 def peak_flops(device) -> float | None:
-    """Greatest bfloat16 FLOP/s of a device; None if it is not in `PEAK_FLOPS`, such as a CPU."""
-    # up to the end of a word: an "NVIDIA L40" is no "NVIDIA L4"
-    found = [name for name in PEAK_FLOPS if re.match(re.escape(name) + r"(?!\w)", device.device_kind)]
-    return PEAK_FLOPS[max(found, key=len)] if found else None
+    """Greatest bfloat16 FLOP/s of a device; None if it is not in `CHIPS`, such as a CPU."""
+    found = chip(device.device_kind)
+    return None if found is None else found.flops
 
 
 def flops(function, *args) -> float:

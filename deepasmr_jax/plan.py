@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from deepasmr_jax import (
-    __version__,
     audio,
     checkpoint,
     files,
@@ -44,25 +43,21 @@ from deepasmr_jax import config as config_lib
 
 SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW = 64, 128, 512  # LM: 20 s of speech after a prompt of 5 s
 SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 1024, 10, 0.7  # flow: 41 s, prompt included
-# what a program depends on beside its settings: one of other code is compiled anew
-_SOURCES = ("nn", "lm", "flow", "ode", "train", "sharding", "plan", "audio", "checkpoint", "input_pipeline")
+# share of speech in the positions of the language model, the rest being text: the estimate in configs/lm_asmr.py
+LM_SPEECH = 9 / 11
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """One kind of TPU chip.
+class Slices:
+    """How slices of one kind of TPU are wired.
 
-    hbm_gb, hbm_gb_per_s: memory, in 1e9 bytes. link_gb_per_s: of one interconnect link in
-    one direction. shapes: topology of a slice by its number of chips. wraps: an axis closes to a ring if it is this
-    long (2-d) or every axis is a multiple of it (3-d). kind: `device_kind` of JAX. options: for the topology.
+    kind: its name in JAX, as in `metrics.CHIPS`. shapes: topology of a slice by its number of chips. wraps: an axis
+    closes to a ring if it is this long (2-d) or every axis is a multiple of it (3-d). options: for the topology.
     """
 
-    hbm_gb: float
-    hbm_gb_per_s: float
-    link_gb_per_s: float
+    kind: str
     shapes: dict[int, str]
     wraps: int
-    kind: str
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -74,33 +69,41 @@ def _shapes(names: tuple[str, ...]) -> dict[int, str]:
     return {math.prod(map(int, name.split("x"))): name for name in names}
 
 
-# Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, tables of the chips as of 2026: HBM, "bidirectional
-# interconnect bandwidth per chip" (400, 1200, 800 GB/s for v5e, v5p, v6e), which is links x 2 directions: 4 links in
-# a 2-d torus, 6 in a 3-d one. The links of v4: Jouppi et al. (2023), "TPU v4", table 4, six of 50 GB/s. A 2-d slice
-# closes to a ring on an axis of 16, a 3-d one if it is made of whole cubes of 4x4x4.
-CHIPS = {
-    "v4": Chip(34.4, 1200, 50, _shapes(_CUBES), 4, "TPU v4", {"chip_config_name": "megacore"}),
-    "v5e": Chip(16, 819, 50, _shapes(_FLAT), 16, "TPU v5 lite"),
-    "v5p": Chip(95, 2765, 100, _shapes(_CUBES), 4, "TPU v5"),
-    "v6e": Chip(32, 1638, 100, _shapes(_FLAT), 16, "TPU v6 lite"),
+# Source: the pages named at `metrics.CHIPS`. A 2-d slice closes to a ring on an axis of 16, a 3-d one if it is made of
+# whole cubes of 4x4x4
+SLICES = {
+    "v4": Slices("TPU v4", _shapes(_CUBES), 4, {"chip_config_name": "megacore"}),
+    "v5e": Slices("TPU v5 lite", _shapes(_FLAT), 16),
+    "v5p": Slices("TPU v5", _shapes(_CUBES), 4),
+    "v6e": Slices("TPU v6 lite", _shapes(_FLAT), 16),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Where a program is to run: `chips` of a kind of CHIPS, wired as `shape`; this machine if `chip` is None."""
+    """Where a program is to run.
+
+    kind: the chips' name in JAX. slices: their name in SLICES; None is this machine. shape: how TPUs are wired.
+    """
 
     name: str
-    chip: str | None
+    kind: str
     chips: int
+    slices: str | None = None
     shape: str = ""
+
+    @property
+    def chip(self) -> metrics.Chip | None:
+        """What one chip reaches; None if it is not in the table, such as a CPU."""
+        return metrics.chip(self.kind)
 
     @property
     def links(self) -> int:
         """Interconnect links of the chip that has the fewest: one in the corner, where the slice is no torus."""
-        if self.chip is None:
-            return 0
-        sizes, wraps = [int(n) for n in self.shape.split("x")], CHIPS[self.chip].wraps
+        if not self.shape:
+            return 1  # a GPU: all of its links count as one
+        sizes = [int(n) for n in self.shape.split("x")]
+        wraps = next(s.wraps for s in SLICES.values() if s.kind == self.kind)
         if len(sizes) == 3:
             is_ring = [all(n % wraps == 0 for n in sizes)] * 3
         else:
@@ -115,18 +118,20 @@ def target(name: str) -> Target:
         ValueError: on an unknown kind or a number of chips that no slice has.
     """
     if name == "local":
-        return Target(name, None, jax.local_device_count())
+        kind, count = jax.local_devices()[0].device_kind, jax.local_device_count()
+        shape = next((s.shapes.get(count, "") for s in SLICES.values() if s.kind == kind), "")
+        return Target(name, kind, count, shape=shape)
     kind, _, count = name.partition("-")
-    if kind not in CHIPS:
+    if kind not in SLICES:
         raise ValueError(
-            f"target {name!r} is unknown; use local, or one of {', '.join(CHIPS)} with chips: v5e-8"
+            f"target {name!r} is unknown; use local, or one of {', '.join(SLICES)} with chips: v5e-8"
         )
-    shapes = CHIPS[kind].shapes
+    shapes = SLICES[kind].shapes
     if not count.isdigit() or int(count) not in shapes:
         raise ValueError(
             f"target {name!r}: a {kind} slice has {', '.join(map(str, shapes))} chips; write {kind}-8"
         )
-    return Target(name, kind, int(count), shapes[int(count)])
+    return Target(name, SLICES[kind].kind, int(count), kind, shapes[int(count)])
 
 
 def devices(where: Target) -> list:
@@ -135,7 +140,7 @@ def devices(where: Target) -> list:
     Raises:
         ValueError: if libtpu is not installed or does not know the topology.
     """
-    if where.chip is None:
+    if where.slices is None:
         return jax.devices()
     try:
         importlib.metadata.version("libtpu")
@@ -150,17 +155,16 @@ def devices(where: Target) -> list:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     from jax.experimental import topologies
 
-    chip = CHIPS[where.chip]
-    options = dict(chip.options)
+    options = dict(SLICES[where.slices].options)
     if where.chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{where.chip}:{where.shape}", **options
+            platform="tpu", topology_name=f"{where.slices}:{where.shape}", **options
         )
     except Exception as error:  # of the plug-in, of several types
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"libtpu has no topology {where.chip}:{where.shape}: {first}") from error
+        raise ValueError(f"libtpu has no topology {where.slices}:{where.shape}: {first}") from error
     return list(found.devices)
 
 
@@ -229,6 +233,9 @@ def _lower(cfg: train.TrainConfig, num_rows: int, sample: bool):
     """The traced program, for the devices of the current mesh."""
     # the key is made inside: an array cannot be made on devices that are not there
     if not sample:
+        # the rate is a few scalars: with one of one kind, fine-tuning is the program of pre-training
+        rate = dataclasses.replace(cfg.optim, lr=1e-4, schedule="constant", warmup_steps=1)
+        cfg = dataclasses.replace(cfg, optim=rate)
         state = checkpoint.abstract(lambda: train.init(cfg, jax.random.key(cfg.seed)))
         return train.make_step(cfg).lower(state, (batch(cfg.data, num_rows),))
     model_cfg = cfg.model
@@ -311,6 +318,7 @@ def make(
     num_rows = fit.data.batch_size
     out = {
         "target": where.name,
+        "kind": where.kind,
         "chips": where.chips,
         "mesh": "x".join(map(str, dataclasses.astuple(fit.mesh))),
     }
@@ -322,18 +330,39 @@ def make(
     is_decoding = sample and isinstance(fit.model, lm.Config)  # its one open loop runs to the last token
     cost = hlo.count(program["hlo"], SAMPLE_NEW if is_decoding else 1)
     out |= facts(fit, where, cost, needed, program, sample)
-    if "items_per_s" in out:
-        out["days"] = cfg.steps * cfg.data.items_per_batch / out["items_per_s"] / 86400
+    if "bound_s" in out and not sample:
+        out |= days(cfg, num_rows, out["bound_s"])
     return out
+
+
+def days(cfg: train.TrainConfig, num_rows: int, step_s: float) -> dict[str, float]:
+    """How long a run takes if a step takes `step_s`.
+
+    Args:
+        cfg: the run, with its own batch.
+        num_rows: rows of a planned step.
+        step_s: seconds of a planned step.
+
+    Returns:
+        `steps_days`, the config's steps at the planned batch; `data_days`, as many steps as hold the config's data, the
+        same where the batch is; `hours` of speech in that data, prompts and padding included.
+    """
+    speech = cfg.steps * cfg.data.items_per_batch * (LM_SPEECH if cfg.data.stage == "lm" else 1.0)
+    steps_days = cfg.steps * step_s / 86400
+    return {
+        "steps_days": steps_days,
+        "data_days": steps_days * cfg.data.batch_size / num_rows,
+        "hours": speech / audio.TOKEN_RATE / 3600,
+    }
 
 
 def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dict:
     """What the compiler made: its text `hlo`, `memory` in bytes, `optimal_s`, `compile_s`; or an `error`."""
-    path = None if folder is None else Path(folder) / "programs" / f"{_key(fit, where, sample)}.json.gz"
-    if path is not None and path.exists():
-        return json.loads(gzip.decompress(path.read_bytes()))
     with _mesh(fit.mesh, devices(where)):
         lowered = _lower(fit, fit.data.batch_size, sample)
+        path = None if folder is None else Path(folder) / "programs" / f"{_key(lowered, where)}.json.gz"
+        if path is not None and path.exists():
+            return json.loads(gzip.decompress(path.read_bytes()))
         start = time.perf_counter()
         try:
             compiled = lowered.compile()
@@ -354,22 +383,17 @@ def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dic
     return out
 
 
-def _key(fit: train.TrainConfig, where: Target, sample: bool) -> str:
-    """Digest of all that a program's work depends on: settings, target, versions and the code of the models.
+def _key(lowered, where: Target) -> str:
+    """Digest of what the compiler is given: the program's text, the target, and the compiler's version and effort.
 
-    Not the learning-rate schedule, a few scalars: fine-tuning compiles nothing that pre-training has compiled.
+    Not the code or the settings that made the text: only what changes the program compiles it anew.
     """
-    told: list = [where.name, jax.__version__, __version__, *map(config_lib.to_dict, (fit.model, fit.mesh))]
-    told += [fit.data.stage, fit.data.batch_size, jax.config.jax_exec_time_optimization_effort]
-    if sample:
-        told += [SAMPLE_TEXT, SAMPLE_PROMPT, SAMPLE_NEW, SAMPLE_TOKENS, SAMPLE_STEPS, SAMPLE_GUIDANCE]
-    else:
-        told += [fit.data.num_tokens, fit.data.mel_profile, fit.ema_decay]
-        told += [fit.optim.name, fit.optim.betas, fit.optim.clip_norm, fit.optim.weight_decay]
+    text = lowered.as_text()
+    told = [where.name, where.kind, where.shape, where.slices and SLICES[where.slices].options]
+    told += [jax.__version__, jax.config.jax_exec_time_optimization_effort]
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         told.append(importlib.metadata.version("libtpu"))
-    code = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in _SOURCES)
-    return hashlib.sha256(json.dumps(told).encode() + code).hexdigest()[:16]
+    return hashlib.sha256((json.dumps(told) + text).encode()).hexdigest()[:16]
 
 
 def facts(cfg, where: Target, cost: hlo.Cost, needed: float, program: dict, sample: bool) -> dict:
@@ -397,21 +421,21 @@ def facts(cfg, where: Target, cost: hlo.Cost, needed: float, program: dict, samp
     }
     results = memory["output"] - memory["alias"]
     out["memory_gb"] = out["arguments_gb"] + out["temporaries_gb"] + results / 1e9
-    if where.chip is None:
+    chip = where.chip
+    if chip is None:
         return out
-    chip = CHIPS[where.chip]
     received = sum(out["received_gb"].values())
     times = {
-        "compute_s": cost.flops / (metrics.PEAK_FLOPS[chip.kind]),
-        "hbm_s": out["hbm_gb"] / chip.hbm_gb_per_s,
+        "compute_s": cost.flops / chip.flops,
+        "hbm_s": out["hbm_gb"] / chip.memory_gb_per_s,
         "network_s": received / (where.links * chip.link_gb_per_s) if received else 0.0,
     }
     bound = max(times.values())
     out |= times | {
-        "memory_share": out["memory_gb"] / chip.hbm_gb,
+        "memory_share": out["memory_gb"] / chip.memory_gb,
         "bound_s": bound,
         "limit": max(times, key=times.get).removesuffix("_s"),
-        "utilisation": needed / (metrics.PEAK_FLOPS[chip.kind]) / bound,
+        "utilisation": needed / chip.flops / bound,
     }
     if optimal_s is not None and optimal_s >= bound:
         out["xla_s"] = float(optimal_s)
@@ -508,7 +532,7 @@ HEAD = {
     "received": "received GB",
     "times": "ms compute / HBM / network",
     "utilisation": "utilisation at most",
-    "speed": "at best",
+    "speed": "at best: days of the steps / of their data",
 }
 
 
@@ -527,8 +551,8 @@ def cells(row: dict) -> dict[str, str]:
     if "bound_s" in row:
         out["times"] = " / ".join(f"{1000 * row[name]:.3g}" for name in ("compute_s", "hbm_s", "network_s"))
         out["utilisation"] = f"{100 * row['utilisation']:.0f} % ({row['limit']})"
-        if "days" in row:
-            out["speed"] = f"{row['days']:.3g} days"
+        if "hours" in row:
+            out["speed"] = f"{row['steps_days']:.3g} / {row['data_days']:.3g} ({row['hours']:,.0f} h)"
         elif "speech_s_per_s" in row:
             out["speed"] = f"{row['speech_s_per_s']:.3g} s of speech a s"
     return out
@@ -553,52 +577,62 @@ def sentence(row: dict) -> str:
     text = f"memory {c['memory']}, TFLOPs {c['ratio']} needed, HBM {c['traffic']} GB, received GB: {c['received']}"
     if "bound_s" in row:
         text += f"; at least {1000 * row['bound_s']:.3g} ms ({c['times']}), utilisation at most {c['utilisation']}"
-        text += f", {c['speed']}" if c.get("speed") else ""
+        if "hours" in row:
+            text += f", {row['steps_days']:.3g} days for the config's steps at this batch, {row['data_days']:.3g} for "
+            text += f"the config's data ({row['hours']:,.0f} h of speech)"
+        elif c.get("speed"):
+            text += f", {c['speed']}"
         text += f"; XLA's estimate {1000 * row['xla_s']:.3g} ms" if "xla_s" in row else ""
+    else:
+        text += f"; no bound, as the peaks of {row['kind']!r} are not known"
     if row["unknown_loops"]:
         text += f"; loops of unknown length: {row['unknown_loops']}"
     return start + text
 
 
 def plot(rows: list[dict]) -> str:
-    """An SVG picture: bounded utilisation over rows of a chip, a line for each program and target."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+    """An SVG picture of the bounded utilisation: over rows of a chip, and over chips where their number varies."""
+    over_rows: dict[str, list[tuple[float, float]]] = {}
+    over_chips: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if "utilisation" in row:
-            lines.setdefault(f"{row['program']}, {row['target']}", []).append(
-                (row["rows"], row["utilisation"])
-            )
-    left, top, width, height = 60, 20, 420, 280
-    most = max((x for points in lines.values() for x, _ in points), default=1)
-    least = min((x for points in lines.values() for x, _ in points), default=1)
-    span = max(math.log2(most / least), 1e-9)
+            kind = row["target"].rpartition("-")[0] or row["target"]
+            name = f"{row['program']}, {kind}, {row['rows']:g} rows a chip"
+            over_chips.setdefault(name, []).append((row["chips"], row["utilisation"]))
+            name = f"{row['program']}, {row['target']}"
+            over_rows.setdefault(name, []).append((row["rows"], row["utilisation"]))
+    over_chips = {name: points for name, points in over_chips.items() if len(points) > 1}
+    panels, y = [], 0
+    for title, lines in (("rows a chip", over_rows), ("chips", over_chips)):
+        if lines or title == "rows a chip":
+            panel, height = _panel(title, lines, y)
+            panels, y = panels + panel, y + height
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {y}" font-family="sans-serif" font-size="12">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *panels, "</svg>\n"])
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + width * (math.log2(x / least) / span if most > least else 0.5), top + height * (1 - y)
 
-    total = (left + width + 300, max(top + height + 50, top + 20 * len(lines) + 20))
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total[0]} {total[1]}" font-family="sans-serif" '
-        'font-size="12"><rect width="100%" height="100%" fill="white"/>'
-    ]
+def _panel(title: str, lines: dict[str, list[tuple[float, float]]], y: int) -> tuple[list[str], int]:
+    """SVG elements of lines over a logarithmic axis, `y` below the top of the picture; and their height."""
+    left, top, width, height = 60, y + 20, 420, 280
+    values = sorted({x for points in lines.values() for x, _ in points}) or [1]
+    span = math.log2(values[-1] / values[0])
+
+    def place(x: float, share: float) -> tuple[float, float]:
+        return left + width * (math.log2(x / values[0]) / span if span else 0.5), top + height * (1 - share)
+
+    out = []
     for i in range(0, 6):
-        y = place(least, i / 5)[1]
-        out.append(
-            f'<path d="M{left} {y:.1f}h{width}" stroke="#ddd"/><text x="20" y="{y + 4:.1f}">{20 * i} %</text>'
-        )
-    for x in sorted({x for points in lines.values() for x, _ in points}):
-        out.append(
-            f'<text x="{place(x, 0)[0]:.1f}" y="{top + height + 18}" text-anchor="middle">{x:g}</text>'
-        )
-    out.append(
-        f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">rows a chip</text>'
-    )
+        line = top + height * (1 - i / 5)
+        out.append(f'<path d="M{left} {line:.1f}h{width}" stroke="#ddd"/>')
+        out.append(f'<text x="20" y="{line + 4:.1f}">{20 * i} %</text>')
+    middle = 'text-anchor="middle"'
+    out += [f'<text x="{place(x, 0)[0]:.1f}" y="{top + height + 18}" {middle}>{x:g}</text>' for x in values]
+    out.append(f'<text x="{left + width / 2}" y="{top + height + 38}" {middle}>{title}</text>')
     for i, (name, points) in enumerate(lines.items()):
-        colour = f"hsl({360 * i // max(len(lines), 1)},70%,40%)"
+        colour = f"hsl({360 * i // len(lines)},70%,40%)"
         spots = [place(*point) for point in sorted(points)]
-        out.append(
-            f'<polyline fill="none" stroke="{colour}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in spots)}"/>'
-        )
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+        out.append(f'<polyline fill="none" stroke="{colour}" points="{joined}"/>')
         out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
         out.append(f'<text x="{left + width + 15}" y="{top + 20 * i + 12}" fill="{colour}">{name}</text>')
-    return "\n".join([*out, "</svg>\n"])
+    return out, max(height + 70, 20 * len(lines) + 40)

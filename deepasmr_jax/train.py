@@ -113,7 +113,7 @@ class TrainConfig:
     eval_split: str = "valid"
     tensorboard: bool = False  # RUN/tensorboard too, with sounds and pictures; needs tensorboardX
     listen_with: str | None = None  # model folder whose flow and vocoder make LM and flow heard there
-    peak_tflops: float | None = None  # bfloat16, of one device, for the MFU; None: metrics.PEAK_FLOPS
+    peak_tflops: float | None = None  # bfloat16, of one device, for the MFU; None: metrics.CHIPS
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     data_note: str = ""  # what the training data is, for the provenance of the exported model
 

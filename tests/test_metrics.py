@@ -124,4 +124,6 @@ def test_the_peak_of_a_device_goes_by_the_longest_name_that_fits():
     kind = lambda name: metrics.peak_flops(types.SimpleNamespace(device_kind=name))
     assert kind("TPU v5 lite") == 197e12 and kind("TPU v5p") == 459e12 and kind("NVIDIA H200") == 989e12
     assert kind("NVIDIA L4") == 121e12 and kind("NVIDIA A100-SXM4-40GB") == 312e12
-    assert kind("cpu") is kind("NVIDIA L40") is kind("NVIDIA L40S") is None
+    assert kind("cpu") is kind("NVIDIA L40") is kind("NVIDIA L40S") is kind("TPU v4 lite") is None
+    memory = lambda name: metrics.chip(name).memory_gb
+    assert memory("NVIDIA A100-SXM4-40GB") == 40 and memory("NVIDIA A100-SXM4-80GB") == 80
