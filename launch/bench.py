@@ -4,11 +4,13 @@
     python launch/bench.py --size full --only lm flow           true sizes (several GB of memory)
     python launch/bench.py --size tiny --rounds 1               does the script work? (its numbers mean nothing)
 
+    python launch/bench.py --size full --only step                  true-size training steps, on a large GPU
     python launch/bench.py --size full --only loader --seconds 60   threads, then processes
 
 Parts: say (`deepasmr say` with a cold and a warm compilation cache, then a loaded Synthesizer), programs (each program
 of a request: compiled, then read from the cache), lm, hifigan, vocoder, speech_tokenizer, flow (JAX and PyTorch in
-turn, A B A B), train (updates of each stage, JAX only), loader (batches of each stage, and whether memory grows); see
+turn, A B A B), train (updates of each stage, JAX only), step (updates of the language model and of the flow, JAX and
+PyTorch in turn, with the share of the device's peak), loader (batches of each stage, and whether memory grows); see
 docs/speed.md.
 Beside the rows with PyTorch stands the least time that the machine's ceilings allow. Each timing waits for its result;
 the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows.
@@ -38,15 +40,17 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-from deepasmr_jax import config, files, flow, lm, sharding, vocoder, vocoder_istft  # noqa: E402
+from deepasmr_jax import config, files, flow, lm, metrics, sharding, vocoder, vocoder_istft  # noqa: E402
 from deepasmr_jax import speech_tokenizer as s3  # noqa: E402
 
-PARTS = ("say", "programs", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train", "loader")
+PARTS = ("say", "programs", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train", "step", "loader")
 DROPPED = 2  # rounds that compile and warm up
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 STAGES = ("clip_s", "lm_s", "flow_s", "vocoder_s")
 NUM_TEXT, NUM_PROMPT, NUM_NEW = 50, 98, 50  # with the two markers 150 positions before the first new token
 PREFILL, FLOW_FRAMES, VOCODER_S, TOKENIZER_S = 2 + NUM_TEXT + NUM_PROMPT, 500, 5, 10
+# rows of a training step of true size: PyTorch keeps all activations, about 5 and 3 GB a row by their sizes
+STEP_ROWS = {"lm": 8, "flow": 16}
 
 
 def model_config(part: str, size: str):
@@ -135,13 +139,7 @@ class Bench:
             for kind, dtype in DTYPES.items():
                 c = dataclasses.replace(cfg, dtype=dtype)
                 variants[row][f"JAX {kind}"] = lambda run=run, c=c: jax.block_until_ready(run(c))
-            seconds = self.time(variants[row])
-            best = min((v for k, v in seconds.items() if k.startswith("torch")), key=np.median, default=None)
-            for name, own in seconds.items():
-                ratio = (
-                    [a / b for a, b in zip(best, own, strict=True)] if best and name.startswith("JAX") else []
-                )
-                table.append((row, name, *summary(own), *(summary(ratio) if ratio else ("", ""))))
+            table += [(row, *rest) for rest in beside_best(self.time(variants[row]))]
         return table
 
 
@@ -236,6 +234,44 @@ def summary(values: list[float]) -> tuple[float, str]:
     return float(np.median(values)), f"{min(values):.3g} to {max(values):.3g}"
 
 
+def beside_best(seconds: dict[str, list[float]]) -> list[tuple]:
+    """(side, median seconds, range, PyTorch's best / this for a side of JAX, range) of each side."""
+    best = min((v for k, v in seconds.items() if k.startswith("torch")), key=np.median, default=None)
+    rows = []
+    for name, own in seconds.items():
+        ratio = [a / b for a, b in zip(best, own, strict=True)] if best and name.startswith("JAX") else []
+        rows.append((name, *summary(own), *(summary(ratio) if ratio else ("", ""))))
+    return rows
+
+
+def qwen2(cfg: lm.Config):
+    """PyTorch's side of the language model: the settings of transformers for its backbone, speech table and head."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=cfg.num_speech_rows, hidden_size=cfg.width, intermediate_size=cfg.mlp_width,
+        num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
+        num_key_value_heads=cfg.num_kv_heads, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base}, attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+def unett(cfg: flow.Config):
+    """PyTorch's side of the flow: the network of f5-tts.
+
+    Raises:
+        ImportError: if f5-tts is absent.
+    """
+    importlib.metadata.version("f5-tts")
+    from make_flow import reference_class
+
+    return reference_class()(
+        dim=cfg.width, depth=cfg.num_layers, heads=cfg.num_heads, dim_head=cfg.head_dim, ff_mult=cfg.mlp_ratio,
+        mel_dim=cfg.mel_bins * cfg.patch_frames, text_num_embeds=cfg.num_codes, text_dim=cfg.token_width,
+        text_mask_padding=False, pe_attn_head=cfg.rotary_heads, dropout=cfg.dropout,
+    )  # fmt: skip
+
+
 def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
     """Prefill alone, and prefill with new tokens for one row and for eight."""
     rng, size = np.random.default_rng(0), PREFILL + NUM_NEW
@@ -256,14 +292,9 @@ def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
     ours |= {f"LM prefill {PREFILL} + {NUM_NEW} tokens, batch {n}": generate(n) for n in (1, 8)}
 
     def make(dtype, wrap):
-        from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
+        from transformers import Qwen2ForCausalLM, StaticCache
 
-        settings = Qwen2Config(
-            vocab_size=cfg.num_speech_rows, hidden_size=cfg.width, intermediate_size=cfg.mlp_width,
-            num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
-            num_key_value_heads=cfg.num_kv_heads, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base}, attn_implementation="sdpa",
-        )  # fmt: skip
+        settings = qwen2(cfg)
         theirs = Qwen2ForCausalLM(settings).to(bench.device, dtype).eval()
         step = wrap(theirs)  # only the step is compiled
 
@@ -293,15 +324,7 @@ def measure_flow(bench: Bench, cfg: flow.Config) -> list[tuple]:
     inputs = sharding.put(inputs) | {"keys": jax.random.split(jax.random.key(1), 1)}
 
     def make(dtype, wrap):
-        importlib.metadata.version("f5-tts")  # an ImportError if it is absent
-        from make_flow import reference_class
-
-        theirs = reference_class()(
-            dim=cfg.width, depth=cfg.num_layers, heads=cfg.num_heads, dim_head=cfg.head_dim, ff_mult=cfg.mlp_ratio,
-            mel_dim=cfg.mel_bins * cfg.patch_frames, text_num_embeds=cfg.num_codes, text_dim=cfg.token_width,
-            text_mask_padding=False, pe_attn_head=cfg.rotary_heads,
-        )  # fmt: skip
-        torch, network = bench.torch, wrap(theirs.to(bench.device, dtype).eval())
+        torch, network = bench.torch, wrap(unett(cfg).to(bench.device, dtype).eval())
         shape, kind = (1, FLOW_FRAMES // cfg.patch_frames), dict(device=bench.device, dtype=dtype)
         condition, t = torch.randn(*shape, cfg.mel_bins * cfg.patch_frames, **kind), torch.zeros(1, **kind)
         tokens = torch.randint(0, cfg.num_codes, shape, device=bench.device)
@@ -527,12 +550,21 @@ def measure_programs(bench: Bench) -> None:
     bench.table("Programs of one request", names, rows)
 
 
+def updates(cfg, batch: dict[str, np.ndarray]):
+    """A function without arguments that makes one update more of a run, always on this batch."""
+    from deepasmr_jax import train
+
+    update, placed = train.make_step(cfg), (sharding.put(batch),)
+    states = [jax.jit(functools.partial(train.init, cfg))(jax.random.key(0))]
+    return lambda: states.append(jax.block_until_ready(update(states.pop(), placed))[0])
+
+
 def measure_train(bench: Bench) -> None:
     """Updates of each stage on one batch of the tests' noise dataset; batches have one shape whatever is in them."""
     import fixture_data
     from absl import flags
 
-    from deepasmr_jax import input_pipeline, train
+    from deepasmr_jax import input_pipeline
 
     flags.FLAGS.mark_as_parsed()  # Grain reads them
     rows, file = [], "tiny" if bench.args.size == "tiny" else "mini"
@@ -544,15 +576,148 @@ def measure_train(bench: Bench) -> None:
             cfg = config.load(f"{ROOT}/configs/{file}.py:{stage}")
             data = dataclasses.replace(cfg.data, data_dirs=(folder,), languages=(), spell_probability=0.0)
             [batch] = input_pipeline.first_batches(data, 1)
-            update, batch = train.make_step(cfg), (sharding.put(batch),)
-            states = [jax.jit(functools.partial(train.init, cfg))(jax.random.key(0))]
-            step = lambda u=update, b=batch, s=states: s.append(jax.block_until_ready(u(s.pop(), b))[0])
-            [seconds] = bench.time({stage: step}).values()
+            [seconds] = bench.time({stage: updates(cfg, batch)}).values()
             speed = f"{data.items_per_batch / np.median(seconds):,.0f} {data.item}"
             rows.append((stage, str(data.batch_size), *summary(seconds), speed))
     bench.table(
         f"Training, configs/{file}.py, noise", "stage | rows | median s a step | range | per second", rows
     )
+
+
+def step_batch(cfg) -> dict[str, np.ndarray]:
+    """Full rows of noise, keys as in input_pipeline.py: one segment of text and speech, or a prompt and its target."""
+    rng, shape = np.random.default_rng(0), (cfg.data.batch_size, cfg.data.num_tokens)
+    codes, place = rng.integers(0, cfg.model.num_codes, shape), np.broadcast_to(np.arange(shape[1]), shape)
+    if cfg.component == "lm":
+        task = shape[1] // 6  # before it text, after it speech
+        kinds = np.select([place == 0, place < task, place == task], [lm.SOS, lm.TEXT, lm.TASK], lm.SPEECH)
+        tokens = np.where(
+            kinds == lm.SPEECH, codes, np.where(kinds == lm.TEXT, codes % cfg.model.text_vocab, 0)
+        )
+        targets = np.where(place < task, -1, np.roll(codes, -1, axis=1))
+        found = dict(tokens=tokens, kinds=kinds, positions=place, targets=targets)
+        found["segment_ids"] = np.ones(shape)
+        return {name: np.int32(x) for name, x in found.items()}
+    frames = flow.num_frames(cfg.model, shape[1])
+    mel = cfg.model.mel_mean + cfg.model.mel_std * rng.standard_normal((shape[0], frames, cfg.model.mel_bins))
+    counts = dict(num_tokens=np.full(shape[0], shape[1]), prompt_frames=np.full(shape[0], frames // 4))
+    return {"mel": np.float32(mel)} | {k: np.int32(x) for k, x in dict(speech_tokens=codes, **counts).items()}
+
+
+def torch_updates(bench: Bench, cfg, batch: dict[str, np.ndarray]) -> dict:
+    """Functions that make one update in PyTorch: weights in float32, autocast to bfloat16, SDPA, fused Adam.
+
+    The language model is causal over the whole row and its text and speech tables are as ours; the flow averages its
+    weights as ours does. Loss and network are compiled together.
+
+    Raises:
+        ImportError: if a package of PyTorch's side is absent.
+    """
+    torch, model = bench.torch, cfg.model
+    x = {name: torch.tensor(value).to(bench.device) for name, value in batch.items()}
+    if cfg.component == "lm":
+        from transformers import Qwen2ForCausalLM
+
+        net = Qwen2ForCausalLM(qwen2(model))
+        net.text, net.marker = (torch.nn.Embedding(n, model.width) for n in (model.text_vocab, 2))
+        tokens, kinds = x["tokens"].long(), x["kinds"]
+        is_text, is_speech = kinds == lm.TEXT, kinds == lm.SPEECH
+
+        def loss():
+            text, speech = net.text(tokens * is_text), net.get_input_embeddings()(tokens * is_speech)
+            rows = torch.where(is_text[..., None], text, net.marker((kinds == lm.TASK).int()))
+            rows = torch.where(is_speech[..., None], speech, rows)
+            scores = net(inputs_embeds=rows, use_cache=False).logits
+            goals = x["targets"].flatten().long()
+            return torch.nn.functional.cross_entropy(scores.flatten(0, 1).float(), goals, ignore_index=-1)
+    else:
+        net = unett(model)
+        index = torch.tensor(flow.token_index(model, cfg.data.num_tokens), device=bench.device)
+        tokens = x["speech_tokens"].long()[:, index]
+        data = ((x["mel"] - model.mel_mean) / model.mel_std).reshape(*tokens.shape, -1)
+        wanted = (torch.arange(tokens.shape[1], device=bench.device) >= tokens.shape[1] // 4)[:, None]
+
+        def loss():
+            t = torch.rand(len(data), device=bench.device)
+            noise, time = torch.randn_like(data), t[:, None, None]
+            v = net(x=(1 - time) * noise + time * data, cond=data * ~wanted, text=tokens, time=t)
+            return ((v.float() - (data - noise)).square() * wanted).sum() / (
+                wanted.sum() * len(data) * data.shape[-1]
+            )
+
+    net.to(bench.device).train()
+    weights = list(net.parameters())
+    average = [w.detach().clone() for w in weights] if cfg.ema_decay else None
+    adam = torch.optim.Adam(weights, lr=cfg.optim.lr, betas=cfg.optim.betas, eps=cfg.optim.eps, fused=True)
+
+    def update(loss):
+        with torch.autocast(bench.device, torch.bfloat16):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(weights, cfg.optim.clip_norm)
+        adam.step()
+        adam.zero_grad()
+        if average:
+            torch._foreach_lerp_(average, [w.detach() for w in weights], 1 - cfg.ema_decay)
+
+    found = {"torch bf16": functools.partial(update, loss)}
+    if bench.args.compile or bench.device == "cuda":
+        found["torch bf16, compiled"] = functools.partial(update, torch.compile(loss))
+    return found
+
+
+def measure_step(bench: Bench) -> None:
+    """Updates of the language model and of the flow by their configs, beside the same in PyTorch, on one device."""
+    from deepasmr_jax import train
+
+    device, table = jax.local_devices()[0], []
+    peak = metrics.peak_flops(device)
+    if bench.torch is None:
+        bench.find_torch()
+    sharding.make_mesh(devices=[device])
+    for stage in [s for s in STEP_ROWS if s in (bench.args.stages or STEP_ROWS)]:
+        print(f"training {stage} ...", file=sys.stderr, flush=True)
+        full = bench.args.size == "full"
+        name = f"{stage}_pretrain.py" if full else f"{bench.args.size}.py:{stage}"
+        cfg = config.override(config.load(f"{ROOT}/configs/{name}"), *bench.args.set)
+        changes = dict(dtype="bfloat16", activation_dtype="bfloat16")
+        changes |= {"alignment_weight": 0.0} if stage == "lm" else {}
+        rows = bench.args.rows or (STEP_ROWS[stage] if full else cfg.data.batch_size)
+        cfg = dataclasses.replace(
+            cfg,
+            model=dataclasses.replace(cfg.model, **changes),
+            data=dataclasses.replace(cfg.data, batch_size=rows),
+            accumulation=1,
+            mesh=train.Mesh(),
+        )
+        batch, flops = step_batch(cfg), train.step_flops(cfg, None, ())
+        variants = {}
+        if bench.torch:
+            try:
+                variants = torch_updates(bench, cfg, batch)
+            except ImportError as e:
+                bench.add(f"- {stage}: PyTorch's side is left out, {e.name or e} is not installed")
+        seconds = bench.time(variants | {"JAX bf16": updates(cfg, batch)})
+        items = cfg.data.items_per_batch
+        if stage == "flow":
+            items = rows * flow.num_frames(cfg.model, cfg.data.num_tokens)
+        work = f"{stage}, {rows} x {items // rows:,} {'frames' if stage == 'flow' else 'positions'}"
+        for side, median, spread, *ratio in beside_best(seconds):
+            share = f"{100 * flops / (median * peak):.1f} %" if peak else ""
+            table.append((work, side, median, spread, f"{items / median:,.0f}", share, *ratio))
+        if used := (device.memory_stats() or {}).get("peak_bytes_in_use"):
+            bench.add(f"- {stage}: memory of JAX at most {used / 1e9:.1f} GB")
+        if bench.device == "cuda":
+            bench.add(
+                f"- {stage}: memory of PyTorch at most {bench.torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            )
+            del variants
+            bench.torch.cuda.empty_cache()
+    sharding.make_mesh()
+    columns = "step | side | median s | range | items a second | MFU | best PyTorch / this | range"
+    bench.table(f"Training steps of the {bench.args.size} configs beside PyTorch", columns, table)
+    known = f"{peak / 1e12:.0f} TFLOP/s" if peak else "not known, so there is no MFU"
+    bench.add(f"- bfloat16 peak of {device.device_kind}: {known}; FLOPs of a step: three forward passes")
 
 
 def measure_loader(bench: Bench) -> None:
@@ -648,7 +813,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", help="model folder with demo clips for `say`; the built-in one if absent")
     parser.add_argument("--seconds", type=float, default=10, help="of reading, for each row of `loader`")
-    parser.add_argument("--stages", nargs="+", help="of `loader`; all if absent")
+    parser.add_argument("--stages", nargs="+", help="of `loader` and `step`; all if absent")
+    parser.add_argument("--rows", type=int, metavar="N", help="of `step`: rows of a batch")
+    parser.add_argument("--set", nargs="+", default=(), metavar="A.B=VALUE", help="of the configs of `step`")
     parser.add_argument(
         "--workers", nargs="+", type=int, help="of `loader`: processes; 0 and the cores if absent"
     )
@@ -682,6 +849,8 @@ def main(argv: list[str] | None = None) -> None:
         beside_ceilings(bench, chosen, rows)
     if "train" in args.only:
         measure_train(bench)
+    if "step" in args.only:
+        measure_step(bench)
     if "loader" in args.only:
         measure_loader(bench)
     bench.add(f"- load average after: {os.getloadavg()[0]:.2f}")
