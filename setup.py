@@ -69,7 +69,7 @@ setup(
         # speaker judge are skipped without `corpus` and `eval`
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "jiwer>=4,<5", "tensorboardX>=2.6,<3"],
         # only to make tests/golden again
-        "golden": ["torch>=2.6", "s3tokenizer>=0.3", "kaldi-native-fbank>=1.22"],
+        "golden": ["torch>=2.6", "s3tokenizer>=0.3", "kaldi-native-fbank>=1.22", "onnx>=1.17", "einops>=0.8"],
     },
     entry_points={"console_scripts": ["deepasmr=deepasmr_jax.cli:main"]},
 )

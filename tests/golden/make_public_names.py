@@ -2,7 +2,7 @@
 
     python tests/golden/make_public_names.py
 
-Needs what `public_reference.py` needs: torch, transformers, s3tokenizer, and f5-tts as in `make_flow.py`.
+Needs the packages that docs/parity.md installs.
 `names` is JSON of {file: {tensor: shape}}, read off the state dicts of networks built without memory; `toy_names` the
 same of the toy networks, whose weights are `public_weights.state` and whose inputs are in `INPUTS`.
 """
@@ -89,7 +89,7 @@ def main() -> None:
             "e2": reference.e2,
             "hifigan": reference.Generator,
             "discriminators": reference.Discriminators,
-            "resnet": reference.SpeakerResNet,
+            "resnet": reference.wespeaker,
         }
         return next(make for start, make in makers.items() if name.startswith(start))(cfg)
 
@@ -125,7 +125,7 @@ def main() -> None:
             elif name == "discriminators":
                 out |= {f"{name}.{i}": x for i, x in enumerate(net(data["wav"]))}
             else:
-                out[name] = net(data["fbank"])
+                out[name] = net(data["fbank"])[-1]
     texts = {"names": listed["full"], "toy_names": listed["toy"]}
     packed = {k: np.frombuffer(json.dumps(v).encode(), np.uint8) for k, v in texts.items()}
     path = Path(__file__).with_name("public_names.npz")

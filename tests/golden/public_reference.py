@@ -1,10 +1,12 @@
 """The other side of the comparisons by public names: PyTorch networks whose state dicts have those names.
 
-Qwen2, the S3 tokenizer and E2 TTS are the installed packages. HiFi-GAN and the WeSpeaker ResNets are written here
-from their publications; their names come from attribute names and PyTorch's own norms of weights.
-Needs torch; the packages are imported where they are used.
+Most are installed packages. HiFi-GAN with its second kind of block and the discriminators are written here from the
+publication; their names come from attribute names and PyTorch's own norms of weights.
+Needs torch; the packages are imported where they are used, and of those that need far more only the files of a
+network.
 """
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -31,6 +33,17 @@ def load(module: nn.Module, state: dict[str, np.ndarray]) -> nn.Module:
 
 
 # ---------------------------------------------------------------- packages
+
+
+def hollow(package: str, *folders: str) -> None:
+    """Makes files of a package importable without the `__init__` of these folders, which import all of it."""
+    if package in sys.modules:
+        return
+    root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    for folder in (".", *folders):
+        module = types.ModuleType(".".join((package, *Path(folder).parts)))
+        module.__path__ = [str(root / folder)]
+        sys.modules[module.__name__] = module
 
 
 def qwen2(cfg) -> nn.Module:
@@ -116,11 +129,7 @@ def s3_v2(cfg) -> nn.Module:
 
 def e2(cfg) -> nn.Module:
     """`UNetT` of f5-tts in the sizes of a flow.Config, imported without the package around it."""
-    root = Path(importlib.util.find_spec("f5_tts").submodule_search_locations[0])
-    for name in ("model", "model/backbones"):
-        module = types.ModuleType("f5_tts." + name.replace("/", "."))
-        module.__path__ = [str(root / name)]
-        sys.modules[module.__name__] = module
+    hollow("f5_tts", "model", "model/backbones")
     utils = types.ModuleType("f5_tts.model.utils")
     utils.is_package_available = lambda name: False
     sys.modules[utils.__name__] = utils
@@ -140,7 +149,121 @@ def e2(cfg) -> nn.Module:
     )
 
 
-# ---------------------------------------------------------------- HiFi-GAN (Kong et al., 2020)
+def wespeaker(cfg, num_speakers: int = 10) -> nn.Module:
+    """`ResNet` of wespeaker-unofficial in the sizes of a speaker.Config, with the head of training that files have."""
+    hollow("wespeaker", "models")
+    from wespeaker.models.resnet import BasicBlock, Bottleneck, ResNet
+
+    block = Bottleneck if cfg.bottleneck else BasicBlock
+    model = ResNet(block, cfg.repeats, cfg.base_channels, feat_dim=80, embed_dim=cfg.embedding_size)
+    model.projection = nn.Linear(cfg.embedding_size, num_speakers)
+    return model
+
+
+def s3gen(name: str) -> types.ModuleType:
+    """A file of chatterbox-tts's folder `s3gen`, which holds the networks around CosyVoice2's language model."""
+    hollow("chatterbox", "models", "models/s3gen")
+    settings = types.ModuleType("omegaconf")  # for one default value
+    settings.DictConfig = dict
+    sys.modules.setdefault("omegaconf", settings)
+    return importlib.import_module(f"chatterbox.models.s3gen.{name}")
+
+
+def hift() -> nn.Module:
+    """`HiFTGenerator` of chatterbox-tts as CosyVoice2 has it. Its own source of sines is a later one."""
+    return s3gen("hifigan").HiFTGenerator(
+        sampling_rate=24000,
+        upsample_rates=[8, 5, 3],
+        upsample_kernel_sizes=[16, 11, 7],
+        source_resblock_kernel_sizes=[7, 7, 11],
+        source_resblock_dilation_sizes=[[1, 3, 5]] * 3,
+        f0_predictor=s3gen("f0_predictor").ConvRNNF0Predictor(),
+    )
+
+
+class FlowCosyvoice2:
+    """`CausalMaskedDiffWithXvec` of chatterbox-tts as CosyVoice2 has it, for one row without padding at a time."""
+
+    def __init__(self, state: dict[str, np.ndarray], chunk: int):
+        encoder = s3gen("transformer.upsample_encoder").UpsampleConformerEncoder(static_chunk_size=chunk)
+        estimator = s3gen("decoder").ConditionalDecoder(channels=[256])
+        estimator.static_chunk_size = 2 * chunk
+        solver = s3gen("flow_matching").CausalConditionalCFM(estimator=estimator)
+        self.model = load(s3gen("flow").CausalMaskedDiffWithXvec(encoder=encoder, decoder=solver), state)
+        down, up = estimator.down_blocks[0], estimator.up_blocks[0]
+        self.kept = {}
+        for name, net in {
+            "encoder.embed": encoder.embed,
+            "encoder.look_ahead": encoder.pre_lookahead_layer,
+            "encoder.layers": encoder.encoders[-1],
+            "encoder.frames": encoder.up_layer,
+            "encoder.up_embed": encoder.up_embed,
+            "encoder.up_layers": encoder.up_encoders[-1],
+            "encoder.mu": self.model.encoder_proj,
+            "mel": solver,
+            "estimator.time": estimator.time_mlp,
+            "estimator.down_resnet": down[0],
+            "estimator.down": down[1][-1],
+            "estimator.down_conv": down[2],
+            "estimator.middle": estimator.mid_blocks[-1][1][-1],
+            "estimator.up": up[2],
+            "estimator.velocity": estimator.final_proj,
+        }.items():
+            net.register_forward_hook(functools.partial(self.keep, name))
+
+    def keep(self, name: str, _, __, out) -> None:
+        """Notes the first row of an output, time first."""
+        out = (out[0] if isinstance(out, tuple) else out)[0]
+        last = ("frames", "mel", "down_resnet", "down_conv", "up", "velocity")  # these have time last
+        self.kept[name] = out.T if name.split(".")[-1] in last else out
+
+    @torch.inference_mode()
+    def __call__(self, data: dict[str, np.ndarray], row: int) -> dict[str, torch.Tensor]:
+        """All groups of one row, as `reference` of make_flow_cosyvoice2.py takes and names them."""
+        n, prompt = int(data["num_tokens"][row]), int(data["prompt_frames"][row])
+        at = {name: torch.tensor(x[row])[None] for name, x in data.items() if name != "noise"}
+        first, rest = at["tokens"][:, :n].split([prompt // 2, n - prompt // 2], dim=1)
+        self.model.inference(
+            token=rest,
+            token_len=torch.tensor([rest.shape[1]]),
+            prompt_token=first,
+            prompt_token_len=torch.tensor([first.shape[1]]),
+            prompt_feat=at["prompt_mel"][:, :prompt],
+            prompt_feat_len=None,
+            embedding=at["speaker"],
+            finalize=True,
+            noised_mels=torch.tensor(data["noise"][: 2 * n]).T[None],
+        )
+        x, mu, condition = (at[name][:, : 2 * n].mT.clone() for name in ("x", "mu", "prompt_mel"))
+        condition[..., prompt:] = 0
+        mask = torch.ones(1, 1, 2 * n)
+        self.model.decoder.estimator(x, mask, mu, at["t"], at["voice"], condition)
+        return dict(self.kept)
+
+
+def hifigan(cfg) -> nn.Module:
+    """`SpeechT5HifiGan` of transformers in the sizes of a vocoder.Config, under the public names; takes [B, T, 80]."""
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    model = SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(
+            model_in_dim=80,
+            upsample_initial_channel=cfg.initial_channels,
+            upsample_rates=cfg.upsample_rates,
+            upsample_kernel_sizes=cfg.upsample_kernels,
+            resblock_kernel_sizes=cfg.residual_kernels,
+            resblock_dilation_sizes=cfg.residual_dilations,
+            normalize_before=False,
+        )
+    )
+    del model.mean, model.scale  # of its input, which it does not norm
+    model.ups = model._modules.pop("upsampler")
+    object.__setattr__(
+        model, "upsampler", model.ups
+    )  # where the forward pass looks; no second name in the state
+    for conv in [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]:
+        weight_norm(conv)
+    return model
 
 
 def weight_norm(module: nn.Module) -> nn.Module:
@@ -148,6 +271,9 @@ def weight_norm(module: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return nn.utils.weight_norm(module)
+
+
+# ---------------------------------------------------------------- HiFi-GAN (Kong et al., 2020)
 
 
 class Residual(nn.Module):
@@ -261,61 +387,3 @@ class Discriminators(nn.Module):
             scores.append(d(wav))
             wav = F.avg_pool1d(wav, 4, 2, padding=2)
         return scores
-
-
-# ---------------------------------------------------------------- WeSpeaker ResNet
-
-
-class ResidualImage(nn.Module):
-    """Basic (3x3, 3x3) or bottleneck (1x1, 3x3, 1x1) block; the first 3x3 has the stride."""
-
-    def __init__(self, num_in: int, num_inner: int, stride: int, is_bottleneck: bool):
-        super().__init__()
-        num_out = num_inner * (4 if is_bottleneck else 1)
-        plan = (
-            [(num_in, num_inner, 1, 1), (num_inner, num_inner, 3, stride), (num_inner, num_out, 1, 1)]
-            if is_bottleneck
-            else [(num_in, num_inner, 3, stride), (num_inner, num_out, 3, 1)]
-        )
-        self.count = len(plan)
-        for i, (a, b, size, step) in enumerate(plan, 1):
-            setattr(self, f"conv{i}", nn.Conv2d(a, b, size, step, padding=size // 2, bias=False))
-            setattr(self, f"bn{i}", nn.BatchNorm2d(b))
-        self.shortcut = nn.Sequential()
-        if stride != 1 or num_in != num_out:
-            self.shortcut.append(nn.Conv2d(num_in, num_out, 1, stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(num_out))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x
-        for i in range(1, self.count + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            if i < self.count:
-                y = F.relu(y)
-        return F.relu(y + self.shortcut(x))
-
-
-class SpeakerResNet(nn.Module):
-    """The ResNet of a speaker.Config, with the head of its training as the files have it."""
-
-    def __init__(self, cfg, num_speakers: int = 10):
-        super().__init__()
-        width = cfg.base_channels
-        self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        for i, repeats in enumerate(cfg.repeats):
-            inner, blocks = cfg.base_channels * 2**i, []
-            for j in range(repeats):
-                blocks.append(ResidualImage(width, inner, 2 if i and not j else 1, cfg.bottleneck))
-                width = inner * (4 if cfg.bottleneck else 1)
-            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
-        self.seg_1 = nn.Linear(2 * width * 10, cfg.embedding_size)
-        self.projection = nn.Linear(cfg.embedding_size, num_speakers)
-
-    def forward(self, fbank: torch.Tensor) -> torch.Tensor:
-        """[B, T, 80] to [B, E]."""
-        x = F.relu(self.bn1(self.conv1(fbank.transpose(1, 2)[:, None])))
-        for i in range(1, 5):
-            x = getattr(self, f"layer{i}")(x)
-        deviation = torch.sqrt(x.var(dim=-1, unbiased=True) + 1e-7)
-        return self.seg_1(torch.cat([x.mean(dim=-1).flatten(1), deviation.flatten(1)], dim=1))
