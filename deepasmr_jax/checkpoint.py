@@ -370,9 +370,9 @@ def read_arrays(path, sha256: str | None = None) -> dict[str, np.ndarray]:
     return dict(weight_files.read(path))
 
 
-def strictest(licences) -> str:
-    """The strictest of some licences, by the order of `LICENCES`; an unknown one is stricter than all."""
-    return max(licences, key=lambda x: LICENCES.index(x) if x in LICENCES else len(LICENCES))
+def strictest(stated) -> str:
+    """The strictest of one or more licences, by the order of `LICENCES`; an unknown one is stricter than all."""
+    return max(stated, key=lambda x: LICENCES.index(x) if x in LICENCES else len(LICENCES))
 
 
 def licences(values: dict) -> dict[str, str]:
@@ -382,7 +382,8 @@ def licences(values: dict) -> dict[str, str]:
 
 
 def set_licence(values: dict) -> None:
-    """Puts the strictest licence of the parts on top of the values of a config.json, if any part states one."""
+    """Puts the strictest licence of the parts on top of the values of a config.json; none if no part states one."""
+    values.pop("licence", None)
     if stated := licences(values).values():
         values["licence"] = strictest(stated)
 

@@ -310,7 +310,8 @@ def _demo(args) -> None:
     document = page.demo("DeepASMR in JAX: a demonstration", notice, parts, settings, road)
     files.write_text(folder / "index.html", document)
     print(_table(lines))
-    print(f"\n{notice} {_ROAD_IN_README * bool(road)}\n\nListen: {(folder / 'index.html').resolve()}")
+    print("", " ".join([notice] + [_ROAD_IN_README] * bool(road)), sep="\n")
+    print(f"\nListen: {(folder / 'index.html').resolve()}")
 
 
 def _batch(args) -> int:
@@ -411,6 +412,8 @@ def _pool_add(args) -> None:
 
 def _save_pool(synthesizer, made, path: Path) -> None:
     """Writes a pool file; where it is the model's own, config.json learns of it."""
+    if _is_built_in(path.parent):
+        raise ValueError(f"{path} is part of the package; name another file")
     if path.resolve() == (synthesizer.folder / request.POOL_FILE).resolve():
         synthesizer.keep_pool(made)
     else:

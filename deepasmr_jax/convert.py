@@ -122,7 +122,7 @@ class Found:
     def check_whole(self) -> None:
         """ValueError if the file is not whole: some names, and how to see all."""
         if problems := self.problems(SHOWN):
-            rest = "" if problems == self.problems() else f"; `deepasmr doctor {self.path.parent}` names all"
+            rest = f"; `deepasmr doctor {self.path.parent}` names all" if " more" in problems else ""
             raise ValueError(f"{self.path} is not whole: {problems}; fetch it again{rest}")
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -591,7 +591,8 @@ def recognise(path: str | os.PathLike) -> Found:
         return Found(path, kind, prepared, kind.config(prepared, *settings))
     except SettingsError as e:
         raise SettingsError(
-            f"the config.json beside {path} does not fit it: {e}; fetch both again, or give another vocoder"
+            f"the config.json beside {path} does not fit it: {e}; fetch both again, or move config.json "
+            "away if it is another model's"
         ) from None
     except _BENT as e:
         raise ValueError(f"{path} looks like a {kind.name}, but is not whole ({e}); fetch it again") from None
@@ -605,7 +606,7 @@ def _settings_beside(path: Path) -> dict | None:
     values = _json(beside)
     if not values:
         raise SettingsError(f"{beside}, which says the rates of {path.name}, is damaged; fetch it again")
-    return values if {*_HIFIGAN_SIZES, *_HIFIGAN_MEL} & set(values) else None
+    return values if len({*_HIFIGAN_SIZES, *_HIFIGAN_MEL} & set(values)) > 2 else None
 
 
 def _weights(tree: Mapping) -> Mapping:

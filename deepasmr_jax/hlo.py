@@ -2,9 +2,8 @@
 
 XLA's own cost analysis counts the body of a loop once, whatever its trip count; the stacked layers of a model are
 such a loop. This reader walks the computations from the entry and multiplies by the trip counts that the compiler
-wrote beside its loops. It knows the text of XLA's CPU and TPU backends, and of the
-GPU's the products (cuBLAS, cuDNN, Triton) by the form in XLA's tests, without the gradients of convolutions: no GPU was
-at hand.
+wrote beside its loops. It knows the text of XLA's CPU and TPU backends; of the GPU's only products (cuBLAS, cuDNN,
+Triton), by the form in XLA's tests, without the gradients of convolutions, and untried on a GPU.
 
 What is counted: FLOPs of matrix products and convolutions (2 per multiply-add, positions outside the input left
 out), as element-wise work runs on another unit; bytes between HBM and the chip, where an instruction reads its

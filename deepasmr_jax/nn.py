@@ -700,7 +700,10 @@ def ctc(logits: jax.Array, lengths: jax.Array, labels: jax.Array, label_lengths:
 
 
 def ctc_fits(lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
-    """[B] bool: rows with labels that `ctc` can align: a position for each, and a blank between two equal ones."""
+    """[B] bool: rows with labels that `ctc` can align: a position for each, and a blank between two equal ones.
+
+    Args: as of `ctc`; `lengths` are those of the logits.
+    """
     inside = length_mask(label_lengths, labels.shape[1])[:, 1:]
     repeats = jnp.sum((labels[:, 1:] == labels[:, :-1]) & inside, axis=1)
     is_whole = (label_lengths > 0) & (label_lengths <= labels.shape[1])

@@ -1,10 +1,10 @@
-"""Plan before you rent: memory, FLOPs, traffic and the time they allow, of a step on TPU chips that are not there.
+"""Plan before you rent: memory, FLOPs, traffic and the time they allow, of a step on chips that are not there.
 
 The true program is compiled ahead of time for a named TPU topology (the `libtpu` package brings the compiler; no
-TPU is needed) or for this machine. What it does is counted from its text (`hlo.py`), what it needs is given by the
-compiler, and what the model needs by the formulas of `lm` and `flow`. The largest of FLOPs over peak, HBM bytes over
-bandwidth and received bytes over interconnect bandwidth is a bound: the step takes at least that long. These are
-bounds from a compiler, not measurements; a chip reaches less.
+TPU is needed) or for this machine, of which GPUs have a bound too (`metrics.CHIPS`). What it does is counted from its
+text (`hlo.py`), what it needs is given by the compiler, and what the model needs by the formulas of `lm` and `flow`.
+The largest of FLOPs over peak, HBM bytes over bandwidth and received bytes over interconnect bandwidth is a bound: the
+step takes at least that long. These are bounds from a compiler, not measurements; a chip reaches less.
 
 Programs: the train step of a config, or (`sample`) one batch of sampling with its model: `lm.generate` on a text of
 64 symbols, a prompt of 128 speech tokens and 512 new ones, `flow.sample` of 1024 tokens with 10 guided steps.
@@ -101,7 +101,7 @@ class Target:
     def links(self) -> int:
         """Interconnect links of the chip that has the fewest: one in the corner, where the slice is no torus."""
         if not self.shape:
-            return 1  # a GPU: all of its links count as one
+            return 1  # a GPU: all of its links count as one (`target` gives every TPU a shape)
         sizes = [int(n) for n in self.shape.split("x")]
         wraps = next(s.wraps for s in SLICES.values() if s.kind == self.kind)
         if len(sizes) == 3:
@@ -119,8 +119,12 @@ def target(name: str) -> Target:
     """
     if name == "local":
         kind, count = jax.local_devices()[0].device_kind, jax.local_device_count()
-        shape = next((s.shapes.get(count, "") for s in SLICES.values() if s.kind == kind), "")
-        return Target(name, kind, count, shape=shape)
+        shapes = next((s.shapes for s in SLICES.values() if s.kind == kind), {count: ""})
+        if count not in shapes:
+            raise ValueError(
+                f"this machine has {count} chips of {kind}, which is no slice; plan for {name}-8 and the like"
+            )
+        return Target(name, kind, count, shape=shapes[count])
     kind, _, count = name.partition("-")
     if kind not in SLICES:
         raise ValueError(
@@ -384,15 +388,17 @@ def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dic
 
 
 def _key(lowered, where: Target) -> str:
-    """Digest of what the compiler is given: the program's text, the target, and the compiler's version and effort.
+    """Digest of what the compiler is given: the program's text, the target, its versions, flags and effort.
 
     Not the code or the settings that made the text: only what changes the program compiles it anew.
     """
     text = lowered.as_text()
     told = [where.name, where.kind, where.shape, where.slices and SLICES[where.slices].options]
-    told += [jax.__version__, jax.config.jax_exec_time_optimization_effort]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        told.append(importlib.metadata.version("libtpu"))
+    told += [jax.config.jax_exec_time_optimization_effort]
+    told += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    for package in ("jax", "jaxlib", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            told.append(f"{package} {importlib.metadata.version(package)}")
     return hashlib.sha256((json.dumps(told) + text).encode()).hexdigest()[:16]
 
 

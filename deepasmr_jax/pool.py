@@ -70,7 +70,10 @@ class Entry:
     @property
     def licence(self) -> str:
         """As stated, or that of the engine that spoke it; "" if neither is known."""
-        engine = "" if self.is_real else self.attributes.get("engine", "")
+        of_engine = (
+            not self.is_real and "task_prompt_from" not in self.provenance
+        )  # a model's speech has two sources
+        engine = self.attributes.get("engine", "") if of_engine else ""
         return self.provenance.get("licence") or ENGINE_LICENCES.get(engine, "")
 
 

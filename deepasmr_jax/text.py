@@ -476,7 +476,11 @@ class MiniTokenizer:
         return np.array([self._ids[s] for s in self._known(symbols, language)], np.int32)
 
     def heard(self, text: str, language: str) -> np.ndarray:
-        """`encode` without language mark, separators and punctuation: the sounds that a recording of the text has."""
+        """`encode` without language mark, separators and punctuation: the sounds that a recording of the text has.
+
+        [N] int32, empty if the text has none. The table of symbols begins with those that are no sounds. Raises as
+        `encode`.
+        """
         ids = self.encode(text, language)
         return ids[ids > self._ids[PUNCTUATION[-1]]]
 

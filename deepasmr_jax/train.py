@@ -407,12 +407,14 @@ def origin(cfg: TrainConfig) -> dict:
     folder = Path(cfg.init_from)
     if _is_model(folder):
         stated = checkpoint.read_config(folder).get("provenance", {})
-        of_all = {"licence": stated["licence"]} if isinstance(stated.get("licence"), str) else {}
-        found = of_all | stated.get(cfg.component, {})
+        terms, own = stated.get("licence"), stated.get(cfg.component)
+        # the name of a licence is ranked with others (`checkpoint.strictest`), a sentence about several is kept as one
+        of_all = {"licence" if terms in checkpoint.LICENCES else "licences": terms} if terms else {}
+        found = of_all | (own if isinstance(own, dict) else {})
     else:
         path = folder / STARTED_FROM
         found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return {key: found[key] for key in ("source", "sha256", "is", "licence") if key in found}
+    return {key: found[key] for key in ("source", "sha256", "is", "licence", "licences") if key in found}
 
 
 def _is_model(folder: Path) -> bool:

@@ -706,13 +706,14 @@ def measure_step(bench: Bench) -> None:
             share = f"{100 * flops / (median * peak):.1f} %" if peak else ""
             table.append((work, side, median, spread, f"{items / median:,.0f}", share, *ratio))
         if used := (device.memory_stats() or {}).get("peak_bytes_in_use"):
-            bench.add(f"- {stage}: memory of JAX at most {used / 1e9:.1f} GB")
+            bench.add(f"- {stage}: memory of JAX at most {used / 1e9:.1f} GB, the stages before it included")
         if bench.device == "cuda":
             bench.add(
                 f"- {stage}: memory of PyTorch at most {bench.torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
             )
             del variants
             bench.torch.cuda.empty_cache()
+            bench.torch.cuda.reset_peak_memory_stats()
     sharding.make_mesh()
     columns = "step | side | median s | range | items a second | MFU | best PyTorch / this | range"
     bench.table(f"Training steps of the {bench.args.size} configs beside PyTorch", columns, table)

@@ -192,6 +192,8 @@ def main() -> int:
     args = parser.parse_args()
     Path(args.out).mkdir(parents=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(args.out).absolute() / "cache"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     tell = lambda kill: print(json.dumps(kill), flush=True)
     kills, wrong = kill_often(Path(args.out).absolute(), args.kills, args.steps, args.seed, tell, 3600)
     num_saves = sum(k["during_a_save"] for k in kills)

@@ -487,7 +487,10 @@ def abstract_batch(cfg):
         if data.stage == "speaker":
             shapes["speaker_index"] = ((), jnp.int32)
         elif data.stage == "speech_tokenizer" and data.labels == "text":
-            shapes |= {"text_ids": ((data.num_samples // 640,), jnp.int32), "text_lengths": ((), jnp.int32)}
+            shapes |= {
+                "text_ids": ((data.num_samples // (2 * input_pipeline.LABEL_SAMPLES),), jnp.int32),
+                "text_lengths": ((), jnp.int32),
+            }
         elif data.stage == "speech_tokenizer":
             size = (data.num_samples // input_pipeline.LABEL_SAMPLES,)
             shapes |= {name: (size, jnp.int32) for name in ("phones", "f0_class")}
