@@ -166,8 +166,10 @@ def test_ten_steps_need_one_compilation(folder):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
-@pytest.mark.parametrize("stage", ["lm", "flow"])
+# loss and gradient of the flow on each mesh: test_flow.py
+@pytest.mark.parametrize(
+    "stage, sizes", [*(("lm", sizes) for sizes in ((1, 8, 1), (2, 4, 1), (2, 2, 2))), ("flow", (2, 2, 2))]
+)
 def test_another_mesh_gives_the_same_losses(folder, stage, sizes):
     cfg = tiny(folder, stage)
     host = input_pipeline.first_batches(cfg.data, 2)

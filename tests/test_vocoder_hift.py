@@ -128,8 +128,12 @@ def test_every_layer_group_equals_the_reference():
     assert set(ours) == set(golden)
     assert ours["wav"].shape == (1, 3 * 480) and ours["stage_2"].shape == (1, 3 * 120 + 1, 4)
     assert np.min(golden["f0"]) > 80 and np.std(golden["wav"]) > 0.005 and np.std(golden["source"]) > 0.1
-    for name, want in golden.items():  # float32 against float64
-        np.testing.assert_allclose(ours[name], want, atol=1e-4 * np.max(np.abs(want)), err_msg=name)
+    for (
+        name,
+        want,
+    ) in golden.items():  # float32 against float64; a sine of a large phase carries its rounding on
+        near = 3e-4 if name == "phase" else 1e-4
+        np.testing.assert_allclose(ours[name], want, atol=near * np.max(np.abs(want)), err_msg=name)
     f0 = vocoder_hift.f0(named(TINY, 1), TINY, mel)
     np.testing.assert_allclose(f0, golden["f0"], rtol=1e-6)
 
