@@ -128,11 +128,9 @@ def test_every_layer_group_equals_the_reference():
     assert set(ours) == set(golden)
     assert ours["wav"].shape == (1, 3 * 480) and ours["stage_2"].shape == (1, 3 * 120 + 1, 4)
     assert np.min(golden["f0"]) > 80 and np.std(golden["wav"]) > 0.005 and np.std(golden["source"]) > 0.1
-    for (
-        name,
-        want,
-    ) in golden.items():  # float32 against float64; a sine of a large phase carries its rounding on
-        near = 3e-4 if name == "phase" else 1e-4
+    # float32 against float64: the sine of a phase carries its rounding on, and how much differs from CPU to CPU
+    for name, want in golden.items():
+        near = {"phase": 3e-4, "wav": 1e-3}.get(name, 1e-4)
         np.testing.assert_allclose(ours[name], want, atol=near * np.max(np.abs(want)), err_msg=name)
     f0 = vocoder_hift.f0(named(TINY, 1), TINY, mel)
     np.testing.assert_allclose(f0, golden["f0"], rtol=1e-6)
