@@ -8,6 +8,7 @@ network.
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -113,11 +114,8 @@ def s3_v2(cfg) -> nn.Module:
     Version 0.3.0 has eps 1e-5 in both norms of a block; its earlier releases and the released graph have 1e-6 in
     the first one, which is set here.
     """
-    for name in ("onnx", "torchaudio"):  # imported by the package, used only to read files
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            sys.modules[name] = types.ModuleType(name)
+    placeholder("onnx")
+    placeholder("torchaudio")
     from s3tokenizer.model_v2 import ModelConfig, S3TokenizerV2
 
     sizes = ModelConfig(cfg.num_mels, 1500, cfg.width, cfg.num_heads, cfg.num_blocks)
@@ -133,7 +131,7 @@ def e2(cfg) -> nn.Module:
     utils = types.ModuleType("f5_tts.model.utils")
     utils.is_package_available = lambda name: False
     sys.modules[utils.__name__] = utils
-    sys.modules.setdefault("torchaudio", types.ModuleType("torchaudio"))
+    placeholder("torchaudio")
     from f5_tts.model.backbones.unett import UNetT
 
     return UNetT(
@@ -147,6 +145,16 @@ def e2(cfg) -> nn.Module:
         text_mask_padding=False,
         pe_attn_head=cfg.rotary_heads,
     )
+
+
+def placeholder(name: str, **attributes) -> None:
+    """Puts an empty module in the place of one that is imported, and not used by a network, unless it is installed."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # others look for it
+        vars(module).update(attributes)
 
 
 def wespeaker(cfg, num_speakers: int = 10) -> nn.Module:
@@ -163,9 +171,7 @@ def wespeaker(cfg, num_speakers: int = 10) -> nn.Module:
 def s3gen(name: str) -> types.ModuleType:
     """A file of chatterbox-tts's folder `s3gen`, which holds the networks around CosyVoice2's language model."""
     hollow("chatterbox", "models", "models/s3gen")
-    settings = types.ModuleType("omegaconf")  # for one default value
-    settings.DictConfig = dict
-    sys.modules.setdefault("omegaconf", settings)
+    placeholder("omegaconf", DictConfig=dict)  # for one default value
     return importlib.import_module(f"chatterbox.models.s3gen.{name}")
 
 
