@@ -59,7 +59,7 @@ SETTINGS = {
     },
     "provenance": {
         "data": "synthetic speech only (data/synthetic.py): flite and espeak-ng read, WORLD whispers",
-        "licence": "Apache-2.0; the Mandarin and 6.7 % of the English training speech come from espeak-ng (GPL-3)",
+        "licences": "Apache-2.0; the Mandarin and 6.7 % of the English training speech come from espeak-ng (GPL-3)",
     },
 }
 

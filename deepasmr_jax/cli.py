@@ -56,7 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     gc.set_threshold(200_000, 20, 20)
     args = _parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads the lines, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, MemoryError) as e:
         print(f"deepasmr: {_sentence(e)}", file=sys.stderr)
         return 2
@@ -336,6 +341,10 @@ def _batch(args) -> int:
 
 
 def _evaluate(args) -> None:
+    if not Path(args.folder).is_dir():
+        raise ValueError(
+            f"there is no folder {args.folder}, and so no results.jsonl; give one that the batch command wrote"
+        )
     from deepasmr_jax import evaluate, judges
 
     similarity = judges.SimilarityJudge(args.speaker) if args.speaker else None

@@ -407,10 +407,8 @@ def origin(cfg: TrainConfig) -> dict:
     folder = Path(cfg.init_from)
     if _is_model(folder):
         stated = checkpoint.read_config(folder).get("provenance", {})
-        terms, own = stated.get("licence"), stated.get(cfg.component)
-        # the name of a licence is ranked with others (`checkpoint.strictest`), a sentence about several is kept as one
-        of_all = {"licence" if terms in checkpoint.LICENCES else "licences": terms} if terms else {}
-        found = of_all | (own if isinstance(own, dict) else {})
+        own = stated.get(cfg.component)
+        found = stated | (own if isinstance(own, dict) else {})
     else:
         path = folder / STARTED_FROM
         found = json.loads(path.read_text("utf-8")) if path.is_file() else {}

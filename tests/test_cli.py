@@ -386,3 +386,9 @@ def test_info_reads_a_folder_that_holds_one_component_only(tmp_path, capsys):
     assert cli.main(["info", "--model", str(tmp_path)]) == 0
     assert f"lonely in {tmp_path}: ? Hz, mel profile ?" in (out := capsys.readouterr().out)
     assert "languages" not in out
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = f"{sys.executable} -m deepasmr_jax.cli pool list | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("name") and "pipe" not in done.stderr.lower(), done.stderr
