@@ -366,11 +366,8 @@ def _evaluate(args) -> None:
 
 def _pool_build(args) -> None:
     if args.out is None:
-        folder = _check_model(args)
-        if _is_built_in(folder):
-            raise ValueError("the built-in model's pool is part of the package; name another file with --out")
-        args.out = folder / request.POOL_FILE
-    out = request.check_output(args.out, (".safetensors",))
+        args.out = _check_model(args) / request.POOL_FILE
+    out = _pool_output(args.out)
     seed = request.check_seed(args.seed)
     _check_model(args)
     if (args.source is None) == (args.normal is None):
@@ -408,7 +405,7 @@ def _pool_build(args) -> None:
 
 
 def _pool_add(args) -> None:
-    target = request.check_output(args.to, (".safetensors",))
+    target = _pool_output(args.to)
     recordings = _recordings(args)
     _check_model(args)
     from deepasmr_jax import synthesis
@@ -419,10 +416,17 @@ def _pool_add(args) -> None:
     print(f"{target}: {len(recordings)} added, {len(new)} entries in all")
 
 
+def _pool_output(path) -> Path:
+    """The pool file to write; ValueError if it cannot be written or is the built-in model's."""
+    if _is_built_in(Path(path).parent):
+        raise ValueError(
+            f"{path}, the built-in model's pool, is part of the package; name another file with --out (build) or --to (add)"
+        )
+    return request.check_output(path, (".safetensors",))
+
+
 def _save_pool(synthesizer, made, path: Path) -> None:
     """Writes a pool file; where it is the model's own, config.json learns of it."""
-    if _is_built_in(path.parent):
-        raise ValueError(f"{path} is part of the package; name another file")
     if path.resolve() == (synthesizer.folder / request.POOL_FILE).resolve():
         synthesizer.keep_pool(made)
     else:

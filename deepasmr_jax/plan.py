@@ -122,7 +122,7 @@ def target(name: str) -> Target:
         shapes = next((s.shapes for s in SLICES.values() if s.kind == kind), {count: ""})
         if count not in shapes:
             raise ValueError(
-                f"this machine has {count} chips of {kind}, which is no slice; plan for {name}-8 and the like"
+                f"this machine has {count} chips of {kind}, which is no slice; name one, such as v5e-8"
             )
         return Target(name, kind, count, shape=shapes[count])
     kind, _, count = name.partition("-")

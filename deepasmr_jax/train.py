@@ -729,9 +729,8 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
             measure(step)
         folder = Path(export) if export is not None else workdir / "export"
         begun = workdir / STARTED_FROM
-        made_from = (
-            json.loads(begun.read_text("utf-8")) if begun.is_file() else origin(cfg)
-        )  # older runs have none
+        # runs of older versions have no such file
+        made_from = json.loads(begun.read_text("utf-8")) if begun.is_file() else origin(cfg)
         export_state(cfg, state, folder, step, made_from)
         writer.close()
         data.close()

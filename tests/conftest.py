@@ -10,9 +10,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # most of the time of these small programs is compilation: the first flag halves it, the second saves another third
 FLAGS = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith(
-    "0.10."
-):  # a flag that a version does not know ends the process
+# a flag that a version does not know ends the process
+if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 # Both workers and every process that a test starts share what one of them has compiled: a run that is resumed, or the
