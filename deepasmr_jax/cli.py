@@ -420,7 +420,7 @@ def _pool_output(path) -> Path:
     """The pool file to write; ValueError if it cannot be written or is the built-in model's."""
     if _is_built_in(Path(path).parent):
         raise ValueError(
-            f"{path}, the built-in model's pool, is part of the package; name another file with --out (build) or --to (add)"
+            f"{path}, the built-in model's pool, is part of the package; name another file (--out, or --to)"
         )
     return request.check_output(path, (".safetensors",))
 
