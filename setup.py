@@ -37,8 +37,8 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.12"],
-        # the TPU compiler without a TPU, for `deepasmr plan`; 0.0.42 is the one of jax 0.10
-        "plan": ["libtpu>=0.0.42"],
+        # the TPU compiler without a TPU, for `deepasmr plan`, in the version that belongs to the jax that is installed
+        "plan": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         # Mandarin text
         "zh": ["pypinyin>=0.53,<0.56"],
