@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, cli, demo, evaluate, pool, synthesis, weight_files
+from deepasmr_jax import audio, cli, demo, evaluate, pool, synthesis, text, weight_files
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,30 @@ def test_a_damaged_model_file_is_named(tmp_path, clip, capsys, name, damage):
     code, path = say(tmp_path / "out", clip, model=model)
     words = ["no asmr entries", "pool"] if (name, damage) == ("pool.safetensors", "gone") else [name]
     check_refused(code, path, capsys, words)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_file_that_the_package_brings_along_is_named(tmp_path, clip, capsys, monkeypatch, damage):
+    data = bytearray(text.LEXICON.read_bytes())
+    data[len(data) // 2] ^= 16
+    lexicon = tmp_path / "package" / text.LEXICON.name
+    lexicon.parent.mkdir()
+    if damage != "gone":
+        lexicon.write_bytes(data if damage == "flipped" else data[:-9])
+    monkeypatch.setattr(text, "LEXICON", lexicon)
+    text.lexicon.cache_clear()
+    code, path = say(tmp_path / "out", clip)
+    check_refused(code, path, capsys, [str(lexicon), "missing" if damage == "gone" else "damaged", "again"])
+
+
+@pytest.mark.parametrize(
+    "content", ['{"voices": [{', "{}", '{"voices": [{"language": "en", "voice": "v", "clips": []}]}']
+)
+def test_a_damaged_list_of_demo_clips_is_named(tmp_path, capsys, content):
+    shutil.copytree(tiny_model.shared(), tmp_path / "model")
+    (tmp_path / "model" / "demo" / "demo.json").write_text(content)
+    code = run("demo", "--out", tmp_path / "made", "--model", tmp_path / "model")
+    check_refused(code, tmp_path / "made", capsys, ["demo.json is damaged", "again"])
 
 
 def test_bad_arguments_are_refused_without_importing_jax(tmp_path, clip):
