@@ -145,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="JUDGE",
         help="folder with a converted wavlm_large_finetune.pth: also the speaker similarity (SIM) to the voice clips",
     )
+    measure.add_argument(
+        "--mandarin",
+        metavar="JUDGE",
+        help="folder with the component recognizer (docs/evaluation.md): also symbol errors of Mandarin",
+    )
     measure.add_argument("--workers", type=int, default=1, help="processes for the unvoiced ratio")
 
     group = commands.add_parser("pool", help="the speaker pool: build, list, add")
@@ -348,12 +353,15 @@ def _evaluate(args) -> None:
     from deepasmr_jax import evaluate, judges
 
     similarity = judges.SimilarityJudge(args.speaker) if args.speaker else None
+    mandarin = judges.MandarinJudge(args.mandarin) if args.mandarin else None
     try:
         matrix = judges.MatrixJudge()
     except ValueError as e:
         print(f"note: no English error rate: {_sentence(e)}", file=sys.stderr)
         matrix = None
-    report = evaluate.evaluate_folder(args.folder, matrix=matrix, similarity=similarity, workers=args.workers)
+    report = evaluate.evaluate_folder(
+        args.folder, matrix=matrix, mandarin=mandarin, similarity=similarity, workers=args.workers
+    )
     print(json.dumps(report, indent=1, ensure_ascii=False))
     if report["failed"]:
         one = report["failed"] == 1
