@@ -66,6 +66,6 @@ step pool "$python" -m deepasmr_jax.cli pool build "$work/pool_sources/manifest.
   --asmr-sample "$work/pool_sources/asmr_en.wav" --asmr-sample "$work/pool_sources/asmr_zh.wav" --model "$model" --out "$model/pool.safetensors"
 step demo "$python" data/mini_assets.py demo --data "$corpus" --out "$model/demo"
 step table "$python" launch/table.py --data "$corpus" --model "$model" --judge "$work/judge" --parts main --out "$work/table" "${extra_table[@]}"
-step table_en "$python" launch/table.py --data "$corpus" --model "$model" --parts pool passes --languages en --out "$work/table_en" "${extra_table[@]}"
+step table_en "$python" launch/table.py --data "$corpus" --model "$model" --parts pool passes transcript --languages en --out "$work/table_en" "${extra_table[@]}"
 step table_hts "$python" launch/table.py --data "$corpus" --model "$model" --split hts --parts main --out "$work/table_hts" "${extra_table[@]}"
 echo "model: $model"
