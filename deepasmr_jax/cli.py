@@ -21,9 +21,9 @@ _EXAMPLES = """examples:
   deepasmr demo --out demo
 """
 NOTICE = (
-    "This is a small demonstration: the built-in model was trained by this project's own recipes on synthetic speech "
-    "only. It sounds like the synthesisers it learned from, and misreads more in Mandarin than in English. It does not "
-    "show the quality of a model of full size trained on people."
+    "This is a small demonstration: the built-in model was trained with this project's code on synthetic speech only, "
+    "in runs that were stopped and started by hand. It sounds like the synthesisers it learned from, and misreads "
+    "more in Mandarin than in English. It does not show the quality of a model of full size trained on people."
 )
 ROAD = (
     "The same code holds the networks of full size as presets, and recipes for them in configs/ (lm_asmr.py, "
@@ -565,7 +565,10 @@ def _mebibytes(paths: list[Path]) -> str:
 
 
 _ROAD_IN_README = "The road to full size: README.md, section of that name."
-_VOICE_INTRO = "Training had neither this form of the voice nor these sentences."
+_VOICE_INTRO = (
+    "Training had neither this form of the voice nor just these sentences, but some that are very like them: see "
+    "docs/demo.md of deepasmr_jax."
+)
 _SETTINGS = (
     "Errors: word error rate of a recogniser that knows only the grammar of the English matrix sentences "
     "(pocketsphinx), where it is installed. Similarity: cosine to the clip by the model's own speaker encoder, "
