@@ -21,12 +21,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, files, input_pipeline, pool  # noqa: E402
+from deepasmr_jax import audio, files, input_pipeline  # noqa: E402
 
 FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind", "engine")
 POOL_SIZE = {"en": 32, "zh": 18}  # 50, as in the paper
 POOL_SECONDS = (2.0, 4.0)  # short prompts leak no words into the output
 DEMO_SECONDS = (2.6, 5.0)
+ENGINE_LICENCES = {"flite": "BSD-like", "espeak": "GPL-3.0"}  # of the programs that spoke the pool's voices
 SENTENCES = {
     "en": ["Close your eyes, and listen to the rain.", "Lucy wants seven green chairs."],
     "zh": ["把眼睛闭上。", "慢慢地呼吸，让身体放松下来。"],
@@ -120,7 +121,7 @@ def pool_sources(data: str, out: str | Path) -> int:
             lines.append({
                 "audio": f"{pair['speaker']}.wav", "name": pair["speaker"], "text": pair["text"], "style": "normal",
                 "kind": "synthesis", "language": language, "attributes": {"engine": pair["engine"]},
-                "licence": pool.ENGINE_LICENCES[pair["engine"]],
+                "licence": ENGINE_LICENCES[pair["engine"]],
             })  # fmt: skip
         audio.save(out / f"asmr_{language}.wav", prompts[language]["wav"], audio.SAMPLE_RATE)
         (out / f"asmr_{language}.txt").write_text(prompts[language]["text"], encoding="utf-8")

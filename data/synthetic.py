@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import time
 import zlib
@@ -254,12 +255,15 @@ def build(raw: str | Path, out: str | Path):
     download_and_prepare would shuffle them, for which TFDS needs TensorFlow once a split passes 1 GB; its
     sequential writer does not.
 
+    A data set that is there already, with the same number of records in each split, is left alone: it took its name
+    when it was whole, and whoever called was killed before noting so.
+
     Returns:
         A read-only builder: `builder.as_data_source("train")` reads it.
 
     Raises:
-        FileNotFoundError: if `raw` has no training shards. ValueError: if the data set exists already, or a
-            record has no audio or labels of another length.
+        FileNotFoundError: if `raw` has no training shards. ValueError: if the data set exists already with another
+            number of records, or a record has no audio or labels of another length.
     """
     import tensorflow_datasets as tfds
 
@@ -269,17 +273,42 @@ def build(raw: str | Path, out: str | Path):
         raise FileNotFoundError(
             f"no train-*.npz in {raw}: run `python data/synthetic.py make --out {raw}` first"
         )
+    splits = [split for split in SPLITS if paths[split]]
     if target.exists():
-        raise ValueError(f"{target} is there already: remove it, or give another --out")
+        made = tfds.builder_from_directory(target)
+        held = {split: info.num_examples for split, info in made.info.splits.items()}
+        if held != {split: sum(map(_num_records, paths[split])) for split in splits}:
+            raise ValueError(
+                f"{target} is there already with other records ({held}): remove it, or give another --out"
+            )
+        return made
     unfinished = target.with_name(f"incomplete.{VERSION}.{os.getpid()}")  # two builds never share their files
     unfinished.mkdir(parents=True)
+    try:
+        _write(unfinished, paths, splits)
+        if target.exists():
+            raise ValueError(f"another build wrote {target} meanwhile; it is kept, and this one is removed")
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return tfds.builder_from_directory(target)
+
+
+def _num_records(path):
+    with np.load(path) as shard:
+        return len(json.loads(str(shard["records"])))
+
+
+def _write(folder, paths, splits):
+    """Write the shards of each split into a folder of ArrayRecord files."""
+    import tensorflow_datasets as tfds
 
     labels = tfds.features.Tensor(shape=(None,), dtype=np.int32, encoding="bytes")
     audio = tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes")
     special = {"audio": audio, "phones": labels, "f0_class": labels}
     features = tfds.features.FeaturesDict({k: special.get(k) or tfds.features.Text() for k in FEATURES})
     identity = tfds.core.dataset_info.DatasetIdentity(
-        name="synthetic", version=tfds.core.Version(VERSION), data_dir=str(unfinished), module_name=__name__
+        name="synthetic", version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
     )
     info = tfds.core.DatasetInfo(
         builder=identity,
@@ -287,7 +316,6 @@ def build(raw: str | Path, out: str | Path):
         features=features,
     )
     writer = tfds.core.SequentialWriter(info, max_examples_per_shard=4000, file_format="array_record")
-    splits = [split for split in SPLITS if paths[split]]
     writer.initialize_splits(splits)
     for split in splits:
         for path in paths[split]:
@@ -297,10 +325,6 @@ def build(raw: str | Path, out: str | Path):
                     raise ValueError(f"{path}: record {r['id']} has no audio or labels of another length")
             writer.add_examples({split: records})
     writer.close_all()
-    if target.exists():
-        raise ValueError(f"another build wrote {target} meanwhile; this one is left in {unfinished}")
-    os.replace(unfinished, target)
-    return tfds.builder_from_directory(target)
 
 
 def report(raw: str | Path) -> dict:

@@ -21,9 +21,9 @@ _EXAMPLES = """examples:
   deepasmr demo --out demo
 """
 NOTICE = (
-    "This is a small demonstration: the built-in model was trained by this project's own recipes on synthetic speech "
-    "only. It sounds like the synthesisers it learned from, and misreads more in Mandarin than in English. It does not "
-    "show the quality of a model of full size trained on people."
+    "This is a small demonstration: the built-in model was trained with this project's code on synthetic speech only, "
+    "in runs that were stopped and started by hand. It sounds like the synthesisers it learned from, and misreads "
+    "more in Mandarin than in English. It does not show the quality of a model of full size trained on people."
 )
 ROAD = (
     "The same code holds the networks of full size as presets, and recipes for them in configs/ (lm_asmr.py, "
@@ -144,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
         "--speaker",
         metavar="JUDGE",
         help="folder with a converted wavlm_large_finetune.pth: also the speaker similarity (SIM) to the voice clips",
+    )
+    measure.add_argument(
+        "--mandarin",
+        metavar="JUDGE",
+        help="folder with the component recognizer (docs/evaluation.md): also symbol errors of Mandarin",
     )
     measure.add_argument("--workers", type=int, default=1, help="processes for the unvoiced ratio")
 
@@ -348,12 +353,15 @@ def _evaluate(args) -> None:
     from deepasmr_jax import evaluate, judges
 
     similarity = judges.SimilarityJudge(args.speaker) if args.speaker else None
+    mandarin = judges.MandarinJudge(args.mandarin) if args.mandarin else None
     try:
         matrix = judges.MatrixJudge()
     except ValueError as e:
         print(f"note: no English error rate: {_sentence(e)}", file=sys.stderr)
         matrix = None
-    report = evaluate.evaluate_folder(args.folder, matrix=matrix, similarity=similarity, workers=args.workers)
+    report = evaluate.evaluate_folder(
+        args.folder, matrix=matrix, mandarin=mandarin, similarity=similarity, workers=args.workers
+    )
     print(json.dumps(report, indent=1, ensure_ascii=False))
     if report["failed"]:
         one = report["failed"] == 1
@@ -557,7 +565,10 @@ def _mebibytes(paths: list[Path]) -> str:
 
 
 _ROAD_IN_README = "The road to full size: README.md, section of that name."
-_VOICE_INTRO = "Training had neither this form of the voice nor these sentences."
+_VOICE_INTRO = (
+    "Training had neither this form of the voice nor just these sentences, but some that are very like them: see "
+    "docs/demo.md of deepasmr_jax."
+)
 _SETTINGS = (
     "Errors: word error rate of a recogniser that knows only the grammar of the English matrix sentences "
     "(pocketsphinx), where it is installed. Similarity: cosine to the clip by the model's own speaker encoder, "

@@ -66,30 +66,18 @@ def make(
         progress: called with a short sentence before each stage.
 
     Raises:
-        ValueError: if the model folder has no demo clips, or one of them or a sound made from it cannot be used;
-            the message names the sound.
+        ValueError: if the model folder has no demo clips, demo.json is damaged, or a clip or a sound made from it
+            cannot be used; the message names the file or the sound.
     """
     path = synthesizer.folder / "demo" / "demo.json"
     if not path.exists():
         raise ValueError(
             f"the model in {synthesizer.folder} brings no demo clips ({path} is missing); use `deepasmr say`"
         )
-    sounds: list[Sound] = []
-    asked: list[tuple[str, str, Request]] = []  # name, voice, request
-    for number, voice in enumerate(json.loads(path.read_text("utf-8"))["voices"], 1):
-        language, title, clips = voice["language"], voice["voice"], voice["clips"]
-        stem = f"{language}{number}"
-        for style, label in _LABELS.items():
-            wav = audio.load(path.parent / clips[style]["file"], synthesizer.sample_rate)
-            name, text = f"{stem}_clip_{style}", clips[style]["text"]
-            sounds.append(Sound(name, title, label, "given", text, language, wav, True))
-        for source, target in _TASKS:
-            for i, text in enumerate(voice["sentences"], 1):
-                request = Request(
-                    text=text, voice=path.parent / clips[source]["file"], style=target, voice_style=source,
-                    voice_text=clips[source]["text"] if source == target else None, language=language, seed=seed,
-                )  # fmt: skip
-                asked.append((f"{stem}_{source[0]}2{target[0]}_{i}", title, request))
+    try:
+        sounds, asked = _read(path, synthesizer.sample_rate, seed)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); fetch the model again") from e
     made = synthesizer.batch([request for *_, request in asked], progress)
     for (name, title, request), result in zip(asked, made, strict=True):
         if isinstance(result, Failure):
@@ -106,6 +94,26 @@ def make(
             )
         )  # fmt: skip
     return sounds
+
+
+def _read(path: Path, sample_rate: int, seed: int) -> tuple[list[Sound], list[tuple[str, str, Request]]]:
+    """The clips of demo.json, and (name, voice, request) of each sound to be made from them."""
+    sounds, asked = [], []
+    for number, voice in enumerate(json.loads(path.read_text("utf-8"))["voices"], 1):
+        language, title, clips = voice["language"], voice["voice"], voice["clips"]
+        stem = f"{language}{number}"
+        for style, label in _LABELS.items():
+            wav = audio.load(path.parent / clips[style]["file"], sample_rate)
+            name, text = f"{stem}_clip_{style}", clips[style]["text"]
+            sounds.append(Sound(name, title, label, "given", text, language, wav, True))
+        for source, target in _TASKS:
+            for i, text in enumerate(voice["sentences"], 1):
+                request = Request(
+                    text=text, voice=path.parent / clips[source]["file"], style=target, voice_style=source,
+                    voice_text=clips[source]["text"] if source == target else None, language=language, seed=seed,
+                )  # fmt: skip
+                asked.append((f"{stem}_{source[0]}2{target[0]}_{i}", title, request))
+    return sounds, asked
 
 
 def _similarity(synthesizer: Synthesizer, clip: Path, wav: np.ndarray) -> float:

@@ -226,7 +226,11 @@ def _builder(folder: str):
 def _num_records(folder: str, split: str) -> int:
     splits = _builder(folder).info.splits
     if split not in splits:
-        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(sorted(splits))}")
+        way_out = "eval_batches=0 trains without one, data/build.py --split-by says how one is made"
+        raise ValueError(
+            f"{folder} has no split {split!r}; it has {', '.join(sorted(splits))}"
+            + (f" ({way_out})" if split == "valid" else "")
+        )
     return splits[split].num_examples
 
 

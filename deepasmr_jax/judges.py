@@ -94,7 +94,10 @@ def matrix_words(path: str | Path = MATRIX_FILE) -> list[list[str]]:
     Raises:
         ValueError: if the file is not a JSON list of lists of words.
     """
-    words = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        words = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}); install the package again") from None
     if not words or not isinstance(words, list) or any(not isinstance(w, str) for s in words for w in s):
         raise ValueError(f'{path} must hold a list of lists of words, such as [["lucy"], ["sees"]]')
     return words

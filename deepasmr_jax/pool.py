@@ -26,8 +26,6 @@ STRATEGIES = ("nearest", "static", "real")
 _AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 _ARRAYS = {"speech_tokens": np.int32, "mel": np.float16, "speaker_embedding": np.float32}
 _FACTS = ("name", "style", "language", "transcript", "attributes", "provenance")
-# of the programs that spoke the entries of the built-in pool, whose file does not state it; an entry names its engine
-ENGINE_LICENCES = {"flite": "BSD-like", "festival": "BSD-like", "espeak": "GPL-3.0"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,8 @@ class Entry:
         speaker_embedding: [E] float32, any length; compared by cosine.
         attributes: free facts such as {"gender": "female", "pitch": "low"}.
         provenance: where it came from: "kind" ("recording" or "synthesis"); of a file its "source" (name) and
-            "sha256"; "licence" where it was stated; of what a model spoke its name, the voice and the task prompt.
+            "sha256"; "licence" where it was stated; of what a model spoke its name, the voice and the task prompt;
+            of the built-in pool the engine, its voice, the speaker and the corpus.
     """
 
     name: str
@@ -69,12 +68,8 @@ class Entry:
 
     @property
     def licence(self) -> str:
-        """As stated, or that of the engine that spoke it; "" if neither is known."""
-        of_engine = (
-            not self.is_real and "task_prompt_from" not in self.provenance
-        )  # a model's speech has two sources
-        engine = self.attributes.get("engine", "") if of_engine else ""
-        return self.provenance.get("licence") or ENGINE_LICENCES.get(engine, "")
+        """As stated; "" if it was not."""
+        return self.provenance.get("licence", "")
 
 
 @dataclass(frozen=True)

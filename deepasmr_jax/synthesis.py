@@ -27,7 +27,16 @@ from deepasmr_jax import audio, checkpoint, files, lm, page, pool, sharding, wei
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import config as config_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import MAX_PASSES, POOL_FILE, STYLES, Request, check_model, check_output, from_row
+from deepasmr_jax.request import (
+    MAX_PASSES,
+    MAX_SEED,
+    POOL_FILE,
+    STYLES,
+    Request,
+    check_model,
+    check_output,
+    from_row,
+)
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
@@ -265,7 +274,8 @@ class Synthesizer:
         of_flow = dict(settings.get("flow", {}))
         self.flow_noise = self._fixed_noise(of_flow.pop("noise", None))
         for name, value in of_flow.items():
-            if name not in self.solver or not isinstance(value, type(self.solver[name]) | int):
+            kinds = {"num_steps": int, "guidance": int | float, "method": str, "schedule": str | int | float}
+            if not isinstance(value, kinds.get(name, ())):
                 raise ValueError(f"config.json in {folder} has sampling.flow.{name} = {value!r}; correct it")
             self.solver[name] = value
         # style -> what guidance makes too loud, negative
@@ -501,7 +511,7 @@ class Synthesizer:
             synthesize_asmr: True: the one ASMR recording of each language is the task prompt, each normal
                 recording the voice, and this model speaks the normal recording's sentence: one ASMR entry for
                 each normal one. The prompt itself is no entry. False: every recording becomes an entry.
-            seed: of the synthesis; entry i uses seed + i.
+            seed: of the synthesis; entry i uses seed + i, going on with 0 after 2^32 - 1.
             progress: called with a short sentence per stage.
 
         Raises:
@@ -536,7 +546,10 @@ class Synthesizer:
             prompt = prompt_of(e)
             clip = Clip(e.speech_tokens, e.mel.astype(np.float32), e.speaker_embedding, "normal")
             request = Request(
-                text=e.transcript, voice=np.zeros(0), voice_rate=self.sample_rate, seed=seed + i
+                text=e.transcript,
+                voice=np.zeros(0),
+                voice_rate=self.sample_rate,
+                seed=(seed + i) % (MAX_SEED + 1),
             )
             jobs.append(self._job(i, request, e.language, clip, prompt.name, prompt, float("nan"), []))
         say(f"speaking {len(jobs)} ASMR entries")

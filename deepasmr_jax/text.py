@@ -10,6 +10,7 @@ import functools
 import gzip
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,7 @@ TONES = "12345"  # 5 = neutral
 WORD_SEPARATOR = "|"
 PUNCTUATION = [",", ".", "?", "!", ";", ":", "…"]  # "…" is the long pause
 
+LEXICON = Path(__file__).parent / "mini" / "lexicon_en.txt.gz"
 _STRESSED = frozenset("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split())
 
 
@@ -219,15 +221,18 @@ def lexicon() -> dict[str, str]:
     """Lower-case English word -> ARPAbet phones with stress digits, joined by blanks. Read once per process.
 
     Raises:
-        ValueError: if the package's lexicon file is missing.
+        ValueError: if the package's lexicon file is missing or damaged.
 
     Source: the CMU Pronouncing Dictionary; licence at the head of the file, made by data/lexicon.py.
     """
-    path = Path(__file__).parent / "mini" / "lexicon_en.txt.gz"
-    if not path.exists():
-        raise ValueError(f"the English lexicon {path} is missing; make it with: python data/lexicon.py")
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return dict(line.rstrip("\n").split(" ", 1) for line in file if not line.startswith("#"))
+    try:
+        with gzip.open(LEXICON, "rt", encoding="utf-8") as file:
+            return dict(line.rstrip("\n").split(" ", 1) for line in file if not line.startswith("#"))
+    except FileNotFoundError:
+        problem = "is missing"
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        problem = f"is damaged ({e})"
+    raise ValueError(f"the English lexicon {LEXICON} {problem}; install the package again")
 
 
 def pronounce(word: str) -> list[str] | None:

@@ -18,7 +18,8 @@ find_python() {
   return 1
 }
 
-# make_environment SPEC: an environment in $venv that has the package of this folder with these extras.
+# make_environment SPEC: an environment in $venv that has the package of this folder with these extras. One that has them
+# already, installed after the last change of setup.py, is left alone: that needs no network.
 make_environment() {
   if [ ! -x "$venv/bin/python" ]; then
     local python
@@ -26,8 +27,14 @@ make_environment() {
     echo "making an environment in $venv with $("$python" --version) ..."
     "$python" -m venv "$venv"
   fi
+  local stamp="$venv/installed"
+  if [ "$stamp" -nt setup.py ] && [ "$(cat "$stamp")" = "$PWD $1" ]; then
+    return
+  fi
   echo "installing (a minute or two the first time) ..."
+  rm -f "$stamp"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$1"
+  echo "$PWD $1" >"$stamp"
 }
 
 # do_it COMMAND: runs it, or prints it, quoted, where $dry is set.

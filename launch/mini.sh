@@ -32,21 +32,17 @@ step() { # name, command...: runs the command once
 }
 
 train() { # stage, data, more options: a training stage of configs/mini.py, exported into the model
-  local stage="$1" data="$2" log="$work/runs/$1.log"
+  local stage="$1" data="$2"
   shift 2
-  # a run that was stopped early (max_seconds, SIGTERM) leaves weights and exit code 0, but is not done
-  step "$stage" run_to_the_end "$log" "$python" -m deepasmr_jax.train "--config=configs/mini.py:$stage" \
-    "--workdir=$work/runs/$stage" "--set=data.data_dirs=$data" "${extra[@]}" "$@"
+  step "$stage" logged "$work/runs/$stage.log" "$python" -m deepasmr_jax.train "--config=configs/mini.py:$stage" \
+    "--workdir=$work/runs/$stage" "--set=data.data_dirs=$data" "${extra[@]}" "$@" \
+    --stopped-exit=75 # a run that was stopped early (max_seconds, SIGTERM) is not done
 }
 
-run_to_the_end() { # log, command...: fails unless the training says that all its steps are done
+logged() { # log, command...: also writes into the log what the command prints
   local log="$1"
   shift
   "$@" 2>&1 | tee -a "$log"
-  if ! tail -n 1 "$log" | grep -q "all steps done"; then
-    echo "stopped early; run the same command again to go on" >&2
-    return 1
-  fi
 }
 
 step corpus_raw "$python" data/synthetic.py make --out "$work/corpus/raw" --workers "${WORKERS:-2}" "${extra_corpus[@]}"
@@ -66,6 +62,6 @@ step pool "$python" -m deepasmr_jax.cli pool build "$work/pool_sources/manifest.
   --asmr-sample "$work/pool_sources/asmr_en.wav" --asmr-sample "$work/pool_sources/asmr_zh.wav" --model "$model" --out "$model/pool.safetensors"
 step demo "$python" data/mini_assets.py demo --data "$corpus" --out "$model/demo"
 step table "$python" launch/table.py --data "$corpus" --model "$model" --judge "$work/judge" --parts main --out "$work/table" "${extra_table[@]}"
-step table_en "$python" launch/table.py --data "$corpus" --model "$model" --parts pool passes --languages en --out "$work/table_en" "${extra_table[@]}"
+step table_en "$python" launch/table.py --data "$corpus" --model "$model" --parts pool passes transcript --languages en --out "$work/table_en" "${extra_table[@]}"
 step table_hts "$python" launch/table.py --data "$corpus" --model "$model" --split hts --parts main --out "$work/table_hts" "${extra_table[@]}"
 echo "model: $model"

@@ -3,8 +3,9 @@
     python launch/table.py --data WORK/corpus/records/synthetic/1.0.0 --judge WORK/judge --out WORK/table
 
 Everything it hears is synthetic speech. Rows: the recordings, their copy through the vocoder, the flow on their true
-tokens, and text to the four tasks; then pool retrieval against one static prompt (the paper's Table III) and one to
-three refinement passes (Table V), both with a proxy of the style score. Judges and measures: judges.py, evaluate.py.
+tokens, and text to the four tasks; then pool retrieval against one static prompt (the paper's Table III), one to
+three refinement passes (Table V), and A2A and N2N without the clip's transcript, all with a proxy of the style score.
+Judges and measures: judges.py, evaluate.py.
 A finished row is kept and not made again; `--rows` picks some. Needs the extras eval and zh. The Markdown table is
 printed and written to OUT/table.md, with the date, the code's revision, the model and the command under it.
 """
@@ -31,14 +32,20 @@ STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
 CROSS = ("N2A", "A2N")  # the tasks whose task prompt always comes from the pool
 STATIC = "one static prompt"
+WITHIN = ("A2A", "N2N")  # the tasks whose task prompt is the clip, if its transcript is given
+UNKNOWN = "no transcript"
 PARTS = {  # option, title -> whether a row of that name belongs there
-    ("main", ""): lambda name: "static" not in name and "passes" not in name,
+    ("main", ""): lambda name: not any(x in name for x in (STATIC, "passes", UNKNOWN)),
     ("pool", "Pool retrieval against one static prompt (the paper's Table III)"): lambda name: (
         name.endswith(CROSS) and name.startswith("text") or STATIC in name
     ),
     ("passes", "Refinement passes (the paper's Table V)"): lambda name: (
         name in ("text to N2A", "text to A2N") or "passes" in name
     ),
+    (
+        "transcript",
+        "The clip as task prompt against the nearest pool entry, for want of its transcript",
+    ): lambda name: name in ("text to A2A", "text to N2N") or UNKNOWN in name,
 }
 COLUMNS = (  # title, language (None: all clips), measure of evaluate.evaluate_folder
     ("English words", "en", "matrix_wer"),
@@ -173,10 +180,11 @@ class Rows:
 
     def _request(self, item: Item, task: str, **options) -> synthesis.Request:
         source, target = STYLES[task[0]], STYLES[task[2]]
+        if source == target:
+            options = {"voice_text": item.clip_text} | options
         return synthesis.Request(
             text=item.text, voice=item.clip[source], voice_rate=self.synthesizer.sample_rate, style=target,
-            voice_style=source, voice_text=item.clip_text if source == target else None, language=item.language,
-            **options,
+            voice_style=source, language=item.language, **options,
         )  # fmt: skip
 
     def speak(self, items: list[Item], task: str, **options) -> list[np.ndarray | None]:
@@ -209,6 +217,8 @@ def row_table() -> dict[str, tuple]:
     for task in CROSS:
         for passes in (2, 3):
             rows[f"text to {task}, {passes} passes"] = ("speak", (task,), {"refine": passes}, STYLES[task[2]])
+    for task in WITHIN:
+        rows[f"text to {task}, {UNKNOWN}"] = ("speak", (task,), {"voice_text": None}, STYLES[task[2]])
     return rows
 
 

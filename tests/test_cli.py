@@ -10,11 +10,23 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, cli, demo, evaluate, pool, synthesis, weight_files
+from deepasmr_jax import (
+    audio,
+    checkpoint,
+    cli,
+    demo,
+    evaluate,
+    pool,
+    recognizer,
+    synthesis,
+    text,
+    weight_files,
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +143,30 @@ def test_a_damaged_model_file_is_named(tmp_path, clip, capsys, name, damage):
     check_refused(code, path, capsys, words)
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_file_that_the_package_brings_along_is_named(tmp_path, clip, capsys, monkeypatch, damage):
+    data = bytearray(text.LEXICON.read_bytes())
+    data[len(data) // 2] ^= 16
+    lexicon = tmp_path / "package" / text.LEXICON.name
+    lexicon.parent.mkdir()
+    if damage != "gone":
+        lexicon.write_bytes(data if damage == "flipped" else data[:-9])
+    monkeypatch.setattr(text, "LEXICON", lexicon)
+    text.lexicon.cache_clear()
+    code, path = say(tmp_path / "out", clip)
+    check_refused(code, path, capsys, [str(lexicon), "missing" if damage == "gone" else "damaged", "again"])
+
+
+@pytest.mark.parametrize(
+    "content", ['{"voices": [{', "{}", '{"voices": [{"language": "en", "voice": "v", "clips": []}]}']
+)
+def test_a_damaged_list_of_demo_clips_is_named(tmp_path, capsys, content):
+    shutil.copytree(tiny_model.shared(), tmp_path / "model")
+    (tmp_path / "model" / "demo" / "demo.json").write_text(content)
+    code = run("demo", "--out", tmp_path / "made", "--model", tmp_path / "model")
+    check_refused(code, tmp_path / "made", capsys, ["demo.json is damaged", "again"])
+
+
 def test_bad_arguments_are_refused_without_importing_jax(tmp_path, clip):
     code = (
         "import sys; from deepasmr_jax import cli; "
@@ -164,6 +200,7 @@ ENTRY = {"audio": "one.wav", "text": "Good night.", "style": "normal"}
         ("evaluate FOLDER", json.dumps(ROW) + '\n{"text": "Go', ["results.jsonl line 2", "Unterminated", "batch"]),
         ("evaluate FOLDER", json.dumps(ROW | {"text": 5}), ["results.jsonl line 1", "lacks text"]),
         ("evaluate FOLDER --speaker MODEL", json.dumps(ROW), ["no judge of speaker similarity, only", "wavlm"]),
+        ("evaluate FOLDER --mandarin MODEL", json.dumps(ROW), ["no component 'recognizer'"]),
         ("evaluate FOLDER --speaker OUT", json.dumps(ROW), ["OUT is no model folder"]),
         ("pool build nowhere --out OUT.safetensors --model MODEL", None, ["nowhere", "does not exist"]),
         ("pool build LIST --out OUT.txt --model MODEL", json.dumps(ENTRY), ["OUT.txt", ".safetensors"]),
@@ -219,6 +256,20 @@ def test_evaluate_prints_the_report_and_says_how_many_requests_are_not_in_it(tmp
     (tmp_path / "failures.jsonl").write_text('{"error": "a"}\n')
     assert run("evaluate", tmp_path) == 0
     assert "note: 1 request of the folder failed and is not counted: see" in capsys.readouterr().err
+
+
+def test_evaluate_hears_mandarin_with_the_judge_that_is_given(tmp_path, clip, capsys):
+    pytest.importorskip("pypinyin")
+    cfg = recognizer.Config(width=16, num_heads=2, num_layers=1, mlp_width=16, kernel=3)
+    checkpoint.export_component(
+        tmp_path / "judge", "recognizer", recognizer.init(cfg, jax.random.key(0)), cfg
+    )
+    shutil.copy(clip, tmp_path / "one.wav")
+    row = ROW | {"text": "晚安。", "language": "zh"}
+    (tmp_path / "results.jsonl").write_text(json.dumps(row))
+    assert run("evaluate", tmp_path, "--mandarin", tmp_path / "judge") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["groups"]["all"]["mandarin_ser"]["rate"] > 0 and "mandarin" in report["settings"]["judges"]
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path, clip, capsys):

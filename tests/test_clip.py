@@ -1,10 +1,12 @@
 """The user's clip before any model hears it: style, trimming, level, and what is noted."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import clip
+from deepasmr_jax import clip, request
 
 
 def test_the_style_of_a_clip_is_told_from_its_periodicity():
@@ -19,6 +21,15 @@ def test_the_style_of_a_clip_is_told_from_its_periodicity():
         assert clip.voiced_share(1e-3 * tiny_model.hiss(seed=seed), 16000) < 0.15
     mixed = np.concatenate([tiny_model.buzz(1.0), tiny_model.hiss(1.0)])
     assert 0.3 < clip.voiced_share(mixed, 16000) < 0.7
+
+
+def test_the_style_of_speech_is_told_without_a_doubt():
+    folder = request.BUILT_IN / "demo"
+    for voice in json.loads((folder / "demo.json").read_text("utf-8"))["voices"]:
+        for style, given in voice["clips"].items():
+            notes = []
+            assert clip.read(folder / given["file"], None, 16000, notes=notes).style == style
+            assert notes == []
 
 
 def test_outer_silence_is_trimmed_and_long_speech_is_cut_at_a_quiet_place():

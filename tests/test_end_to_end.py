@@ -1,6 +1,7 @@
 """From a text and a wav to a wav, through the command's function and on more than one device."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, cli, sharding, synthesis
+from deepasmr_jax import audio, cli, evaluate, sharding, synthesis
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +56,27 @@ def test_the_six_lines_of_the_readme_work(tmp_path, monkeypatch):
     assert ".timings" in promised and all(getattr(result, p[1:]) is not None for p in promised)
     shown = result._repr_html_()
     assert result.request.style == "asmr" and "<audio" in shown and "<img" in shown
+
+
+def test_the_built_in_model_as_users_compile_it_says_the_words_in_the_wanted_style(tmp_path):
+    """In a process without the flags that make compilation short in the other tests."""
+    pytest.importorskip("pocketsphinx")
+    text = "Lucy wants seven green chairs."
+    program = (
+        "import sys; from deepasmr_jax import request, synthesis\n"
+        "voice = request.BUILT_IN / 'demo' / 'en_normal.wav'\n"
+        "same = dict(text=sys.argv[1], voice=voice, voice_style='normal')\n"
+        "for result in synthesis.load().batch([same | {'style': x} for x in ('asmr', 'normal')]):\n"
+        "    result.save(result.task + '.wav')\n"
+    )
+    environment = {k: x for k, x in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program, text], cwd=tmp_path, env=environment, check=True)
+    found = {}
+    for task in ("N2A", "N2N"):
+        wav = audio.load(tmp_path / f"{task}.wav", tiny_model.RATE)
+        unvoiced, found[task] = evaluate.judge_one(wav, tiny_model.RATE, text, "en")
+        assert unvoiced >= 0.9 if task == "N2A" else unvoiced < 0.5
+    assert max(found.values()) <= 0.4, found  # two words of five; guessing gets 4.5 wrong
 
 
 def test_a_mesh_of_two_devices_gives_the_same_speech_as_one():

@@ -1,4 +1,4 @@
-"""Sampling at full size, lowered on a mesh of eight without memory for its arrays; training steps: test_train.py."""
+"""Inference at full size, lowered on a mesh of eight without memory for its arrays; training steps: test_train.py."""
 
 import functools
 
@@ -7,7 +7,17 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from deepasmr_jax import checkpoint, flow, flow_cosyvoice2, lm, sharding, vocoder_hift
+from deepasmr_jax import (
+    checkpoint,
+    flow,
+    flow_cosyvoice2,
+    lm,
+    sharding,
+    speaker,
+    speech_tokenizer,
+    vocoder,
+    vocoder_hift,
+)
 
 ROWS, TOKENS = 8, 500
 
@@ -41,11 +51,19 @@ def sample(file, cfg, **more):
     return call, model, array(ROWS, TOKENS), array(ROWS), mel, keys(), more
 
 
-def hift():
-    cfg = vocoder_hift.cosyvoice2()
-    model = checkpoint.abstract(functools.partial(vocoder_hift.init, cfg), jax.random.key(0))
-    call = lambda model, mel, lengths: vocoder_hift.apply(model, cfg, mel, lengths)
-    return call, model, array(ROWS, 2 * TOKENS, 80, dtype=jnp.float32), array(ROWS)
+def applied(file, call, cfg, *arguments):
+    """A function of a file on its network, padded rows and their lengths."""
+    init = getattr(file, "init_generator", file.init)
+    model = checkpoint.abstract(functools.partial(init, cfg), jax.random.key(0))
+    return (lambda model, *x: call(model, cfg, *x)), model, *arguments, array(ROWS)
+
+
+def spectrogram(frames, bins=80):
+    return array(ROWS, frames, bins, dtype=jnp.float32)
+
+
+def hifigan(cfg):
+    return applied(vocoder, vocoder.apply, cfg, spectrogram(2 * TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -59,11 +77,32 @@ def hift():
             ),
             [(ROWS, 2 * TOKENS, 80)],
         ),
-        (hift, [(ROWS, 2 * TOKENS * 480)]),
+        (
+            lambda: applied(
+                vocoder_hift, vocoder_hift.apply, vocoder_hift.cosyvoice2(), spectrogram(2 * TOKENS)
+            ),
+            [(ROWS, 2 * TOKENS * 480)],
+        ),
+        (lambda: hifigan(vocoder.v1()), [(ROWS, 2 * TOKENS * 256)]),
+        (lambda: hifigan(vocoder.v2()), [(ROWS, 2 * TOKENS * 256)]),
+        (lambda: hifigan(vocoder.v3()), [(ROWS, 2 * TOKENS * 256)]),
+        (
+            lambda: applied(
+                speech_tokenizer,
+                speech_tokenizer.encode,
+                speech_tokenizer.s3_v2(),
+                spectrogram(4 * TOKENS, 128),
+            ),
+            [(ROWS, TOKENS), (ROWS,)],
+        ),
+        (lambda: applied(speaker, speaker.embed, speaker.resnet34(), spectrogram(500)), [(ROWS, 256)]),
     ],
-    ids=["lm.generate", "flow.sample", "flow_cosyvoice2.sample", "vocoder_hift.apply"],
+    ids=(
+        "lm.generate flow.sample flow_cosyvoice2.sample vocoder_hift.apply vocoder.v1 vocoder.v2 vocoder.v3 "
+        "speech_tokenizer.encode speaker.embed"
+    ).split(),
 )
-def test_sampling_at_full_size_lowers_with_its_rows_split(make, results):
+def test_inference_at_full_size_lowers_with_its_rows_split(make, results):
     sharding.make_mesh(1, 8, 1)
     call, *arguments = make()
     traced = jax.jit(call).trace(*arguments)

@@ -1,5 +1,6 @@
 """The launch scripts' dry runs: what they would run, with arguments kept whole, and no tool of a platform needed."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -110,6 +111,72 @@ def test_every_script_is_a_shell_script_that_bash_can_read(script):
         assert code == 2 and ("unknown command nonsense" if script == "tpu_vm.sh" else "delete NAME") in err
         code, _, err = dry(script)
         assert code == 2 and "delete NAME" in err and all(x.startswith("#") for x in err.splitlines())
+
+
+def test_the_built_in_model_is_made_step_by_step_and_a_run_that_was_stopped_goes_on(tmp_path):
+    """With a stand-in for Python that notes its arguments, and is stopped in the training of one stage."""
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/usr/bin/env bash
+echo "$*" >>"$LOG"
+case "$*" in *"mini.py:$STOPPED "*) echo stopped early; exit "$(sed 's/.*--stopped-exit=//' <<<"$*")" ;; esac
+"""
+    )
+    python.chmod(0o755)
+    work = tmp_path / "two words"
+    names = {"PYTHON": str(python), "LOG": str(tmp_path / "log"), "EXTRA_SET": "--set=steps=1"}
+
+    def lines(stopped=""):
+        (tmp_path / "log").write_text("")
+        command = ["bash", str(LAUNCH / "mini.sh"), str(work)]
+        done = subprocess.run(command, env=ENVIRONMENT | names | {"STOPPED": stopped}, capture_output=True)
+        return done.returncode, (tmp_path / "log").read_text().splitlines()
+
+    code, first = lines("flow_normal")
+    assert code == 75 and "mini.py:flow_normal" in first[-1] and not any("mini.py:flow " in x for x in first)
+    assert (work / "runs" / "flow_normal.log").read_text() == "stopped early\n"
+    code, second = lines()
+    assert code == 0 and second[0] == first[-1]
+    assert lines() == (0, [])  # what is done is not run again
+    runs = [x for x in first[:-1] + second if "deepasmr_jax.train" in x]
+    stages = [re.search(r"mini\.py:(\w+)", x)[1] for x in runs]
+    assert stages == [
+        "speech_tokenizer",
+        "speaker",
+        "lm_normal",
+        "lm",
+        "flow_normal",
+        "flow",
+        "vocoder",
+        "recognizer",
+    ]
+    assert all(
+        f"--workdir={work}/runs/{s}" in x and "--set=steps=1 " in x for s, x in zip(stages, runs, strict=True)
+    )
+    assert f"init_from={work}/runs/lm_normal/export" in runs[3]
+
+
+def test_an_environment_is_installed_once_for_each_folder_set_of_extras_and_setup(tmp_path):
+    """With a stand-in for the Python of the environment."""
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    python, setup = tmp_path / "venv/bin/python", tmp_path / "setup.py"
+    python.write_text('#!/usr/bin/env bash\necho "$*"\nexit "${CODE:-0}"\n')
+    python.chmod(0o755)
+    setup.touch()
+    os.utime(setup, (1e9, 1e9))
+
+    def installs(spec, **environment):
+        command = f"set -e; source {shlex.quote(str(LAUNCH / 'environment.sh'))}; make_environment {spec}"
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path,
+            env=ENVIRONMENT | {"DEEPASMR_VENV": "venv"} | environment,
+        )  # fmt: skip
+        return "pip install" in done.stdout
+
+    assert installs(".[zh]", CODE="1") and installs(".[zh]")  # one that failed is not taken for done
+    assert not installs(".[zh]") and installs(".[dev]") and not installs(".[dev]")
+    os.utime(setup, (4e9, 4e9))
+    assert installs(".[dev]")
 
 
 def test_the_runs_of_stage_two_differ_in_styles_alone_and_the_tables_of_the_mixture_are_joined(tmp_path):

@@ -343,6 +343,11 @@ def test_padded_sizes_are_a_base_times_powers_of_two():
         ),
         ("sampling/lm", {"top_p": "x"}, "lm.Sampling: top_p is 'x'"),
         ("sampling/flow", {"num_steps": "many"}, "sampling.flow.num_steps = 'many'"),
+        (
+            "sampling/flow",
+            {"schedule": -0.5, "method": 3},
+            "sampling.flow.method = 3",
+        ),  # a coefficient may be given
         ("sampling/ratios", {"asmr": {"min_ratio": "x"}}, "sampling.ratios = .*'x'"),
         ("sampling/chunks", {"en": {"longest": "x"}}, "damaged .*'int' and 'str'"),
         ("sampling/chunks", "x", "damaged .*'str'"),

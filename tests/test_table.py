@@ -61,24 +61,33 @@ def test_the_tables_hold_the_rows_and_columns_that_were_measured(table):
         f"text to N2A, {table.STATIC}",
         "text to N2A, 2 passes",
         "text to A2N, 3 passes",
+        f"text to N2N, {table.UNKNOWN}",
     ]
     cosine = {"speaker_cosine": {"value": 0.876, "low": 0.8, "high": 0.9}}
     proxy = {"style_proxy": {"value": 0.5, "low": 0.4, "high": 0.6}}
     reports = {name: report(0.9, **proxy, **(cosine if "static" in name else {})) for name in names}
-    text = table.markdown(reports, ["main", "pool", "passes"], ("Measured.",))
-    main, pool_title, pool, refine_title, refine, notes = text.split("\n\n")
+    parts = ["main", "pool", "passes", "transcript"]
+    text = table.markdown(reports, parts, ("Measured.",))
+    main, pool_title, pool, refine_title, refine, clip_title, clip, notes = text.split("\n\n")
     rows = lambda part: [line.split(" | ")[0][2:] for line in part.splitlines()[2:]]
     assert (
         rows(main) == names[:3]
         and rows(pool) == [names[1], names[3]]
         and rows(refine) == [names[1], names[4], names[5]]
+        and rows(clip) == [names[2], names[6]]
     )
-    assert "Table III" in pool_title and "Table V" in refine_title and "4 en" in notes and "pYIN" in notes
+    assert (
+        "Table III" in pool_title
+        and "Table V" in refine_title
+        and "transcript" in clip_title
+        and "4 en" in notes
+        and "pYIN" in notes
+    )
     assert main.splitlines()[0] == "| row | English words | unvoiced, English |"
     assert main.splitlines()[2].endswith("| 7.2 [5.0, 9.0] | 90.0 [89.0, 91.0] |")
     assert pool.splitlines()[3].endswith("| 0.88 [0.80, 0.90] | 0.50 [0.40, 0.60] |")
     assert refine.splitlines()[0].endswith("| style (proxy) |") and notes.endswith("\nMeasured.\n")
-    assert "Table" not in table.markdown({names[1]: report(0.9)}, ["main", "pool", "passes"])
+    assert "Table" not in table.markdown({names[1]: report(0.9)}, parts)
     assert table.markdown(reports, ["pool"]).split("\n\n")[:2] == [pool_title, pool]
     both = report(0.9)
     both["groups"]["zh"] = both["groups"]["en"]
@@ -113,6 +122,20 @@ def test_the_style_proxy_stands_between_recordings_that_are_no_targets(table, tm
 def test_every_row_of_the_list_belongs_to_a_table(table):
     for name in table.row_table():
         assert any(belongs(name) for belongs in table.PARTS.values())
+
+
+def test_within_a_style_the_clip_has_its_transcript_except_in_the_rows_without(table):
+    asked = []
+    synthesizer = types.SimpleNamespace(
+        sample_rate=16000, batch=lambda requests: asked.extend(requests) or []
+    )
+    clip = {style: np.zeros(3, np.float32) for style in table.STYLES.values()}
+    item = table.Item("en", "one", "Say this.", "Words of the clip.", clip, clip)
+    rows = {name: x for name, x in table.row_table().items() if name.startswith("text to")}
+    for method, args, options, _ in rows.values():
+        getattr(table.Rows(synthesizer), method)([item], *args, **options)
+    given = {name for name, request in zip(rows, asked, strict=True) if request.voice_text}
+    assert given == {"text to A2A", "text to N2N"}
 
 
 def records(matrix: int, others: int, languages: str = "en en zh") -> list[dict]:
