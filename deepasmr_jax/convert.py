@@ -676,8 +676,9 @@ def examine(folder: str | os.PathLike) -> list[dict]:
         folder: of public weights, or a model folder of ours.
 
     Returns:
-        One row a file: "file", "state" ("whole", "damaged", "unknown" or "missing"), "is" and "detail"; and "all" where
-        the detail does not name all tensors that are missing, unexpected or reshaped.
+        One row a file: "file", "state" ("whole", "damaged", "missing", or "unknown": no part of a model that is known
+        here), "is" and "detail"; and "all" where the detail does not name all tensors that are missing, unexpected or
+        reshaped. Hidden files, texts and pictures have none.
 
     Raises:
         ValueError: if there is no such folder or it is empty.
@@ -702,7 +703,7 @@ def examine(folder: str | os.PathLike) -> list[dict]:
     files = sorted(p for p in folder.iterdir() if p.is_file())
     known = {name: (size, sha, k) for k in KINDS for name, size, sha in k.released}
     for path in files:
-        if path.suffix.lower() in (".md", ".txt", ".yaml", ".yml", ".json", ".png", ".gif", ".wav"):
+        if path.name.startswith(".") or path.suffix.lower() in _BESIDE:
             continue
         rows.append(_examine_file(path, known.get(path.name)))
     parts = [r["is"] for r in rows if r["state"] == "whole"]
@@ -719,6 +720,12 @@ def examine(folder: str | os.PathLike) -> list[dict]:
     return rows
 
 
+_BESIDE = {  # endings of what lies beside weights
+    ".md", ".txt", ".yaml", ".yml", ".json", ".html", ".py", ".ipynb", ".csv", ".pdf",
+    ".png", ".jpg", ".jpeg", ".gif", ".svg", ".wav", ".mp3", ".flac",
+}  # fmt: skip
+
+
 def _examine_file(path: Path, released: tuple | None) -> dict:
     row = {"file": path.name, "state": "damaged", "is": released[2].name if released else "", "detail": ""}
     size = path.stat().st_size
@@ -731,7 +738,7 @@ def _examine_file(path: Path, released: tuple | None) -> dict:
             if released and size != released[0]
             else ""
         )
-        is_other = isinstance(e, UnknownModel) and not released
+        is_other = isinstance(e, UnknownModel | weight_files.NotWeights) and not released
         return row | {"state": "unknown" if is_other else "damaged", "detail": f"{e}{short}"}
     row["is"] = found.kind.name
     if released and found.kind is not released[2]:

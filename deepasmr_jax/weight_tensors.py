@@ -35,11 +35,21 @@ class Refused(Exception):
     """A sentence without its subject, the file: what is wrong with it and what to do."""
 
 
+class Foreign(Refused):
+    """Of a file that is recognised as something else than weights: a program, a text, another archive."""
+
+
+class NotWeights(ValueError):
+    """A file that is nothing for this reader, and not for being damaged."""
+
+
 @contextlib.contextmanager
 def reading(path):
-    """Turns whatever goes wrong inside into a ValueError that names the file."""
+    """Turns whatever goes wrong inside into a ValueError that names the file; `Foreign` into a `NotWeights`."""
     try:
         yield
+    except Foreign as error:
+        raise NotWeights(f"{path} {' '.join(str(error).split())}") from None
     except Refused as error:
         raise ValueError(f"{path} {' '.join(str(error).split())}") from None
     except OSError as error:

@@ -197,6 +197,12 @@ FILES = {  # name of the case -> (file, how it is made, words of the sentence, w
         "x.onnx", functools.partial(huge_external, offset=2), ["279 GiB", "memory"], "damaged"),
     "a graph without a layer": ("campplus.onnx", no_layer, ["looks like a CAM++", "fetch it again"], "damaged"),
     "a zip of 300 GB": ("x.pt", huge_zip, ["damaged", "again"], "damaged"),
+    "a program": (
+        "x.zip", lambda p: weight_writers.write_torch_zip(p, {}, extra=(("constants.pkl", b""),)),
+        ["TorchScript", "state dict"], "unknown"),
+    "a text": ("x.pt", lambda p: p.write_text("Not found, sorry."), ["is text", "give the weight file"], "unknown"),
+    "a text of a released name": (
+        "flow.pt", lambda p: p.write_text("Not found, sorry."), ["is text", "give the weight file"], "damaged"),
     "a list": ("x.pt", torch_zip([np.ones(3, np.float32)]), ["no tensors by name", "state dict"], "unknown"),
     "one tensor": ("x.pt", torch_zip(np.ones(3, np.float32)), ["no tensors by name"], "unknown"),
     "numbers for names": ("x.pt", torch_zip({1: np.ones(3, np.float32)}), ["no model that is known"], "unknown"),
@@ -223,7 +229,7 @@ def test_a_bad_file_is_refused_by_convert_and_found_by_doctor(case, tmp_path, ca
     code = run("convert", "cosyvoice2", folder, "--out", tmp_path / "new" / "model")
     refused(code, capsys, ["missing", "deepasmr doctor"])  # it is not the whole folder anyway
     if state:
-        assert run("doctor", folder) == (0 if state == "unknown" and name != "llm.pt" else 1)
+        assert run("doctor", folder) == (0 if state == "unknown" else 1)
         out, err = capsys.readouterr()
         row = next(line for line in out.splitlines() if line.startswith(name))
         assert state in row and err == ""
