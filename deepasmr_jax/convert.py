@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -73,6 +73,7 @@ class Kind:
         mel_profile: of a flow or vocoder whose Config has none.
         released: file name and size in bytes of the released file, and its sha256 where it is known.
         has_settings: whether a config.json beside the file says what its shapes do not.
+        sampling: settings of such a component, in `sampling` of a model's config.json.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Kind:
     mel_profile: str | None = None
     released: tuple[tuple[str, int, str | None], ...] = ()
     has_settings: bool = False
+    sampling: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +109,14 @@ class Found:
     @functools.cached_property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Parameters of ours that the file becomes, without memory."""
-        module = checkpoint.abstract(lambda key: self.kind.init(self.config, key), jax.random.key(0))
-        return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in checkpoint.named_arrays(module).items()}
+        return _shapes(self.kind.init, self.config)
+
+    def num_bytes(self, dtype: str) -> int:
+        """Of its component in a model folder, in that type."""
+        shapes = self.shapes
+        if self.kind.name == E2_TTS:
+            shapes = _shapes(flow.init, _decoder_around(self.config, self.mel_profile))
+        return {"float32": 4}.get(dtype, 2) * sum(int(np.prod(x.shape)) for x in shapes.values())
 
     def problems(self, most: int | None = None) -> str:
         """Missing, unexpected and reshaped tensors in one sentence, `most` of each named; empty if it is whole."""
@@ -132,6 +140,12 @@ class Found:
             kind.table(self.config), self.tensors, shapes, str(self.path), kind.ignored, kind.absent
         )
         return ((k, _start(k, x)) if k in kind.absent else next(read) for k, x in shapes.items())
+
+
+def _shapes(init: Callable, cfg) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every parameter of `init(cfg, key)`, without memory."""
+    module = checkpoint.abstract(lambda key: init(cfg, key), jax.random.key(0))
+    return {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in checkpoint.named_arrays(module).items()}
 
 
 def _start(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -405,6 +419,7 @@ KINDS = (
         lm.init,
         public_cosyvoice2.lm_cosyvoice2_tensors,
         released=(("llm.pt", 2_023_316_821, None),),
+        sampling={"max_ratio": 20.0},
     ),
     Kind(
         "CosyVoice3 language model",
@@ -417,6 +432,7 @@ KINDS = (
         "Apache-2.0",
         lm.init,
         public_cosyvoice2.lm_cosyvoice3_tensors,
+        sampling={"max_ratio": 20.0},
     ),
     Kind(
         "Qwen2 language model, start of a speech model",
@@ -450,6 +466,7 @@ KINDS = (
         flow_cosyvoice2.init,
         mel_profile="cv2",
         released=(("flow.pt", 450_575_567, None),),
+        sampling={"num_steps": 10, "guidance": 0.7, "method": "euler", "schedule": "cosine"},
     ),
     Kind(
         "CosyVoice2 HiFT vocoder",
@@ -462,6 +479,7 @@ KINDS = (
         public_cosyvoice2.hift_tensors,
         mel_profile="cv2",
         released=(("hift.pt", 83_390_254, None),),
+        sampling={"asmr": {"source": "unvoiced"}},  # its F0 predictor can hear a voice in a whisper
     ),
     Kind(
         "S3 speech tokenizer V2",
@@ -886,7 +904,7 @@ def convert_cosyvoice2(
             f"flow and vocoder have different mel profiles ({', '.join(sorted(profiles))}); "
             "give a vocoder of the flow's profile"
         )
-    with _writing(out, found.values(), dtype), _beside(out) as place:
+    with _writing(out, sum(f.num_bytes(dtype) for f in found.values())), _beside(out) as place:
         new = Path(place) / out.name
         for f in found.values():
             progress(f"converting {f.path.name}")
@@ -895,7 +913,7 @@ def convert_cosyvoice2(
         for name in TOKENIZER_FILES:
             if (folder / "CosyVoice-BlankEN" / name).is_file():
                 shutil.copyfile(folder / "CosyVoice-BlankEN" / name, new / TEXT_FOLDER / name)
-        _settle(new, profiles.pop(), found)
+        _settle(new)
         progress("hearing the built-in pool with the converted model")
         _adopt_pool(new)
         os.replace(new, out)
@@ -935,18 +953,16 @@ def convert_file(
                 f"{path} is for the mel profile {found.mel_profile!r}, the model in {out} has {profile!r}; "
                 "give a new folder"
             )
-    with _writing(out, [found], dtype):
+    with _writing(out, found.num_bytes(dtype)):
         write(found, out, dtype)
     again = found.kind.component in ("speech_tokenizer", "speaker") and (out / request.POOL_FILE).exists()
     return f"{found.kind.name} as {found.kind.component}" + ("; build the pool again" if again else "")
 
 
 @contextlib.contextmanager
-def _writing(out: Path, parts: Iterable[Found], dtype: str) -> Iterator[None]:
-    """Around the writing of a model folder: ValueError if its disk is too small or fails; no empty folder stays."""
+def _writing(out: Path, needed: int) -> Iterator[None]:
+    """Around the writing of so many bytes: ValueError if the disk is too small or fails; no empty folder stays."""
     there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    bytes_of = {"float32": 4}.get(dtype, 2)
-    needed = sum(bytes_of * int(np.prod(x.shape)) for f in parts for x in f.shapes.values())
     free = shutil.disk_usage(there).free
     if needed > free:
         raise ValueError(
@@ -988,7 +1004,12 @@ def write(found: Found, folder: Path, dtype: str) -> None:
     }
     top: dict = {"provenance": {kind.component: provenance}}
     if found.mel_profile:
-        top["mel_profile"] = found.mel_profile
+        top |= {
+            "mel_profile": found.mel_profile,
+            "sample_rate": audio.mel_profile(found.mel_profile).sample_rate,
+        }
+    if kind.sampling:
+        top["sampling"] = {kind.component: dict(kind.sampling)}
     if kind.name == E2_TTS:
         cfg = _decoder_around(found.config, found.mel_profile)
         module = flow.init(cfg, jax.random.key(0))
@@ -1002,12 +1023,10 @@ def write(found: Found, folder: Path, dtype: str) -> None:
     checkpoint.write_component(folder, kind.component, cfg, shapes, arrays, dtype, **top)
 
 
-def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
-    """Text and sampling of a converted CosyVoice2."""
+def _settle(folder: Path) -> None:
+    """Text and languages of a converted CosyVoice2."""
     values = checkpoint.read_config(folder)
     values |= {
-        "mel_profile": profile,
-        "sample_rate": audio.mel_profile(profile).sample_rate,
         "text": {
             "tokenizer": "qwen",
             "folder": TEXT_FOLDER,
@@ -1017,15 +1036,7 @@ def _settle(folder: Path, profile: str, found: Mapping[str, Found]) -> None:
         "provenance": values["provenance"]
         | {"text_tokenizer": {"source": "CosyVoice-BlankEN", "licence": "Apache-2.0"}},
         "languages": list(text_lib.LANGUAGES),
-        "sampling": {
-            "lm": {"max_ratio": 20.0},
-            "flow": {"num_steps": 10, "guidance": 0.7, "method": "euler", "schedule": "cosine"},
-        },
     }
-    if isinstance(
-        found["vocoder"].config, vocoder_hift.Config
-    ):  # its F0 predictor can hear a voice in a whisper
-        values["sampling"]["vocoder"] = {"asmr": {"source": "unvoiced"}}
     checkpoint.set_licence(values)
     config.write_json(folder / "config.json", values)
 
@@ -1042,44 +1053,61 @@ def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:
 
     Args:
         model: model folder.
-        out: folder, made if absent: `model.safetensors` (backbone, names of Qwen2), `config.json`, and
-            `speech.safetensors` with the speech tables and the head under the names of CosyVoice2's `llm.pt`.
+        out: a new folder: `model.safetensors` (backbone, names of Qwen2), `config.json`, `speech.safetensors` with the
+            speech tables and the head under the names of CosyVoice's `llm.pt`, and `provenance.json`: where the weights
+            are from, their licence, and whether the names are those of CosyVoice2 or of CosyVoice3.
 
     Returns:
-        `out`.
+        `out`. It appears when it is whole; nothing is left behind on an error.
 
     Raises:
-        ValueError: if the folder has no language model or its file is damaged.
+        ValueError: if the folder has no language model, its file is damaged, or `out` holds something already.
     """
-    cfg = checkpoint.component_config(model, "lm")
-    arrays = checkpoint.component_arrays(model, checkpoint.read_config(model)["components"]["lm"])
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    cfg, values, out = checkpoint.component_config(model, "lm"), checkpoint.read_config(model), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} holds files already; give a new folder, or remove it first")
+    arrays = checkpoint.component_arrays(model, values["components"]["lm"])
     backbone = public_names.to_theirs(public_cosyvoice2.qwen2(cfg), arrays)
     table = public_cosyvoice2.lm_cosyvoice2(cfg)
-    speech = {k: s for k, s in table.items() if k not in public_cosyvoice2.qwen2(cfg)}
-    checkpoint.write_arrays(out / "model.safetensors", backbone, {"format": "pt"})
-    checkpoint.write_arrays(
-        out / "speech.safetensors", public_names.to_theirs(speech, arrays), {"format": "pt"}
+    speech = public_names.to_theirs(
+        {k: s for k, s in table.items() if k not in public_cosyvoice2.qwen2(cfg)}, arrays
     )
-    config.write_json(
-        out / "config.json",
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "vocab_size": cfg.text_vocab,
-            "hidden_size": cfg.width,
-            "intermediate_size": cfg.mlp_width,
-            "num_hidden_layers": cfg.num_layers,
-            "num_attention_heads": cfg.num_heads,
-            "num_key_value_heads": cfg.num_kv_heads,
-            "head_dim": cfg.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": cfg.norm_eps,
-            "rope_theta": cfg.rope_base,
-            "tie_word_embeddings": True,
-            "torch_dtype": str(next(iter(backbone.values())).dtype),
-        },
+    # a head that was trained on may have a bias, for which CosyVoice3 has no place
+    is_third = (
+        cfg.num_special == public_cosyvoice2.COSYVOICE3_SPECIAL and not speech["llm_decoder.bias"].any()
     )
+    if is_third:
+        speech = public_cosyvoice2.lm_cosyvoice3_theirs(speech)
+    facts = {
+        "model": values.get("name", Path(model).name),
+        "licence": checkpoint.licences(values).get("lm"),
+        "speech": f"names of CosyVoice{3 if is_third else 2}",
+        "lm": values.get("provenance", {}).get("lm"),
+        "converter": f"deepasmr_jax {__version__}",
+    }
+    settings = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": cfg.text_vocab,
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_width,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_base,
+        "tie_word_embeddings": True,
+        "torch_dtype": str(next(iter(backbone.values())).dtype),
+    }
+    size = sum(x.nbytes for x in (*backbone.values(), *speech.values()))
+    with _writing(out, size), _beside(out) as place:
+        new = Path(place) / out.name
+        checkpoint.write_arrays(new / "model.safetensors", backbone, {"format": "pt"})
+        checkpoint.write_arrays(new / "speech.safetensors", speech, {"format": "pt"})
+        config.write_json(new / "provenance.json", facts)
+        config.write_json(new / "config.json", settings)
+        os.replace(new, out)
     return out

@@ -5,21 +5,21 @@ import json
 import shutil
 from pathlib import Path
 
+import bad_files
 import cosyvoice2_folder
 import jax
 import numpy as np
 import pytest
 import soundfile
-import test_bad_weights
 import test_judges
 import test_public_names
 import test_speaker_wavlm
 import tiny_model
 import weight_writers
+from bad_files import run
 
 from deepasmr_jax import (
     checkpoint,
-    cli,
     convert,
     flow,
     flow_cosyvoice2,
@@ -65,13 +65,6 @@ def model(public, small_pool, tmp_path_factory) -> Path:
         patch.setattr(synthesis, "load", load)
         assert run("convert", "cosyvoice2", public, "--out", out) == 0
     return out
-
-
-def run(*words) -> int:
-    try:
-        return cli.main([str(w) for w in words])
-    except SystemExit as e:
-        return e.code
 
 
 def test_doctor_finds_every_part_whole(public, capsys):
@@ -131,6 +124,38 @@ def test_a_whisper_leaves_the_sines_of_the_vocoder_out(model):
     made = synthesis.load(model)
     assert made._vocoder_configs["asmr"].source == "unvoiced"
     assert made._vocoder_configs["normal"].source == "predicted"
+
+
+def test_another_vocoder_drops_the_settings_of_the_one_before(model, public, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    sampling = checkpoint.read_config(copy)["sampling"]
+    assert sampling["vocoder"] == {"asmr": {"source": "unvoiced"}} and sampling["lm"] == {"max_ratio": 20.0}
+    file = write_generator(tmp_path, vocoder.Config(**SINGLE | HIFIGANS["the mel of CosyVoice2"]))
+    assert run("convert", "file", file, "--out", copy) == 0
+    config = checkpoint.read_config(copy)
+    assert config["sampling"] == {k: x for k, x in sampling.items() if k != "vocoder"}
+    synthesis.load(copy, with_pool=False)
+    config["sampling"]["vocoder"] = {
+        "asmr": {"source": "unvoiced"}
+    }  # as folders of an earlier version have it
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"sets source in sampling.vocoder.asmr, which its vocoder does not have"
+    ):
+        synthesis.load(copy, with_pool=False)
+    assert run("convert", "file", public / "hift.pt", "--out", copy) == 0
+    assert checkpoint.read_config(copy)["sampling"] == sampling
+
+
+def test_the_rate_follows_the_mel_profile_of_a_part_that_replaces_the_only_one(tmp_path):
+    file = write_generator(tmp_path, vocoder.Config(**SINGLE | HIFIGANS["rates the other way"]))
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 0
+    assert checkpoint.read_config(tmp_path / "m")["sample_rate"] == 22050
+    file = write_generator(tmp_path, vocoder.Config(**SINGLE | HIFIGANS["the mel of CosyVoice2"]))
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 0
+    config = checkpoint.read_config(tmp_path / "m")
+    assert (config["mel_profile"], config["sample_rate"]) == ("cv2", 24000)
 
 
 def test_a_fixed_noise_of_config_json_reaches_the_flow(model, tmp_path, monkeypatch):
@@ -199,6 +224,33 @@ def test_export_writes_the_language_model_under_the_names_of_qwen2(public, model
         np.testing.assert_array_equal(x, state[prefix + name])
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["model_type"] == "qwen2" and config["num_hidden_layers"] == 2
+    facts = json.loads((tmp_path / "hf" / "provenance.json").read_text())
+    assert facts["licence"] == "Apache-2.0" and facts["lm"]["source"] == "llm.pt"
+    assert facts["speech"] == "names of CosyVoice2" and len(list((tmp_path / "hf").iterdir())) == 4
+
+
+def test_an_export_never_goes_where_something_is(model, tmp_path, capsys, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in model.rglob("*")}
+    assert run("export", "--model", model, "--out", model) == 2
+    assert "give a new folder" in (error := capsys.readouterr().err) and str(model) in error
+    assert {p: p.stat().st_mtime_ns for p in model.rglob("*")} == before
+    bad_files.fill_the_disk(monkeypatch, "speech.safetensors", room=5000)
+    assert run("export", "--model", model, "--out", tmp_path / "a" / "hf") == 2
+    assert "No space left" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_language_model_of_cosyvoice3_goes_back_under_its_own_names(tmp_path):
+    cfg = lm.cosyvoice3(width=64, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=64, text_vocab=50)
+    state = cosyvoice2_folder.state("llm.pt", cfg)
+    state["llm_decoder.bias"] = np.zeros_like(state["llm_decoder.bias"])
+    state = public_cosyvoice2.lm_cosyvoice3_theirs(state)
+    weight_writers.write_torch_zip(tmp_path / "llm.pt", state)
+    assert run("convert", "file", tmp_path / "llm.pt", "--out", tmp_path / "m") == 0
+    assert run("export", "--model", tmp_path / "m", "--out", tmp_path / "hf") == 0
+    speech = checkpoint.read_arrays(tmp_path / "hf" / "speech.safetensors")
+    assert set(speech) == {"llm_decoder.weight", "speech_embedding.weight"}
+    for name, x in speech.items():
+        np.testing.assert_array_equal(x, state[name])
 
 
 @pytest.mark.full
@@ -302,17 +354,9 @@ def test_an_e2_tts_file_with_a_tensor_missing_is_no_start(tmp_path, capsys):
 
 
 def test_a_part_of_a_stricter_licence_changes_that_of_the_model(model, tmp_path, capsys):
-    cfg = dataclasses.replace(
-        convert.speaker.resnet34(), base_channels=4, repeats=(1, 1, 1, 1), embedding_size=16
-    )
-    like = checkpoint.abstract(lambda key: convert.speaker.init(cfg, key), jax.random.key(0))
-    zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
-    weight_writers.write_torch_zip(
-        tmp_path / "avg_model.pt", public_names.to_theirs(public_models.wespeaker(cfg), zeros)
-    )
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
-    assert run("convert", "file", tmp_path / "avg_model.pt", "--out", copy) == 0
+    assert run("convert", "file", bad_files.good(tmp_path), "--out", copy) == 0
     assert "build the pool again" in capsys.readouterr().out
     config = checkpoint.read_config(copy)
     assert config["provenance"]["speaker"]["licence"] == "CC BY 4.0" and config["licence"] == "GPL-3.0"
@@ -401,7 +445,7 @@ def _run_code(path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_of_a_whole_folder(public, tmp_path, capsys, monkeypatch):
-    test_bad_weights.fill_the_disk(monkeypatch, "vocoder.safetensors", room=5000)
+    bad_files.fill_the_disk(monkeypatch, "vocoder.safetensors", room=5000)
     out = tmp_path / "a" / "b"
     assert run("convert", "cosyvoice2", public, "--out", out) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
