@@ -47,12 +47,20 @@ from deepasmr_jax import (
 )
 from deepasmr_jax import text as text_lib
 
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "config.json")
+TOKENIZER_FILES = (  # those that are there, of the two forms in which a tokenizer is saved
+    "vocab.json", "merges.txt", "tokenizer_config.json", "config.json", "tokenizer.json", "added_tokens.json",
+    "special_tokens_map.json",
+)  # fmt: skip
 TEXT_FOLDER = "text_tokenizer"
 E2_TTS = "E2 TTS, start of a flow decoder"
 E2_PROFILES = ("cv2", "hifigan", "f5")  # mel profiles of flows that start from E2 TTS
 HEAD_DIM = 64
-SHOWN = 6  # names of each kind in a short list of what is wrong with a file
+SHOWN = 6  # names of each kind in a row of `examine`
+NAMED = 40  # and in the error of a conversion
+
+
+# fields of a Config that are read off the numbers in names, where a lost last layer looks like a shallower network
+_COUNTS = ("num_layers", "num_up_layers", "num_blocks", "num_mid_levels", "blocks_per_level", "repeats")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Kind:
         released: file name and size in bytes of the released file, and its sha256 where it is known.
         has_settings: whether a config.json beside the file says what its shapes do not.
         sampling: settings of such a component, in `sampling` of a model's config.json.
+        preset: the released Config, where there is one: a file of its widths must have its layers too.
     """
 
     name: str
@@ -90,6 +99,14 @@ class Kind:
     released: tuple[tuple[str, int, str | None], ...] = ()
     has_settings: bool = False
     sampling: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    preset: Callable | None = None
+
+    def config_of(self, tensors: Mapping, *settings) -> object:
+        """The Config of these tensors; the preset where only numbers of layers differ, so that these are missed."""
+        cfg = self.config(tensors, *settings)
+        preset = self.preset() if self.preset else cfg
+        counts = {k: getattr(preset, k) for k in _COUNTS if hasattr(cfg, k)}
+        return preset if dataclasses.replace(cfg, **counts) == preset else cfg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +145,8 @@ class Found:
         return public_names.differences(table, self.tensors, shapes, self.kind.ignored, most)
 
     def check_whole(self) -> None:
-        """ValueError if the file is not whole: some names, and how to see all."""
-        if problems := self.problems(SHOWN):
+        """ValueError if the file is not whole: up to `NAMED` names of each kind, and how to see more."""
+        if problems := self.problems(NAMED):
             rest = f"; `deepasmr doctor {self.path.parent}` names all" if " more" in problems else ""
             raise ValueError(f"{self.path} is not whole: {problems}; fetch it again{rest}")
 
@@ -418,6 +435,7 @@ KINDS = (
         "Apache-2.0",
         lm.init,
         public_cosyvoice2.lm_cosyvoice2_tensors,
+        preset=lm.cosyvoice2,
         released=(("llm.pt", 2_023_316_821, None),),
         sampling={"max_ratio": 20.0},
     ),
@@ -432,6 +450,7 @@ KINDS = (
         "Apache-2.0",
         lm.init,
         public_cosyvoice2.lm_cosyvoice3_tensors,
+        preset=lm.cosyvoice3,
         sampling={"max_ratio": 20.0},
     ),
     Kind(
@@ -444,6 +463,7 @@ KINDS = (
         lm.init,
         ignored=(r"lm_head\.weight",),
         absent=public_cosyvoice2.QWEN2_ABSENT,
+        preset=lm.cosyvoice2,
     ),
     Kind(
         E2_TTS,
@@ -454,6 +474,7 @@ KINDS = (
         "CC BY-NC 4.0",
         flow.init,
         ignored=public_models.FLOW_E2_IGNORED,
+        preset=flow.e2tts_base,
         mel_profile="f5",
     ),
     Kind(
@@ -466,6 +487,7 @@ KINDS = (
         flow_cosyvoice2.init,
         mel_profile="cv2",
         released=(("flow.pt", 450_575_567, None),),
+        preset=flow_cosyvoice2.cosyvoice2,
         sampling={"num_steps": 10, "guidance": 0.7, "method": "euler", "schedule": "cosine"},
     ),
     Kind(
@@ -489,6 +511,7 @@ KINDS = (
         public_cosyvoice2.s3_v2,
         "Apache-2.0",
         speech_tokenizer.init,
+        preset=speech_tokenizer.s3_v2,
         released=(
             (
                 "speech_tokenizer_v2.onnx",
@@ -506,6 +529,7 @@ KINDS = (
         "Apache-2.0",
         speaker_campplus.init,
         ignored=public_names.NO_COUNTS,
+        preset=speaker_campplus.cosyvoice,
         released=(("campplus.onnx", 28_303_423, None), ("campplus_cn_common.bin", 28_036_335, None)),
     ),
     Kind(
@@ -550,6 +574,7 @@ KINDS = (
         speaker_wavlm.init,
         _wavlm_tensors,
         ignored=public_models.WAVLM_IGNORED,
+        preset=speaker_wavlm.large_sv,
     ),
 )
 COSYVOICE2 = ("llm.pt", "flow.pt", "hift.pt", "speech_tokenizer_v2.onnx", "campplus.onnx")
@@ -585,10 +610,8 @@ def recognise(path: str | os.PathLike) -> Found:
             )
         except _BENT as e:
             if campplus:
-                raise ValueError(
-                    f"{path} looks like a CAM++, but is not whole ({e}); fetch it again"
-                ) from None
-            raise UnknownModel(f"{path} is no graph that is known here ({e}); give another file") from None
+                raise ValueError(f"{path} looks like a CAM++, but is not whole ({e}); fetch it again") from e
+            raise UnknownModel(f"{path} is no graph that is known here ({e}); give another file") from e
     else:
         tree = weight_files.read_tree(path)
         if not isinstance(tree, Mapping):
@@ -606,14 +629,14 @@ def recognise(path: str | os.PathLike) -> Found:
     settings = (_settings_beside(path),) if kind.has_settings else ()
     try:
         prepared = kind.prepare(tensors)
-        return Found(path, kind, prepared, kind.config(prepared, *settings))
+        return Found(path, kind, prepared, kind.config_of(prepared, *settings))
     except SettingsError as e:
         raise SettingsError(
             f"the config.json beside {path} does not fit it: {e}; fetch both again, or move config.json "
             "away if it is another model's"
         ) from None
     except _BENT as e:
-        raise ValueError(f"{path} looks like a {kind.name}, but is not whole ({e}); fetch it again") from None
+        raise ValueError(f"{path} looks like a {kind.name}, but is not whole ({e}); fetch it again") from e
 
 
 def _settings_beside(path: Path) -> dict | None:

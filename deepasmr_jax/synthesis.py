@@ -282,6 +282,11 @@ class Synthesizer:
             for style in STYLES
         }
         self.tokenizer = _text_tokenizer(folder, config.get("text", {}))
+        if (ids := self.tokenizer.vocab_size) != (rows := self._parts["lm"].config.text_vocab):
+            raise ValueError(
+                f"the language model in {folder} reads {rows} text ids, the text tokenizer of its config.json makes "
+                f"{ids}: they are not of one model; give `text` there the model's own tokenizer (docs/model_format.md)"
+            )
         own = folder / POOL_FILE
         if pool_file is not None:
             self.pool = pool.load(pool_file)

@@ -79,11 +79,11 @@ def state(name: str, cfg) -> dict[str, np.ndarray]:
     module, table = TABLES[name]
     like = checkpoint.abstract(lambda key: module.init(cfg, key), jax.random.key(0))
     hollow = {k: np.broadcast_to(np.int8(0), x.shape) for k, x in checkpoint.named_arrays(like).items()}
-    shapes = {k: x.shape for k, x in _their_shapes(table(cfg), hollow).items()}
+    shapes = {k: x.shape for k, x in their_shapes(table(cfg), hollow).items()}
     return public_weights.state(shapes, 5)
 
 
-def _their_shapes(table, hollow) -> dict[str, np.ndarray]:
+def their_shapes(table, hollow) -> dict[str, np.ndarray]:
     out = {}
     for parameter, source in table.items():
         x = hollow[parameter]
