@@ -442,9 +442,9 @@ def _pool_list(args) -> None:
 
 
 def _doctor(args) -> int:
-    from deepasmr_jax import convert
+    from deepasmr_jax import doctor
 
-    rows = convert.examine(args.folder)
+    rows = doctor.examine(args.folder)
     print(_table([{k: x for k, x in row.items() if k != "all"} for row in rows]))
     for row in rows:
         if "all" in row:

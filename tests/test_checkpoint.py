@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepasmr_jax import checkpoint, convert, lm, speech_tokenizer, vocoder_istft
+from deepasmr_jax import checkpoint, doctor, lm, speech_tokenizer, vocoder_istft
 
 LM = lm.Config(
     text_vocab=20, width=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=16, num_codes=27
@@ -167,12 +167,12 @@ def test_weights_in_several_files_are_one_component(tmp_path, arrays, monkeypatc
     assert len(names) > 2 and names[1] == f"lm-00002-of-{len(names):05d}.safetensors"
     assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "config.json"])
     assert all_equal(checkpoint.load_component(folder, "lm")[0], arrays)
-    assert [(r["file"], r["state"]) for r in convert.examine(folder)] == [(n, "whole") for n in names]
+    assert [(r["file"], r["state"]) for r in doctor.examine(folder)] == [(n, "whole") for n in names]
 
     second, old = folder / names[1], (folder / names[1]).read_bytes()
     for harm, state in ((second.unlink, "missing"), (lambda: second.write_bytes(old[:-1] + b"?"), "damaged")):
         harm()
-        assert [r["file"] for r in convert.examine(folder) if r["state"] == state] == [names[1]]
+        assert [r["file"] for r in doctor.examine(folder) if r["state"] == state] == [names[1]]
         with pytest.raises(ValueError, match=rf"{names[1]} is {state}"):
             checkpoint.load_component(folder, "lm")
     second.write_bytes(old)

@@ -20,18 +20,20 @@ from bad_files import run
 
 from deepasmr_jax import (
     checkpoint,
-    convert,
+    doctor,
     flow,
     flow_cosyvoice2,
     lm,
     pool,
     public_cosyvoice2,
+    public_files,
     public_models,
     public_names,
     request,
     speaker_wavlm,
     synthesis,
     vocoder,
+    weight_files,
 )
 
 CLIP = request.BUILT_IN / "demo" / "en_normal.wav"
@@ -339,15 +341,15 @@ def test_e2_tts_starts_a_flow_on_each_mel(profile, tmp_path, capsys):
 def test_of_a_file_with_much_missing_doctor_names_all_and_convert_some(tmp_path, capsys):
     tensors = e2_tensors()
     lost = [name for name in tensors if ".layers." in name and not name.endswith(".1.g")]
-    assert len(lost) > convert.NAMED
+    assert len(lost) > public_files.NAMED
     weight_writers.write_torch_zip(
         tmp_path / "e2.pt", {"ema_model_state_dict": {k: x for k, x in tensors.items() if k not in lost}}
     )
     assert run("convert", "file", tmp_path / "e2.pt", "--out", tmp_path / "m") == 2
     error = capsys.readouterr().err
-    assert f"{len(lost)} missing" in error and f"and {len(lost) - convert.NAMED} more" in error
+    assert f"{len(lost)} missing" in error and f"and {len(lost) - public_files.NAMED} more" in error
     assert f"`deepasmr doctor {tmp_path}` names all" in error
-    assert sum(f"{name}," in error or f"{name} and" in error for name in lost) == convert.NAMED
+    assert sum(f"{name}," in error or f"{name} and" in error for name in lost) == public_files.NAMED
     assert run("doctor", tmp_path) == 1
     out = capsys.readouterr().out
     assert f"\ne2.pt: {len(lost)} missing (" in out and all(name in out for name in lost)
@@ -600,7 +602,7 @@ def test_a_wavlm_file_becomes_a_judge_of_its_own(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["wavlm", "discriminators"])
 def test_sizes_of_the_released_files_are_read_off_their_shapes(name):
-    kinds = {k.component: k for k in convert.KINDS}
+    kinds = {k.component: k for k in public_files.KINDS}
     if name == "wavlm":
         kind, expected = kinds["speaker_judge"], speaker_wavlm.large_sv()
         public = json.loads(str(np.load(test_speaker_wavlm.GOLDEN)["shapes"]))
@@ -612,7 +614,7 @@ def test_sizes_of_the_released_files_are_read_off_their_shapes(name):
             test_public_names.MODELS[name], test_public_names.NAMES["full"][name]
         )
     assert kind.config(tensors) == expected
-    assert convert.Found(Path(name), kind, tensors, expected).problems() == ""
+    assert public_files.Found(Path(name), kind, tensors, expected).problems() == ""
 
 
 @pytest.mark.parametrize(
@@ -625,17 +627,17 @@ def test_sizes_of_the_released_files_are_read_off_their_shapes(name):
     ],
 )
 def test_a_file_of_the_released_widths_without_its_last_layer_is_not_whole(name, layer):
-    kind = next(k for k in convert.KINDS if any(r[0] == name for r in k.released))
+    kind = next(k for k in public_files.KINDS if any(r[0] == name for r in k.released))
     shapes = checkpoint.named_arrays(
         checkpoint.abstract(lambda key: kind.init(kind.preset(), key), jax.random.key(0))
     )
     hollow = {k: np.broadcast_to(np.float32(0), x.shape) for k, x in shapes.items()}
     tensors = cosyvoice2_folder.their_shapes(kind.table(kind.preset()), hollow)
-    assert convert.Found(Path(name), kind, tensors, kind.config_of(tensors)).problems() == ""
+    assert public_files.Found(Path(name), kind, tensors, kind.config_of(tensors)).problems() == ""
     lost = [k for k in tensors if k.startswith(layer)]
     left = {k: x for k, x in tensors.items() if k not in lost}
     assert kind.config(left) != kind.preset()  # by its numbers alone it would be a shallower network
-    problems = convert.Found(Path(name), kind, left, kind.config_of(left)).problems()
+    problems = public_files.Found(Path(name), kind, left, kind.config_of(left)).problems()
     assert (
         problems.startswith(f"{len(lost)} missing (") and all(k in problems for k in lost) and len(lost) > 2
     )
@@ -643,18 +645,18 @@ def test_a_file_of_the_released_widths_without_its_last_layer_is_not_whole(name,
 
 def test_a_released_file_of_another_content_or_size_is_told_from_it(tmp_path, monkeypatch):
     size = bad_files.good(tmp_path).stat().st_size
-    kind = next(k for k in convert.KINDS if "ResNet" in k.name)
+    kind = next(k for k in public_files.KINDS if "ResNet" in k.name)
 
     def found(size: int, sha256: str | None) -> dict:
         known = dataclasses.replace(kind, released=(("avg_model.pt", size, sha256),))
-        monkeypatch.setattr(convert, "KINDS", (known,))
-        return convert.examine(tmp_path)[0]
+        monkeypatch.setattr(public_files, "KINDS", (known,))
+        return doctor.examine(tmp_path)[0]
 
     row = found(size, "0" * 64)
     assert row["state"] == "damaged" and "the size is right, the sha256 is not" in row["detail"]
     row = found(size + 1, "0" * 64)
     assert row["state"] == "whole" and f"({size:,} bytes, {size + 1:,})" in row["detail"]
-    row = found(size, convert.weight_files.sha256(tmp_path / "avg_model.pt"))
+    row = found(size, weight_files.sha256(tmp_path / "avg_model.pt"))
     assert row["state"] == "whole" and "another size" not in row["detail"]
 
 
@@ -712,5 +714,5 @@ def test_the_strictest_licence_is_on_top():
     assert checkpoint.strictest(["MIT", "Apache-2.0"]) == "Apache-2.0"
     assert checkpoint.strictest(["Apache-2.0", "CC BY-NC 4.0", "MIT"]) == "CC BY-NC 4.0"
     assert checkpoint.strictest(["MIT", "something new"]) == "something new"
-    assert all(k.licence in checkpoint.LICENCES for k in convert.KINDS)
+    assert all(k.licence in checkpoint.LICENCES for k in public_files.KINDS)
     assert set(pool.ENGINE_LICENCES.values()) <= set(checkpoint.LICENCES)
