@@ -138,7 +138,8 @@ def export_component(folder, name: str, module, config, dtype: str = "float32", 
         config: the frozen Config that built the module.
         dtype: "float32", "float16" or "bfloat16" of the file; integers stay as they are.
         **top: top-level entries of config.json to set, e.g. mel_profile="mini", provenance={...} (dicts are
-            merged). The strictest licence that `provenance` states goes on top.
+            merged). The strictest licence that `provenance` states goes on top. The component's entry of `sampling`
+            is dropped where the folder had another network in its place.
 
     Returns:
         The path of the weight file.
@@ -209,12 +210,14 @@ def write_component(folder, name: str, config, shapes: dict, arrays, dtype: str 
         ]
         values = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
         values = {"format": FORMAT, "name": folder.name, "components": {}} | values
+        module, before = type(config).__module__.rsplit(".", 1)[-1], values["components"].get(name)
+        if before and before["module"] != module:  # its settings are fields of another network
+            values.get("sampling", {}).pop(name, None)
         for key, value in top.items():
             values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
         set_licence(values)
-        before = values["components"].get(name)
         values["components"][name] = {
-            "module": type(config).__module__.rsplit(".", 1)[-1],
+            "module": module,
             "config": config_lib.to_dict(config),
             "file": names if many else names[0],
             "sha256": sums if many else sums[0],

@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = add(commands, "export", _export, "a model's language model under Hugging Face's names of Qwen2")
     add_model(export, with_pool=False)
-    export.add_argument("--out", required=True, help="folder for model.safetensors and config.json")
+    export.add_argument("--out", required=True, help="a new folder for model.safetensors and config.json")
     return parser
 
 
@@ -450,9 +450,9 @@ def _pool_list(args) -> None:
 
 
 def _doctor(args) -> int:
-    from deepasmr_jax import convert
+    from deepasmr_jax import doctor
 
-    rows = convert.examine(args.folder)
+    rows = doctor.examine(args.folder)
     print(_table([{k: x for k, x in row.items() if k != "all"} for row in rows]))
     for row in rows:
         if "all" in row:
@@ -518,7 +518,7 @@ def _export(args) -> None:
     out = request.check_output_folder(args.out)
     from deepasmr_jax import convert
 
-    print(f"{convert.export_qwen2(folder, out)}: model.safetensors, speech.safetensors, config.json")
+    print(f"{convert.export_qwen2(folder, out)}: model.safetensors, speech.safetensors, config.json, provenance.json")
 
 
 def _info(args) -> None:

@@ -16,7 +16,7 @@ from deepasmr_jax.public_names import (
     without_copy,
 )
 
-_COSYVOICE3_SPECIAL = 200  # rows of the speech table after the codes
+COSYVOICE3_SPECIAL = 200  # rows of the speech table after the codes
 _COSYVOICE3_MARKERS = (0, 2)  # of them: start of the sequence, task
 # initialisers of the released graph whose node does not tell what they are
 _S3_FIXED = {
@@ -396,8 +396,8 @@ def lm_cosyvoice3_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.nda
             raise ValueError(f"{name} is a tensor of CosyVoice2, which CosyVoice3 does not have")
     out = lm_cosyvoice2_tensors(tensors)
     table = out.get("speech_embedding.weight")
-    if table is not None and table.ndim == 2 and len(table) > _COSYVOICE3_SPECIAL:
-        first = len(table) - _COSYVOICE3_SPECIAL
+    if table is not None and table.ndim == 2 and len(table) > COSYVOICE3_SPECIAL:
+        first = len(table) - COSYVOICE3_SPECIAL
         out["llm_embedding.weight"] = np.stack([np.asarray(table[first + i]) for i in _COSYVOICE3_MARKERS])
         out["llm_decoder.bias"] = np.zeros(len(table), np.float32)
     return out
@@ -414,7 +414,7 @@ def lm_cosyvoice3_theirs(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndar
         raise ValueError("head.bias is not zero; a head of CosyVoice3 has no bias, train without it")
     table, markers = np.array(out["speech_embedding.weight"]), out.pop("llm_embedding.weight")
     for i, x in zip(_COSYVOICE3_MARKERS, markers, strict=True):
-        table[len(table) - _COSYVOICE3_SPECIAL + i] = x
+        table[len(table) - COSYVOICE3_SPECIAL + i] = x
     return out | {"speech_embedding.weight": table}
 
 

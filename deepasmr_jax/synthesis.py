@@ -288,10 +288,15 @@ class Synthesizer:
         self.clip_level_db = settings.get("clip_level_db", {})  # style -> level of the training data
         vocoder_config = self._parts["vocoder"].config
         self._vocoder_configs = {  # a vocoder with a voice source can be told to whisper
-            style: dataclasses.replace(vocoder_config, **settings.get("vocoder", {}).get(style, {}))
+            style: _changed(vocoder_config, settings.get("vocoder", {}).get(style, {}), folder, style)
             for style in STYLES
         }
         self.tokenizer = _text_tokenizer(folder, config.get("text", {}))
+        if (ids := self.tokenizer.vocab_size) != (rows := self._parts["lm"].config.text_vocab):
+            raise ValueError(
+                f"the language model in {folder} reads {rows} text ids, the text tokenizer of its config.json makes "
+                f"{ids}: they are not of one model; give `text` there the model's own tokenizer (docs/model_format.md)"
+            )
         own = folder / POOL_FILE
         if pool_file is not None:
             self.pool = pool.load(pool_file)
@@ -944,6 +949,17 @@ def _misread(tokens: np.ndarray) -> tuple[bool, int]:
 def _is_numbers(x) -> bool:
     """Whether a setting is an object of numbers, or of such objects."""
     return isinstance(x, dict) and all(isinstance(v, int | float) or _is_numbers(v) for v in x.values())
+
+
+def _changed(cfg, changes: dict, folder: Path, style: str):
+    """The vocoder's Config as `sampling.vocoder` of a style changes it."""
+    known = {f.name for f in dataclasses.fields(cfg)}
+    if unknown := sorted(set(changes) - known):
+        raise ValueError(
+            f"config.json in {folder} sets {', '.join(unknown)} in sampling.vocoder.{style}, which its vocoder does "
+            f"not have; known are {', '.join(sorted(known))}"
+        )
+    return config_lib.from_dict(type(cfg), config_lib.to_dict(cfg) | changes)
 
 
 class _Part:

@@ -86,8 +86,8 @@ class TrainConfig:
 
     Raises:
         ValueError: on an unknown component or export dtype, a count below 1, a batch that the mesh and the accumulation
-            do not divide, data whose end id, mel profile or labels are not the model's, or accumulation with a model
-            file that makes its own step.
+            do not divide, data whose end id, mel profile or labels are not the model's, accumulation with a model
+            file that makes its own step, or CosyVoice2's flow, for which no stage of the data gives a speaker.
     """
 
     component: str  # name in the exported folder, one of COMPONENTS
@@ -121,6 +121,11 @@ class TrainConfig:
         for name, known in (("component", COMPONENTS), ("export_dtype", checkpoint.DTYPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+        if self.module == "flow_cosyvoice2":
+            raise ValueError(
+                "no stage of the data gives flow_cosyvoice2 its speaker embedding; train the decoder of flow.py, which "
+                "can start from E2TTS_Base (docs/public_weights.md)"
+            )
         counts = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(self.mesh).items()}
         counts |= {k: getattr(self, k) for k in ("accumulation", "log_every", "save_every", "eval_every")}
         for name, count in counts.items():
@@ -437,6 +442,11 @@ def initialized(model, cfg: TrainConfig):
         if cfg.component not in values:
             raise ValueError(
                 f"{folder} has no component {cfg.component!r}; it has {', '.join(sorted(values))}"
+            )
+        if (theirs := values[cfg.component]["module"]) != cfg.module:
+            raise ValueError(
+                f"the {cfg.component} in {folder} is a {theirs}, this run trains a {cfg.module}: two networks, whose "
+                "weights do not fit each other; start from a folder with the same one (docs/public_weights.md)"
             )
         arrays = checkpoint.component_arrays(folder, values[cfg.component])
         entry = values.get("discriminators", {})

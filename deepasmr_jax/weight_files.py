@@ -20,6 +20,8 @@ from deepasmr_jax.weight_onnx import Graph, Node  # noqa: F401 (names of what re
 from deepasmr_jax.weight_tensors import (
     MAX_NAMES,
     NUMPY,
+    Foreign,
+    NotWeights,  # noqa: F401 (what `kind` and `read` raise)
     Refused,
     Store,
     Tensor,
@@ -48,8 +50,9 @@ def kind(path) -> str:
     """What a weight file is, by its content: "safetensors", "torch zip", "torch legacy" or "onnx".
 
     Raises:
-        ValueError: if it is none of these (a folder, a web page, a git-lfs pointer, text, another archive ...) or is
-            cut off so that its table of contents is missing.
+        NotWeights: if it is a text, a program, another archive or a pickle of another program: a ValueError too.
+        ValueError: if it is none of these (a folder, a web page, a git-lfs pointer ...) or is cut off so that its
+            table of contents is missing.
     """
     with reading(path):
         return _kind(Path(path))
@@ -96,13 +99,13 @@ def _refuse_others(head: bytes) -> None:
     """Names the usual wrong files."""
     for start, name in _OTHERS.items():
         if head.startswith(start):
-            raise Refused(f"is a {name} archive; unpack it and give the weight file in it")
+            raise Foreign(f"is a {name} archive; unpack it and give the weight file in it")
     if head[257:262] == b"ustar":
-        raise Refused("is a tar archive; unpack it, or save a file of PyTorch before 0.1.10 again")
+        raise Foreign("is a tar archive; unpack it, or save a file of PyTorch before 0.1.10 again")
     if head.startswith((b"\x93NUMPY", b"\x89HDF")):
-        raise Refused("is a NumPy or HDF5 file; this reader takes safetensors, PyTorch and ONNX files")
+        raise Foreign("is a NumPy or HDF5 file; this reader takes safetensors, PyTorch and ONNX files")
     if head[:1] == b"\x80" and head[1] in range(2, 6):
-        raise Refused("is a Python pickle without PyTorch's mark; save its state dict with torch.save")
+        raise Foreign("is a Python pickle without PyTorch's mark; save its state dict with torch.save")
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if text.startswith(b"version https://git-lfs"):
         raise Refused("is a git-lfs pointer and not the file; run `git lfs pull` in its folder")
@@ -111,7 +114,7 @@ def _refuse_others(head: bytes) -> None:
     with contextlib.suppress(UnicodeDecodeError):
         shown = codecs.getincrementaldecoder("utf-8")().decode(text)  # the last letter may be cut
         if not re.search(r"[\x00-\x08\x0e-\x1f\x7f]", shown):
-            raise Refused(f"is text that begins with {ascii(shown[:24])}; give the weight file itself")
+            raise Foreign(f"is text that begins with {ascii(shown[:24])}; give the weight file itself")
 
 
 def check_size(path) -> None:

@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -35,11 +36,21 @@ class Refused(Exception):
     """A sentence without its subject, the file: what is wrong with it and what to do."""
 
 
+class Foreign(Refused):
+    """Of a file that is recognised as something else than weights: a program, a text, another archive."""
+
+
+class NotWeights(ValueError):
+    """A file that is nothing for this reader, and not for being damaged."""
+
+
 @contextlib.contextmanager
 def reading(path):
-    """Turns whatever goes wrong inside into a ValueError that names the file."""
+    """Turns whatever goes wrong inside into a ValueError that names the file; `Foreign` into a `NotWeights`."""
     try:
         yield
+    except Foreign as error:
+        raise NotWeights(f"{path} {' '.join(str(error).split())}") from None
     except Refused as error:
         raise ValueError(f"{path} {' '.join(str(error).split())}") from None
     except OSError as error:
@@ -65,12 +76,18 @@ def unique(pairs) -> dict:
     return out
 
 
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
 def memory_bytes() -> float:
-    """The memory of this machine; infinite where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return math.inf
+    """The memory of this machine, or of the container if that may use less; infinite where the system does not tell."""
+    found = [math.inf]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max": none
+            found.append(int(Path(limit).read_text()))
+    return min(found)
 
 
 class Store:

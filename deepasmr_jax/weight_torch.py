@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from deepasmr_jax.weight_tensors import MAX_NAMES, MAX_NODES, NUMPY, Refused, Store, Tensor, listed, short
+from deepasmr_jax.weight_tensors import (
+    MAX_NAMES,
+    MAX_NODES,
+    NUMPY,
+    Foreign,
+    Refused,
+    Store,
+    Tensor,
+    listed,
+    short,
+)
 
 MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")  # first pickle of the older PyTorch files
 _PROTOCOL = 1001
@@ -48,13 +58,13 @@ def archive_members(file) -> tuple[str, dict[str, _Member]]:
     names = [i.filename for i in infos]
     roots = [n.removesuffix("/data.pkl") for n in names if re.fullmatch(r"[^/]+/data\.pkl", n)]
     if len(roots) != 1:
-        raise Refused(
+        raise Foreign(
             f"is a zip archive without one data.pkl ({listed(names)}); unpack it, or give a weight file"
         )
     if len(set(names)) != len(names):
         raise ValueError("a member is there twice")
     if f"{roots[0]}/constants.pkl" in names:
-        raise Refused(
+        raise Foreign(
             "is a TorchScript program and no plain weight file; save its state dict with torch.save"
         )
     members, position = {}, 0
@@ -378,6 +388,8 @@ def _unpickle(stream, storage=None):
         elif name == "BINPERSID":
             stack.append(persistent(stack.pop()))
         elif name != "STOP":
+            if name == "INST":  # a call of protocol 0: refused by the name of what it asks for
+                _allowed(argument.replace(" ", ".", 1))
             raise Refused(
                 f"uses the pickle instruction {name}, which weights do not need; save its state dict alone"
             )

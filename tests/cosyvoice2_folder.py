@@ -59,6 +59,18 @@ TABLES = {
     "speech_tokenizer_v2.onnx": (speech_tokenizer, public_cosyvoice2.s3_v2),
     "campplus.onnx": (speaker_campplus, public_cosyvoice2.campplus),
 }
+BESIDE = {  # of the download: no part of the model
+    "cosyvoice2.yaml": b"sample_rate: 24000\n",
+    "configuration.json": b'{"framework": "Pytorch"}',
+    "README.md": b"---\nlicense: apache-2.0\n",
+    "LICENSE": b"                                 Apache License\n                           Version 2.0\n",
+    ".gitattributes": b"*.pt filter=lfs diff=lfs merge=lfs -text\n",
+    ".msc": b"\x80\x04]\x94.",
+    ".mv": b"master,CreatedAt:1734500000\n",
+    "index": b"\x80\x04]\x94}\x94(\x8c\x04Path\x94u.",  # a pickle as download tools leave it
+}
+PROGRAMS = ("flow.encoder.fp16.zip", "flow.encoder.fp32.zip")  # TorchScript
+ESTIMATOR = "flow.decoder.estimator.fp32.onnx"
 PLAIN = ("source_downs", "m_source", "f0_predictor.classifier")  # of HiFT: without weight norm
 
 
@@ -67,11 +79,11 @@ def state(name: str, cfg) -> dict[str, np.ndarray]:
     module, table = TABLES[name]
     like = checkpoint.abstract(lambda key: module.init(cfg, key), jax.random.key(0))
     hollow = {k: np.broadcast_to(np.int8(0), x.shape) for k, x in checkpoint.named_arrays(like).items()}
-    shapes = {k: x.shape for k, x in _their_shapes(table(cfg), hollow).items()}
+    shapes = {k: x.shape for k, x in their_shapes(table(cfg), hollow).items()}
     return public_weights.state(shapes, 5)
 
 
-def _their_shapes(table, hollow) -> dict[str, np.ndarray]:
+def their_shapes(table, hollow) -> dict[str, np.ndarray]:
     out = {}
     for parameter, source in table.items():
         x = hollow[parameter]
@@ -101,7 +113,16 @@ def write(folder: str | Path, sizes: dict = SMALL) -> Path:
             weight_writers.write_torch_zip(folder / name, tensors)
         del tensors
     test_text.qwen_folder(folder / "CosyVoice-BlankEN", test_text.BASE)
-    (folder / "cosyvoice2.yaml").write_text("sample_rate: 24000\n")
+    for name, text in BESIDE.items():
+        (folder / name).write_bytes(text)
+    for name in PROGRAMS:
+        weight_writers.write_zip(
+            folder / name, [("data.pkl", b"\x80\x02}."), ("constants.pkl", b"\x80\x02).")]
+        )
+    plan = {"w": np.ones((2, 2), np.float32)}
+    weight_writers.write_onnx(folder / ESTIMATOR, plan, [("MatMul", "/m/MatMul", ["x", "w"], ["y"])])
+    voice = {"voice": {"embedding": np.ones((1, 192), np.float32)}}
+    weight_writers.write_torch_zip(folder / "spk2info.pt", voice)
     return folder
 
 

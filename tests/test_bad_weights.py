@@ -1,6 +1,5 @@
 """Bad weight files, model folders and outputs through the `deepasmr` command: one sentence, and nothing is left."""
 
-import errno
 import functools
 import json
 import os
@@ -8,38 +7,22 @@ import shutil
 from pathlib import Path
 
 import cosyvoice2_folder
-import jax
 import numpy as np
 import pytest
 import tiny_model
 import weight_writers
+from bad_files import fill_the_disk, good, resnet, run
 
-from deepasmr_jax import checkpoint, cli, convert, public_models, public_names, request, speaker
+from deepasmr_jax import convert, request, weight_tensors
 
 CLIP = request.BUILT_IN / "demo" / "en_normal.wav"
-RESNET = speaker.Config(base_channels=4, repeats=(1, 1, 1, 1), embedding_size=16)
 CAMPPLUS = cosyvoice2_folder.SMALL["campplus.onnx"]
-HUGE = 300 * 10**9  # bytes: more than the memory, without a place on the disk (a sparse file)
+HUGE = 300 * 10**9  # bytes: more than the memory of `a_machine`, without a place on the disk (a sparse file)
 
 
-def run(*words) -> int:
-    try:
-        return cli.main([str(w) for w in words])
-    except SystemExit as e:
-        return e.code
-
-
-@functools.cache
-def resnet() -> dict[str, np.ndarray]:
-    """A small WeSpeaker file: zeros under the public names."""
-    like = checkpoint.abstract(lambda key: speaker.init(RESNET, key), jax.random.key(0))
-    zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
-    return public_names.to_theirs(public_models.wespeaker(RESNET), zeros)
-
-
-def good(folder: Path) -> Path:
-    weight_writers.write_torch_zip(folder / "avg_model.pt", resnet())
-    return folder / "avg_model.pt"
+@pytest.fixture(autouse=True)
+def a_machine(monkeypatch):
+    monkeypatch.setattr(weight_tensors, "memory_bytes", lambda: 64e9)
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -197,6 +180,12 @@ FILES = {  # name of the case -> (file, how it is made, words of the sentence, w
         "x.onnx", functools.partial(huge_external, offset=2), ["279 GiB", "memory"], "damaged"),
     "a graph without a layer": ("campplus.onnx", no_layer, ["looks like a CAM++", "fetch it again"], "damaged"),
     "a zip of 300 GB": ("x.pt", huge_zip, ["damaged", "again"], "damaged"),
+    "a program": (
+        "x.zip", lambda p: weight_writers.write_torch_zip(p, {}, extra=(("constants.pkl", b""),)),
+        ["TorchScript", "state dict"], "unknown"),
+    "a text": ("x.pt", lambda p: p.write_text("Not found, sorry."), ["is text", "give the weight file"], "unknown"),
+    "a text of a released name": (
+        "flow.pt", lambda p: p.write_text("Not found, sorry."), ["is text", "give the weight file"], "damaged"),
     "a list": ("x.pt", torch_zip([np.ones(3, np.float32)]), ["no tensors by name", "state dict"], "unknown"),
     "one tensor": ("x.pt", torch_zip(np.ones(3, np.float32)), ["no tensors by name"], "unknown"),
     "numbers for names": ("x.pt", torch_zip({1: np.ones(3, np.float32)}), ["no model that is known"], "unknown"),
@@ -223,7 +212,7 @@ def test_a_bad_file_is_refused_by_convert_and_found_by_doctor(case, tmp_path, ca
     code = run("convert", "cosyvoice2", folder, "--out", tmp_path / "new" / "model")
     refused(code, capsys, ["missing", "deepasmr doctor"])  # it is not the whole folder anyway
     if state:
-        assert run("doctor", folder) == (0 if state == "unknown" and name != "llm.pt" else 1)
+        assert run("doctor", folder) == (0 if state == "unknown" else 1)
         out, err = capsys.readouterr()
         row = next(line for line in out.splitlines() if line.startswith(name))
         assert state in row and err == ""
@@ -310,41 +299,6 @@ def test_an_output_that_is_a_file_or_cannot_be_written_is_refused_first(kind, ou
     code = run("convert", kind, tmp_path / "nothing", "--out", out)
     refused(code, capsys, ["cannot write in the folder", str(out), "choose another"])
     assert files(tmp_path) == before and (tmp_path / "file").read_text() == "mine"
-
-
-class Full:
-    """Stands for a file on a disk that has this much room."""
-
-    def __init__(self, file, room: int):
-        self.file, self.room = file, room
-
-    def write(self, data):
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-
-def fill_the_disk(monkeypatch, where: str, room: int) -> None:
-    """Files whose name has `where` in it can take this many bytes."""
-    real = Path.open
-
-    def open_(path, mode="r", *args, **options):
-        file = real(path, mode, *args, **options)
-        return Full(file, room) if "w" in mode and where in path.name else file
-
-    def write_text(path, text, *args, **options):
-        with open_(path, "w") as file:
-            file.write(text)
-
-    monkeypatch.setattr(Path, "open", open_)
-    monkeypatch.setattr(Path, "write_text", write_text)
 
 
 @pytest.mark.parametrize("where", ["speaker.safetensors", "config.json"])

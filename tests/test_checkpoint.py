@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import bad_files
 import grain
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deepasmr_jax import checkpoint, lm, speech_tokenizer, vocoder_istft
+from deepasmr_jax import checkpoint, doctor, lm, speech_tokenizer, vocoder_istft
 
 LM = lm.Config(
     text_vocab=20, width=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=16, num_codes=27
@@ -156,6 +157,43 @@ def test_an_interrupted_export_leaves_the_old_weights_readable(tmp_path, arrays,
         checkpoint.export_component(tmp_path, "lm", lm.init(LM, jax.random.key(9)), LM)
     module, _ = checkpoint.load_component(tmp_path, "lm")
     assert all_equal(module, arrays)
+
+
+def test_weights_in_several_files_are_one_component(tmp_path, arrays, monkeypatch):
+    folder = tmp_path / "m"
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 2000)
+    checkpoint.export_component(folder, "lm", arrays, LM)
+    names = [file for file, _ in checkpoint.files_of(checkpoint.read_config(folder)["components"]["lm"])]
+    assert len(names) > 2 and names[1] == f"lm-00002-of-{len(names):05d}.safetensors"
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "config.json"])
+    assert all_equal(checkpoint.load_component(folder, "lm")[0], arrays)
+    assert [(r["file"], r["state"]) for r in doctor.examine(folder)] == [(n, "whole") for n in names]
+
+    second, old = folder / names[1], (folder / names[1]).read_bytes()
+    for harm, state in ((second.unlink, "missing"), (lambda: second.write_bytes(old[:-1] + b"?"), "damaged")):
+        harm()
+        assert [r["file"] for r in doctor.examine(folder) if r["state"] == state] == [names[1]]
+        with pytest.raises(ValueError, match=rf"{names[1]} is {state}"):
+            checkpoint.load_component(folder, "lm")
+    second.write_bytes(old)
+
+    other = lm.init(LM, jax.random.key(9))
+    for size in (2000, 4000):  # the disk fills up in the second of as many files, and of fewer
+        monkeypatch.setattr(checkpoint, "SHARD_BYTES", size)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            bad_files.fill_the_disk(patch, "lm-00002-of", room=100)
+            checkpoint.export_component(folder, "lm", other, LM)
+        assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "config.json"])
+        assert all_equal(checkpoint.load_component(folder, "lm")[0], arrays)
+
+    for size, count in ((4000, None), (2**30, 1)):  # fewer files, then one: none of the others stays
+        monkeypatch.setattr(checkpoint, "SHARD_BYTES", size)
+        checkpoint.export_component(folder, "lm", other, LM)
+        left = [file for file, _ in checkpoint.files_of(checkpoint.read_config(folder)["components"]["lm"])]
+        assert len(left) < len(names) and len(left) == (count or len(left))
+        assert sorted(p.name for p in folder.iterdir()) == sorted([*left, "config.json"])
+        assert all_equal(checkpoint.load_component(folder, "lm")[0], other)
+        names = left
 
 
 # ---------------------------------------------------------------- training checkpoints

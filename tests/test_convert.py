@@ -5,33 +5,35 @@ import json
 import shutil
 from pathlib import Path
 
+import bad_files
 import cosyvoice2_folder
 import jax
 import numpy as np
 import pytest
 import soundfile
-import test_bad_weights
 import test_judges
 import test_public_names
 import test_speaker_wavlm
 import tiny_model
 import weight_writers
+from bad_files import run
 
 from deepasmr_jax import (
     checkpoint,
-    cli,
-    convert,
+    doctor,
     flow,
     flow_cosyvoice2,
     lm,
     pool,
     public_cosyvoice2,
+    public_files,
     public_models,
     public_names,
     request,
     speaker_wavlm,
     synthesis,
     vocoder,
+    weight_files,
 )
 
 CLIP = request.BUILT_IN / "demo" / "en_normal.wav"
@@ -67,17 +69,13 @@ def model(public, small_pool, tmp_path_factory) -> Path:
     return out
 
 
-def run(*words) -> int:
-    try:
-        return cli.main([str(w) for w in words])
-    except SystemExit as e:
-        return e.code
-
-
 def test_doctor_finds_every_part_whole(public, capsys):
     assert run("doctor", public) == 0
     out = capsys.readouterr().out
-    assert out.count("whole") == 6
+    assert out.count("whole") == 6 and "damaged" not in out
+    rows = {line.split()[0]: line for line in out.splitlines() if "  unknown" in line}
+    others = (*cosyvoice2_folder.PROGRAMS, cosyvoice2_folder.ESTIMATOR, "spk2info.pt", "LICENSE", "index")
+    assert set(rows) == set(others) and "TorchScript" in rows["flow.encoder.fp16.zip"]
     for name in ("language model", "flow", "HiFT", "tokenizer V2", "CAM++", "text tokenizer"):
         assert name in out
 
@@ -121,13 +119,45 @@ def test_the_converted_model_says_a_sentence(model, style, tmp_path):
     code = run("say", "Close your eyes.", "--voice", CLIP, "--style", style, "--model", model, "--out", out)
     assert code == 0
     wav, rate = soundfile.read(out)
-    assert rate == 24000 and len(wav) > 2400 and np.isfinite(wav).all()
+    assert rate == 24000 and len(wav) > 2400 and np.abs(wav).max() > 1e-3
 
 
 def test_a_whisper_leaves_the_sines_of_the_vocoder_out(model):
     made = synthesis.load(model)
     assert made._vocoder_configs["asmr"].source == "unvoiced"
     assert made._vocoder_configs["normal"].source == "predicted"
+
+
+def test_another_vocoder_drops_the_settings_of_the_one_before(model, public, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    sampling = checkpoint.read_config(copy)["sampling"]
+    assert sampling["vocoder"] == {"asmr": {"source": "unvoiced"}} and sampling["lm"] == {"max_ratio": 20.0}
+    file = write_generator(tmp_path, vocoder.Config(**SINGLE | HIFIGANS["the mel of CosyVoice2"]))
+    assert run("convert", "file", file, "--out", copy) == 0
+    config = checkpoint.read_config(copy)
+    assert config["sampling"] == {k: x for k, x in sampling.items() if k != "vocoder"}
+    synthesis.load(copy, with_pool=False)
+    config["sampling"]["vocoder"] = {
+        "asmr": {"source": "unvoiced"}
+    }  # as folders of an earlier version have it
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"sets source in sampling.vocoder.asmr, which its vocoder does not have"
+    ):
+        synthesis.load(copy, with_pool=False)
+    assert run("convert", "file", public / "hift.pt", "--out", copy) == 0
+    assert checkpoint.read_config(copy)["sampling"] == sampling
+
+
+def test_the_rate_follows_the_mel_profile_of_a_part_that_replaces_the_only_one(tmp_path):
+    file = write_generator(tmp_path, vocoder.Config(**SINGLE | HIFIGANS["rates the other way"]))
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 0
+    assert checkpoint.read_config(tmp_path / "m")["sample_rate"] == 22050
+    file = write_generator(tmp_path, vocoder.Config(**SINGLE | HIFIGANS["the mel of CosyVoice2"]))
+    assert run("convert", "file", file, "--out", tmp_path / "m") == 0
+    config = checkpoint.read_config(tmp_path / "m")
+    assert (config["mel_profile"], config["sample_rate"]) == ("cv2", 24000)
 
 
 def test_a_fixed_noise_of_config_json_reaches_the_flow(model, tmp_path, monkeypatch):
@@ -196,6 +226,33 @@ def test_export_writes_the_language_model_under_the_names_of_qwen2(public, model
         np.testing.assert_array_equal(x, state[prefix + name])
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["model_type"] == "qwen2" and config["num_hidden_layers"] == 2
+    facts = json.loads((tmp_path / "hf" / "provenance.json").read_text())
+    assert facts["licence"] == "Apache-2.0" and facts["lm"]["source"] == "llm.pt"
+    assert facts["speech"] == "names of CosyVoice2" and len(list((tmp_path / "hf").iterdir())) == 4
+
+
+def test_an_export_never_goes_where_something_is(model, tmp_path, capsys, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in model.rglob("*")}
+    assert run("export", "--model", model, "--out", model) == 2
+    assert "give a new folder" in (error := capsys.readouterr().err) and str(model) in error
+    assert {p: p.stat().st_mtime_ns for p in model.rglob("*")} == before
+    bad_files.fill_the_disk(monkeypatch, "speech.safetensors", room=5000)
+    assert run("export", "--model", model, "--out", tmp_path / "a" / "hf") == 2
+    assert "No space left" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_language_model_of_cosyvoice3_goes_back_under_its_own_names(tmp_path):
+    cfg = lm.cosyvoice3(width=64, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=64, text_vocab=50)
+    state = cosyvoice2_folder.state("llm.pt", cfg)
+    state["llm_decoder.bias"] = np.zeros_like(state["llm_decoder.bias"])
+    state = public_cosyvoice2.lm_cosyvoice3_theirs(state)
+    weight_writers.write_torch_zip(tmp_path / "llm.pt", state)
+    assert run("convert", "file", tmp_path / "llm.pt", "--out", tmp_path / "m") == 0
+    assert run("export", "--model", tmp_path / "m", "--out", tmp_path / "hf") == 0
+    speech = checkpoint.read_arrays(tmp_path / "hf" / "speech.safetensors")
+    assert set(speech) == {"llm_decoder.weight", "speech_embedding.weight"}
+    for name, x in speech.items():
+        np.testing.assert_array_equal(x, state[name])
 
 
 @pytest.mark.full
@@ -225,14 +282,22 @@ def test_transformers_loads_the_exported_language_model_and_gives_its_logits(dty
     np.testing.assert_allclose(found, want, rtol=0, atol=2e-4)
 
 
-def test_half_precision_files_convert(public, tmp_path):
-    tensors = cosyvoice2_folder.state("flow.pt", cosyvoice2_folder.SMALL["flow.pt"])
-    weight_writers.write_torch_zip(
-        tmp_path / "any_name", {k: x.astype(np.float16) for k, x in tensors.items()}
-    )
-    assert run("convert", "file", tmp_path / "any_name", "--out", tmp_path / "m", "--dtype", "bfloat16") == 0
-    entry = checkpoint.read_config(tmp_path / "m")["components"]["flow"]
-    assert entry["dtype"] == "bfloat16" and entry["module"] == "flow_cosyvoice2"
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("float16", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "float32")]
+)
+def test_half_precision_files_convert(theirs, ours, tmp_path):
+    theirs, tensors = np.dtype(theirs), bad_files.resnet()
+    rng = np.random.default_rng(0)
+    tensors = {k: rng.standard_normal(x.shape).astype(theirs) for k, x in tensors.items()}
+    weight_writers.write_torch_zip(tmp_path / "any_name", tensors)
+    assert run("convert", "file", tmp_path / "any_name", "--out", tmp_path / "m", "--dtype", ours) == 0
+    entry = checkpoint.read_config(tmp_path / "m")["components"]["speaker"]
+    assert entry["dtype"] == ours and entry["module"] == "speaker"
+    found = checkpoint.component_arrays(tmp_path / "m", entry)
+    table = public_models.wespeaker(bad_files.RESNET)
+    for name, x in public_names.to_theirs(table, found).items():
+        assert x.dtype == np.dtype(ours)
+        np.testing.assert_array_equal(x, tensors[name].astype(np.float32).astype(ours), name)
 
 
 def test_plain_qwen2_starts_a_speech_model(model, tmp_path):
@@ -275,14 +340,16 @@ def test_e2_tts_starts_a_flow_on_each_mel(profile, tmp_path, capsys):
 
 def test_of_a_file_with_much_missing_doctor_names_all_and_convert_some(tmp_path, capsys):
     tensors = e2_tensors()
-    lost = [name for name in tensors if name.endswith(("ff.2.weight", "ff.2.bias"))]
+    lost = [name for name in tensors if ".layers." in name and not name.endswith(".1.g")]
+    assert len(lost) > public_files.NAMED
     weight_writers.write_torch_zip(
         tmp_path / "e2.pt", {"ema_model_state_dict": {k: x for k, x in tensors.items() if k not in lost}}
     )
     assert run("convert", "file", tmp_path / "e2.pt", "--out", tmp_path / "m") == 2
     error = capsys.readouterr().err
-    assert f"{len(lost)} missing" in error and f"and {len(lost) - 6} more" in error
-    assert f"`deepasmr doctor {tmp_path}` names all" in error and sum(name in error for name in lost) == 6
+    assert f"{len(lost)} missing" in error and f"and {len(lost) - public_files.NAMED} more" in error
+    assert f"`deepasmr doctor {tmp_path}` names all" in error
+    assert sum(f"{name}," in error or f"{name} and" in error for name in lost) == public_files.NAMED
     assert run("doctor", tmp_path) == 1
     out = capsys.readouterr().out
     assert f"\ne2.pt: {len(lost)} missing (" in out and all(name in out for name in lost)
@@ -299,17 +366,9 @@ def test_an_e2_tts_file_with_a_tensor_missing_is_no_start(tmp_path, capsys):
 
 
 def test_a_part_of_a_stricter_licence_changes_that_of_the_model(model, tmp_path, capsys):
-    cfg = dataclasses.replace(
-        convert.speaker.resnet34(), base_channels=4, repeats=(1, 1, 1, 1), embedding_size=16
-    )
-    like = checkpoint.abstract(lambda key: convert.speaker.init(cfg, key), jax.random.key(0))
-    zeros = {k: np.zeros(x.shape, np.float32) for k, x in checkpoint.named_arrays(like).items()}
-    weight_writers.write_torch_zip(
-        tmp_path / "avg_model.pt", public_names.to_theirs(public_models.wespeaker(cfg), zeros)
-    )
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
-    assert run("convert", "file", tmp_path / "avg_model.pt", "--out", copy) == 0
+    assert run("convert", "file", bad_files.good(tmp_path), "--out", copy) == 0
     assert "build the pool again" in capsys.readouterr().out
     config = checkpoint.read_config(copy)
     assert config["provenance"]["speaker"]["licence"] == "CC BY 4.0" and config["licence"] == "GPL-3.0"
@@ -354,7 +413,7 @@ def test_doctor_finds_a_damaged_pool_or_text_tokenizer(part, harm, words, model,
     assert sum("  whole" in r for r in rows) == 6
 
 
-def damaged(public: Path, tmp_path: Path) -> Path:
+def copied(public: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "copy"
     shutil.copytree(public, copy)
     return copy
@@ -375,7 +434,7 @@ def damaged(public: Path, tmp_path: Path) -> Path:
 def test_a_damaged_folder_is_refused_in_one_sentence_and_leaves_nothing(
     harm, words, public, tmp_path, capsys
 ):
-    copy = damaged(public, tmp_path)
+    copy = copied(public, tmp_path)
     harm(copy)
     assert run("convert", "cosyvoice2", copy, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip()
@@ -398,7 +457,7 @@ def _run_code(path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_of_a_whole_folder(public, tmp_path, capsys, monkeypatch):
-    test_bad_weights.fill_the_disk(monkeypatch, "vocoder.safetensors", room=5000)
+    bad_files.fill_the_disk(monkeypatch, "vocoder.safetensors", room=5000)
     out = tmp_path / "a" / "b"
     assert run("convert", "cosyvoice2", public, "--out", out) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -543,18 +602,74 @@ def test_a_wavlm_file_becomes_a_judge_of_its_own(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["wavlm", "discriminators"])
 def test_sizes_of_the_released_files_are_read_off_their_shapes(name):
+    kinds = {k.component: k for k in public_files.KINDS}
     if name == "wavlm":
-        kind, expected = convert.KINDS[-1], speaker_wavlm.large_sv()
+        kind, expected = kinds["speaker_judge"], speaker_wavlm.large_sv()
         public = json.loads(str(np.load(test_speaker_wavlm.GOLDEN)["shapes"]))
         ones = {n.removeprefix("model."): np.broadcast_to(np.float32(1), s) for n, s in public.items()}
         tensors = kind.prepare(ones)
     else:
-        kind, expected = convert.KINDS[-2], vocoder.v1()
+        kind, expected = kinds["discriminators"], vocoder.v1()
         tensors = test_public_names.plain_shapes(
             test_public_names.MODELS[name], test_public_names.NAMES["full"][name]
         )
     assert kind.config(tensors) == expected
-    assert convert.Found(Path(name), kind, tensors, expected).problems() == ""
+    assert public_files.Found(Path(name), kind, tensors, expected).problems() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("llm.pt", "llm.model.model.layers.23."),
+        ("flow.pt", "decoder.estimator.mid_blocks.11."),
+        ("speech_tokenizer_v2.onnx", "encoder.blocks.5."),
+        ("campplus.onnx", "xvector.block3.tdnnd16."),
+    ],
+)
+def test_a_file_of_the_released_widths_without_its_last_layer_is_not_whole(name, layer):
+    kind = next(k for k in public_files.KINDS if any(r[0] == name for r in k.released))
+    shapes = checkpoint.named_arrays(
+        checkpoint.abstract(lambda key: kind.init(kind.preset(), key), jax.random.key(0))
+    )
+    hollow = {k: np.broadcast_to(np.float32(0), x.shape) for k, x in shapes.items()}
+    tensors = cosyvoice2_folder.their_shapes(kind.table(kind.preset()), hollow)
+    assert public_files.Found(Path(name), kind, tensors, kind.config_of(tensors)).problems() == ""
+    lost = [k for k in tensors if k.startswith(layer)]
+    left = {k: x for k, x in tensors.items() if k not in lost}
+    assert kind.config(left) != kind.preset()  # by its numbers alone it would be a shallower network
+    problems = public_files.Found(Path(name), kind, left, kind.config_of(left)).problems()
+    assert (
+        problems.startswith(f"{len(lost)} missing (") and all(k in problems for k in lost) and len(lost) > 2
+    )
+
+
+def test_a_released_file_of_another_content_or_size_is_told_from_it(tmp_path, monkeypatch):
+    size = bad_files.good(tmp_path).stat().st_size
+    kind = next(k for k in public_files.KINDS if "ResNet" in k.name)
+
+    def found(size: int, sha256: str | None) -> dict:
+        known = dataclasses.replace(kind, released=(("avg_model.pt", size, sha256),))
+        monkeypatch.setattr(public_files, "KINDS", (known,))
+        return doctor.examine(tmp_path)[0]
+
+    row = found(size, "0" * 64)
+    assert row["state"] == "damaged" and "the size is right, the sha256 is not" in row["detail"]
+    row = found(size + 1, "0" * 64)
+    assert row["state"] == "whole" and f"({size:,} bytes, {size + 1:,})" in row["detail"]
+    row = found(size, weight_files.sha256(tmp_path / "avg_model.pt"))
+    assert row["state"] == "whole" and "another size" not in row["detail"]
+
+
+def test_parts_of_two_models_do_not_speak_with_the_wrong_text_tokenizer(model, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    config = checkpoint.read_config(copy)
+    del config["text"]  # as `convert file` of every part leaves it: then the built-in tokenizer is meant
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"reads 151936 text ids, the text tokenizer of its config.json makes 313"
+    ):
+        synthesis.load(copy, with_pool=False)
 
 
 def hifigan_files(folder: Path) -> tuple[Path, Path]:
@@ -599,4 +714,4 @@ def test_the_strictest_licence_is_on_top():
     assert checkpoint.strictest(["MIT", "Apache-2.0"]) == "Apache-2.0"
     assert checkpoint.strictest(["Apache-2.0", "CC BY-NC 4.0", "MIT"]) == "CC BY-NC 4.0"
     assert checkpoint.strictest(["MIT", "something new"]) == "something new"
-    assert all(k.licence in checkpoint.LICENCES for k in convert.KINDS)
+    assert all(k.licence in checkpoint.LICENCES for k in public_files.KINDS)

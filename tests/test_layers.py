@@ -17,9 +17,9 @@ LAYERS = [
     {"speech_tokenizer", "lm", "flow", "flow_cosyvoice2", "vocoder", "vocoder_istft", "vocoder_hift"}
     | {"speaker", "speaker_campplus", "speaker_wavlm", "recognizer"},
     {"input_pipeline", "checkpoint", "pool"},
-    {"judges", "samples"},
+    {"judges", "samples", "public_files"},
     {"train", "synthesis", "evaluate"},
-    {"batch", "demo", "convert", "data_check", "plan"},
+    {"batch", "demo", "convert", "doctor", "data_check", "plan"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -23,7 +23,18 @@ import tiny_model
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from deepasmr_jax import audio, checkpoint, config, input_pipeline, metrics, sharding, text, train, vocoder
+from deepasmr_jax import (
+    audio,
+    checkpoint,
+    config,
+    flow_cosyvoice2,
+    input_pipeline,
+    metrics,
+    sharding,
+    text,
+    train,
+    vocoder,
+)
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "tiny.py")
@@ -371,6 +382,25 @@ def test_start_weights_of_another_shape_are_refused(folder, tmp_path):
     )
     with pytest.raises(ValueError, match="does not fit the model: .* reshaped"):
         train.train(cfg, tmp_path / "second")
+
+
+def test_the_flow_of_cosyvoice2_is_neither_trained_nor_a_start(folder, tmp_path):
+    cfg = tiny(folder, "flow", init_from=str(tmp_path))
+    with pytest.raises(
+        ValueError, match="gives flow_cosyvoice2 its speaker embedding; train the decoder of flow.py"
+    ):
+        dataclasses.replace(cfg, model=flow_cosyvoice2.cosyvoice2())
+    entry = {
+        "module": "flow_cosyvoice2",
+        "config": {},
+        "file": "flow.safetensors",
+        "sha256": "",
+        "dtype": "float32",
+    }
+    values = {"format": 1, "components": {"flow": entry | {"num_params": 1}}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="is a flow_cosyvoice2, this run trains a flow: two networks"):
+        train.initialized(None, cfg)  # before it looks at its own weights
 
 
 def test_a_flow_does_not_start_on_features_of_another_mel_profile(tmp_path):

@@ -19,7 +19,7 @@ import weight_writers as writers
 from safetensors import numpy as safetensors_numpy
 from weight_writers import Call, Raw
 
-from deepasmr_jax import weight_files
+from deepasmr_jax import weight_files, weight_tensors
 
 TREES = {"torch zip": writers.write_torch_zip, "torch legacy": writers.write_torch_legacy}
 DTYPES = ["float32", "float16", "bfloat16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
@@ -134,11 +134,21 @@ class Attack:
 
 
 @pytest.mark.parametrize("name", TREES)
-@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 def test_code_is_refused_by_name_and_not_run(name, protocol, tmp_path):
     TREES[name](tmp_path / "x.pt", pickle.dumps({"a": Attack(tmp_path / "was_run")}, protocol=protocol))
     assert "asks for 'posix.system'" in failure(weight_files.read, tmp_path / "x.pt")
+    TREES[name](tmp_path / "x.pt", f"(S'touch {tmp_path / 'was_run'}'\nios\nsystem\n.".encode())  # INST
+    assert "asks for 'os.system'" in failure(weight_files.read, tmp_path / "x.pt")
     assert not (tmp_path / "was_run").exists()
+
+
+def test_the_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    whole = weight_tensors.memory_bytes()
+    for text, expected in (("max\n", whole), ("1048576\n", 2**20), (f"{2**63}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr(weight_tensors, "_LIMITS", (tmp_path / "none", tmp_path / "memory.max"))
+        assert weight_tensors.memory_bytes() == expected
 
 
 @pytest.mark.parametrize(
