@@ -65,8 +65,8 @@ setup(
         # reserved for a page that is served; empty, since the demo's page is one file and needs no package. Not
         # offered in the README while it is empty
         "web": [],
-        # the tests use `zh` and `judge` too (launch/test.sh installs dev,zh,judge); those of the corpus and of the
-        # speaker judge are skipped without `corpus` and `eval`
+        # the tests use `zh`, `judge` and `normalize` too (launch/test.sh installs them); those of the corpus and of
+        # the speaker judge are skipped without `corpus` and `eval`
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "jiwer>=4,<5", "tensorboardX>=2.6,<3"],
         # only to make tests/golden again
         "golden": ["torch>=2.6", "s3tokenizer>=0.3", "kaldi-native-fbank>=1.22", "onnx>=1.17", "einops>=0.8"],

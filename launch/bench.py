@@ -13,7 +13,8 @@ turn, A B A B), train (updates of each stage, JAX only), step (updates of the la
 PyTorch in turn, with the share of the device's peak), loader (batches of each stage, and whether memory grows); see
 docs/speed.md.
 Beside the rows with PyTorch stands the least time that the machine's ceilings allow. Each timing waits for its result;
-the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows.
+the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows. The report is written line by line,
+so that what a part has measured is kept when a later one fails.
 Needs: pip install torch einops s3tokenizer, and for flow the line in tests/golden/make_flow.py.
 """
 
@@ -34,7 +35,6 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/golden")]
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and `say` use the same GPU
-os.environ["DEEPASMR_CACHE"] = "off"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -49,8 +49,17 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 STAGES = ("clip_s", "lm_s", "flow_s", "vocoder_s")
 NUM_TEXT, NUM_PROMPT, NUM_NEW = 50, 98, 50  # with the two markers 150 positions before the first new token
 PREFILL, FLOW_FRAMES, VOCODER_S, TOKENIZER_S = 2 + NUM_TEXT + NUM_PROMPT, 500, 5, 10
+LM_WORK = ((1, 0), (1, NUM_NEW), (8, NUM_NEW))  # (batch, new tokens) of the language model's rows
+# names of the rows beside PyTorch that also stand beside the machine's ceilings
+ROWS = {
+    "lm": [f"LM prefill {PREFILL}" + (f" + {new} tokens, batch {n}" if new else "") for n, new in LM_WORK],
+    "hifigan": [f"HiFi-GAN, {VOCODER_S} s"],
+    "speech_tokenizer": [f"S3 tokenizer, {TOKENIZER_S} s"],
+    "flow": [f"flow, guided step, {FLOW_FRAMES} frames"],
+}
 # rows of a training step of true size: PyTorch keeps all activations, about 5 and 3 GB a row by their sizes
 STEP_ROWS = {"lm": 8, "flow": 16}
+LOADER_STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 
 
 def model_config(part: str, size: str):
@@ -63,6 +72,12 @@ def model_config(part: str, size: str):
     return config.load(f"{ROOT}/configs/{size}.py:{part}").model
 
 
+def chosen_stages(part: str, args: argparse.Namespace) -> list[str]:
+    """Stages that `step` or `loader` has at this size, without those that --stages leaves out."""
+    known = STEP_ROWS if part == "step" else LOADER_STAGES[: 3 if args.size == "full" else None]
+    return [stage for stage in known if not args.stages or stage in args.stages]
+
+
 class Bench:
     """The command line's choices, the report so far, and PyTorch if it can use JAX's device."""
 
@@ -70,9 +85,11 @@ class Bench:
         self.args, self.lines, self.torch, self.device = args, [], None, "cpu"
 
     def add(self, *lines: str) -> None:
-        """Adds lines to the report and prints them."""
+        """Adds lines to the report, prints them and writes the report so far."""
         self.lines += lines
         print("\n".join(lines), flush=True)
+        if self.args.out:
+            files.write_text(self.args.out, "\n".join(self.lines) + "\n")
 
     def table(self, title: str, columns: str, rows: list[tuple]) -> None:
         """Adds a heading and a table; numbers get three digits."""
@@ -173,46 +190,42 @@ def phases(part: str, cfg) -> dict[str, list[tuple[float, float, int]]]:
         layer = cfg.width * (heads * cfg.head_dim + cfg.num_heads * cfg.head_dim + 3 * cfg.mlp_width)
         layers, head = cfg.num_layers * layer, cfg.width * cfg.num_speech_rows
         attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim
-        first = lambda n: (
-            n * (2 * layers * PREFILL + attention * PREFILL**2 / 2 + 2 * head),
-            layers + head,
-            1,
-        )
-        step = lambda n: (n * 2 * (layers + head) + n * attention * PREFILL, layers + head, NUM_NEW)
-        rows = {f"LM prefill {PREFILL}": [first(1)]}
-        return rows | {
-            f"LM prefill {PREFILL} + {NUM_NEW} tokens, batch {n}": [first(n), step(n)] for n in (1, 8)
-        }
+        first = (2 * layers * PREFILL + attention * PREFILL**2 / 2 + 2 * head, layers + head)
+        step = (2 * (layers + head) + attention * PREFILL, layers + head)
+        # the first token comes from the prefill, so that there is a step less than new tokens
+        work = [[(n * first[0], first[1], 1), (n * step[0], step[1], max(new - 1, 0))] for n, new in LM_WORK]
+        return dict(zip(ROWS[part], work, strict=True))
     if part == "flow":
         inner, length = cfg.num_heads * cfg.head_dim, FLOW_FRAMES // cfg.patch_frames + 1
-        layer = (
-            4 * cfg.width * inner + 2 * cfg.mlp_ratio * cfg.width**2 + cfg.width**2
-        )  # half of them have a skip
+        # half of the layers have a skip, of 2 * width**2
+        layer = 4 * cfg.width * inner + 2 * cfg.mlp_ratio * cfg.width**2 + cfg.width**2
         values = cfg.num_layers * layer + 2 * cfg.conv_kernel * cfg.width**2 // cfg.conv_groups
         flops = 2 * (2 * values * length + 4 * cfg.num_layers * inner * length**2)  # two rows
-        return {f"flow, guided step, {FLOW_FRAMES} frames": [(flops, values, 1)]}
+        return dict(zip(ROWS[part], [[(flops, values, 1)]], strict=True))
     if part == "speech_tokenizer":
         length = TOKENIZER_S * 25
         stem = 2 * length * 3 * cfg.num_mels * cfg.width + length * 3 * cfg.width**2
         layer = 4 * cfg.width**2 + 2 * cfg.width * cfg.mlp_width
         flops = 2 * (stem + cfg.num_blocks * layer * length) + 4 * cfg.num_blocks * cfg.width * length**2
-        return {f"S3 tokenizer, {TOKENIZER_S} s": [(flops, cfg.num_blocks * layer, 1)]}
+        return dict(zip(ROWS[part], [[(flops, cfg.num_blocks * layer, 1)]], strict=True))
     if part == "hifigan":
         frames, width = VOCODER_S * cfg.mel.sample_rate // cfg.mel.hop_samples, cfg.initial_channels
         macs = frames * 7 * cfg.mel.num_mels * width
         for rate, kernel in zip(cfg.upsample_rates, cfg.upsample_kernels, strict=True):
             macs += frames * kernel * width * width // 2
             frames, width = frames * rate, width // 2
-            kernels = sum(
-                k * len(d) for k, d in zip(cfg.residual_kernels, cfg.residual_dilations, strict=True)
-            )
-            macs += frames * 2 * kernels * width**2
-        return {f"HiFi-GAN, {VOCODER_S} s": [(2 * macs, 0, 1)]}
-    return {}
+            blocks = zip(cfg.residual_kernels, cfg.residual_dilations, strict=True)
+            macs += frames * 2 * sum(k * len(d) for k, d in blocks) * width**2
+        return dict(zip(ROWS[part], [[(2 * macs, 0, 1)]], strict=True))
+    return {}  # no row of this part stands beside the ceilings
 
 
 def beside_ceilings(bench: "Bench", parts: list[str], rows: list[tuple]) -> None:
-    """Adds a table: the least time that the machine's ceilings allow each JAX row, and the share of it reached."""
+    """Adds a table: the least time that the machine's ceilings allow each JAX row, and the share of it reached.
+
+    Raises:
+        ValueError: if a row of these parts is not among those measured.
+    """
     peak, bandwidth = ceilings()
     found = []
     for part in parts:
@@ -221,8 +234,10 @@ def beside_ceilings(bench: "Bench", parts: list[str], rows: list[tuple]) -> None
                 least = sum(
                     n * max(flops / peak[kind], size * values / bandwidth) for flops, values, n in work
                 )
-                for own in (row[2] for row in rows if row[:2] == (name, f"JAX {kind}")):
-                    found.append((name, f"JAX {kind}", least, own, f"{100 * least / own:.0f} %"))
+                owns = [row[2] for row in rows if row[:2] == (name, f"JAX {kind}")]
+                if not owns:
+                    raise ValueError(f"no row {name!r} of JAX {kind} was measured for the part {part}")
+                found += [(name, f"JAX {kind}", least, own, f"{100 * least / own:.0f} %") for own in owns]
     if found:
         speeds = ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in peak.items())
         bench.table("Beside the machine's ceilings", "work | side | least s | median s | reached", found)
@@ -246,30 +261,10 @@ def beside_best(seconds: dict[str, list[float]]) -> list[tuple]:
 
 def qwen2(cfg: lm.Config):
     """PyTorch's side of the language model: the settings of transformers for its backbone, speech table and head."""
-    from transformers import Qwen2Config
+    import public_reference
 
-    return Qwen2Config(
-        vocab_size=cfg.num_speech_rows, hidden_size=cfg.width, intermediate_size=cfg.mlp_width,
-        num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
-        num_key_value_heads=cfg.num_kv_heads, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base}, attn_implementation="sdpa",
-    )  # fmt: skip
-
-
-def unett(cfg: flow.Config):
-    """PyTorch's side of the flow: the network of f5-tts.
-
-    Raises:
-        ImportError: if f5-tts is absent.
-    """
-    importlib.metadata.version("f5-tts")
-    from make_flow import reference_class
-
-    return reference_class()(
-        dim=cfg.width, depth=cfg.num_layers, heads=cfg.num_heads, dim_head=cfg.head_dim, ff_mult=cfg.mlp_ratio,
-        mel_dim=cfg.mel_bins * cfg.patch_frames, text_num_embeds=cfg.num_codes, text_dim=cfg.token_width,
-        text_mask_padding=False, pe_attn_head=cfg.rotary_heads, dropout=cfg.dropout,
-    )  # fmt: skip
+    changes = dict(vocab_size=cfg.num_speech_rows, attn_implementation="sdpa", tie_word_embeddings=False)
+    return public_reference.qwen2_config(cfg, **changes)
 
 
 def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
@@ -288,8 +283,9 @@ def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
         return lambda c: lm.generate(weights[c.dtype], c, lm.Sampling(), *arrays, keys=keys, max_new=NUM_NEW)
 
     one = put(rng.integers(0, cfg.num_codes, (1, PREFILL)), np.full((1, PREFILL), lm.SPEECH), [PREFILL])
-    ours = {f"LM prefill {PREFILL}": lambda c: prefill(weights[c.dtype], c, *one, size)}
-    ours |= {f"LM prefill {PREFILL} + {NUM_NEW} tokens, batch {n}": generate(n) for n in (1, 8)}
+    first = lambda c: prefill(weights[c.dtype], c, *one, size)
+    work = (generate(n) if num_new else first for n, num_new in LM_WORK)
+    ours = dict(zip(ROWS["lm"], work, strict=True))
 
     def make(dtype, wrap):
         from transformers import Qwen2ForCausalLM, StaticCache
@@ -306,7 +302,7 @@ def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
                 if left > 1:
                     scores = step(input_ids=token, past_key_values=cache, use_cache=True).logits
 
-        for rows, num_new in ((1, 0), (1, NUM_NEW), (8, NUM_NEW)):
+        for rows, num_new in LM_WORK:
             ids = bench.torch.randint(0, cfg.num_codes, (rows, PREFILL), device=bench.device)
             cache = StaticCache(config=settings, max_cache_len=size)
             yield functools.partial(speak, cache, ids, num_new) if num_new or step is theirs else None
@@ -324,7 +320,9 @@ def measure_flow(bench: Bench, cfg: flow.Config) -> list[tuple]:
     inputs = sharding.put(inputs) | {"keys": jax.random.split(jax.random.key(1), 1)}
 
     def make(dtype, wrap):
-        torch, network = bench.torch, wrap(unett(cfg).to(bench.device, dtype).eval())
+        import public_reference
+
+        torch, network = bench.torch, wrap(public_reference.e2(cfg).to(bench.device, dtype).eval())
         shape, kind = (1, FLOW_FRAMES // cfg.patch_frames), dict(device=bench.device, dtype=dtype)
         condition, t = torch.randn(*shape, cfg.mel_bins * cfg.patch_frames, **kind), torch.zeros(1, **kind)
         tokens = torch.randint(0, cfg.num_codes, shape, device=bench.device)
@@ -337,7 +335,7 @@ def measure_flow(bench: Bench, cfg: flow.Config) -> list[tuple]:
         yield step
 
     run = lambda c: flow.sample(model, c, **inputs, num_steps=1, guidance=1.0)
-    return bench.side_by_side(cfg, {f"flow, guided step, {FLOW_FRAMES} frames": run}, make)
+    return bench.side_by_side(cfg, dict(zip(ROWS["flow"], [run], strict=True)), make)
 
 
 def measure_vocoder(bench: Bench, cfg) -> list[tuple]:
@@ -347,13 +345,16 @@ def measure_vocoder(bench: Bench, cfg) -> list[tuple]:
     both sides; the time of the vocoder as it is built in stands in rows of its own, without a ratio.
     """
     is_hifigan = isinstance(cfg, vocoder.Config)
-    file, make_torch = (vocoder, torch_hifigan) if is_hifigan else (vocoder_istft, torch_istft)
+    file = vocoder if is_hifigan else vocoder_istft
     num_frames = VOCODER_S * cfg.mel.sample_rate // cfg.mel.hop_samples
     mel = np.float32(np.random.default_rng(0).standard_normal((1, num_frames, cfg.mel.num_mels)))
     placed, run = sharding.put({"mel": mel}), jax.jit(file.apply, static_argnums=1)
     init = jax.jit(file.init_generator, static_argnums=0)
 
     def make(dtype, wrap):
+        import public_reference
+
+        make_torch = public_reference.hifigan_plain if is_hifigan else torch_istft
         network = wrap(make_torch(cfg).to(bench.device, dtype).eval())
         yield functools.partial(network, bench.torch.tensor(mel).to(bench.device, dtype))
 
@@ -362,22 +363,13 @@ def measure_vocoder(bench: Bench, cfg) -> list[tuple]:
 
     def rows(name: str, cfg, make) -> list[tuple]:
         model = init(cfg, jax.random.key(0))
-        return bench.side_by_side(cfg, {f"{name}, {VOCODER_S} s": lambda c: run(model, c, **placed)}, make)
+        return bench.side_by_side(cfg, {name: lambda c: run(model, c, **placed)}, make)
 
     if is_hifigan or not cfg.source:
-        return rows("HiFi-GAN" if is_hifigan else "iSTFT", cfg, make)
+        return rows(ROWS["hifigan"][0] if is_hifigan else f"iSTFT, {VOCODER_S} s", cfg, make)
     built_in, cfg = cfg, dataclasses.replace(cfg, source=False, subframes=1, frame_size=0)  # `make` reads cfg
-    return rows("iSTFT, one head", cfg, make) + rows("built-in, pulses and noise", built_in, alone)
-
-
-def torch_hifigan(cfg: vocoder.Config):
-    """The HiFi-GAN of transformers, [B, T, M] to [B, W]."""
-    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
-
-    sizes = dict(model_in_dim=cfg.mel.num_mels, upsample_initial_channel=cfg.initial_channels)
-    sizes |= dict(upsample_rates=cfg.upsample_rates, upsample_kernel_sizes=cfg.upsample_kernels)
-    sizes |= dict(resblock_kernel_sizes=cfg.residual_kernels, resblock_dilation_sizes=cfg.residual_dilations)
-    return SpeechT5HifiGan(SpeechT5HifiGanConfig(**sizes))
+    beside = rows(f"iSTFT, one head, {VOCODER_S} s", cfg, make)
+    return beside + rows(f"built-in, pulses and noise, {VOCODER_S} s", built_in, alone)
 
 
 def torch_istft(cfg: vocoder_istft.Config):
@@ -407,59 +399,54 @@ def measure_s3(bench: Bench, cfg: s3.Config) -> list[tuple]:
     frames = TOKENIZER_S * 100
     mel = np.float32(np.random.default_rng(0).standard_normal((1, frames, cfg.num_mels)))
     inputs = sharding.put({"log_mel": mel, "lengths": np.int32([frames])})
-    model, run = (
-        jax.jit(s3.init, static_argnums=0)(cfg, jax.random.key(0)),
-        jax.jit(s3.encode, static_argnums=1),
-    )
+    model = jax.jit(s3.init, static_argnums=0)(cfg, jax.random.key(0))
+    encode = jax.jit(s3.encode, static_argnums=1)
 
     def make(dtype, wrap):
-        from make_speech_tokenizer import ModelConfig, S3TokenizerV2
+        import public_reference
 
         torch, device = bench.torch, bench.device
-        sizes = ModelConfig(cfg.num_mels, 1500, cfg.width, cfg.num_heads, cfg.num_blocks, use_sdpa=True)
-        quantize = wrap(S3TokenizerV2("speech_tokenizer_v2_25hz", sizes).to(device).eval().quantize)
-        inputs = torch.tensor(mel, device=device).mT.contiguous(), torch.tensor([frames], device=device)
-        yield lambda: torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)(quantize)(
-            *inputs
-        )
+        quantize = wrap(public_reference.s3_v2(cfg, use_sdpa=True).to(device).eval().quantize)
+        clip = torch.tensor(mel, device=device).mT.contiguous(), torch.tensor([frames], device=device)
+        cast = torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        yield lambda: cast(quantize)(*clip)
 
-    return bench.side_by_side(
-        cfg, {f"S3 tokenizer, {TOKENIZER_S} s": lambda c: run(model, c, **inputs)}, make
-    )
+    run = lambda c: encode(model, c, **inputs)
+    return bench.side_by_side(cfg, dict(zip(ROWS["speech_tokenizer"], [run], strict=True)), make)
+
+
+def built_in_clip() -> tuple[str, str]:
+    """(file of a normal clip, a sentence) from the demo of the built-in model, whichever model is to speak."""
+    from deepasmr_jax import request
+
+    demo = request.BUILT_IN / "demo"
+    voice = json.loads((demo / "demo.json").read_text("utf-8"))["voices"][0]
+    return str(demo / voice["clips"]["normal"]["file"]), voice["sentences"][0]
 
 
 def measure_say(bench: Bench) -> None:
-    """Whispered speech from a normal clip: fresh processes, then a loaded Synthesizer on one sentence and on eight."""
+    """Whispered speech from a normal clip: fresh processes, then a loaded Synthesizer on one sentence and on eight.
+
+    Raises:
+        RuntimeError: if the model does not speak.
+    """
     from deepasmr_jax import request, synthesis
 
-    folder = Path(bench.args.model) if bench.args.model else request.BUILT_IN
-    voice = json.loads((folder / "demo/demo.json").read_text("utf-8"))["voices"][0]
-    clip, sentence = str(folder / "demo" / voice["clips"]["normal"]["file"]), voice["sentences"][0]
+    folder, (clip, sentence) = bench.args.model or str(request.BUILT_IN), built_in_clip()
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     found: dict[str, list] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as place:
-        command = [
-            sys.executable,
-            "-m",
-            "deepasmr_jax.cli",
-            "say",
-            sentence,
-            "--json",
-            "--model",
-            str(folder),
-        ]
+        command = [sys.executable, "-m", "deepasmr_jax.cli", "say", sentence, "--json", "--model", folder]
         command += ["--voice", clip, "--voice-style", "normal", "--out", f"{place}/out.wav"]
         for number in range(1 + min(bench.args.rounds, 3)):  # the first pair reads the programs from disk
-            env = os.environ | {"DEEPASMR_CACHE": f"{place}/cache{number}", "PYTHONPATH": str(ROOT)}
+            env = os.environ | {"DEEPASMR_CACHE": f"{place}/cache{number}", "PYTHONPATH": path}
             for made in found.values():
                 began = time.perf_counter()
                 done = subprocess.run(command, env=env, capture_output=True, text=True)
+                seconds = time.perf_counter() - began
                 if done.returncode:
-                    raise ValueError(done.stderr.strip()[-300:])
-                made += (
-                    [(time.perf_counter() - began, json.loads(done.stdout.splitlines()[-1]))]
-                    if number
-                    else []
-                )
+                    raise RuntimeError(f"`deepasmr say` failed: {done.stderr.strip()[-300:]}")
+                made += [(seconds, json.loads(done.stdout.splitlines()[-1]))] if number else []
     rows = []
     for kind, made in found.items():
         stages = np.median([[f["timings"][k] for k in ("compile_s", *STAGES)] for _, f in made], axis=0)
@@ -468,20 +455,15 @@ def measure_say(bench: Bench) -> None:
     bench.table("`deepasmr say` in a fresh process, N2A, one sentence", f"process | {names}", rows)
     synthesizer, rows = synthesis.load(folder), []
     for count in (1, 8):
-        kept, requests = (
-            [],
-            [dict(text=sentence, voice=clip, voice_style="normal", seed=i) for i in range(count)],
-        )
+        kept: list = []
+        requests = [dict(text=sentence, voice=clip, voice_style="normal", seed=i) for i in range(count)]
         [seconds] = bench.time({"": lambda r=requests, kept=kept: kept.append(synthesizer.batch(r))}).values()
         if failed := [r.error for r in kept[0] if isinstance(r, synthesis.Failure)]:
-            raise ValueError(failed[0])
-        stages = np.median(
-            [[sum(r.timings[k] for r in made) for k in STAGES] for made in kept[DROPPED:]], axis=0
-        )
-        speech_s = sum(r.duration_s for r in kept[0])
-        rows.append(
-            (str(count), *summary([s / speech_s for s in seconds]), *summary(seconds), *stages, speech_s)
-        )
+            raise RuntimeError(failed[0])
+        sums = [[sum(r.timings[k] for r in made) for k in STAGES] for made in kept[DROPPED:]]
+        stages, speech_s = np.median(sums, axis=0), sum(r.duration_s for r in kept[0])
+        factor = summary([s / speech_s for s in seconds])
+        rows.append((str(count), *factor, *summary(seconds), *stages, speech_s))
     names = "sentences at once | real-time factor | range | median s | range | clip | LM | flow | vocoder | s of speech"
     bench.table("Loaded `Synthesizer`, N2A", names, rows)
 
@@ -504,16 +486,36 @@ def own_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+def by_program(spans: list[tuple[float, float, bool, str]]) -> dict[str, list[float]]:
+    """Program -> [seconds of tracing and lowering, seconds of compilation].
+
+    Args:
+        spans: (start, end, whether it is a compilation, name), in the order of their ends. What was traced and lowered
+            since the last compilation belongs to the next one; of spans that lie in one another the time counts once.
+    """
+    seconds: dict[str, list[float]] = {}
+    before: list[tuple[float, float]] = []
+    for start, end, is_compiled, name in spans:
+        if not is_compiled:
+            before.append((start, end))
+            continue
+        traced = reached = 0.0
+        for first, last in sorted(before):
+            traced += max(last - max(first, reached), 0.0)
+            reached = max(reached, last)
+        row = seconds.setdefault(name, [0.0, 0.0])
+        row[0], row[1], before = row[0] + traced, row[1] + end - start, []
+    return seconds
+
+
 def measure_programs(bench: Bench) -> None:
     """Seconds that each program of a short request takes to compile, then to be read from the cache on disk.
 
     One solver step: the number of steps is a length, not a size of the program.
     """
-    from deepasmr_jax import request, synthesis
+    from deepasmr_jax import synthesis
 
-    demo = request.BUILT_IN / "demo"
-    voice = json.loads((demo / "demo.json").read_text("utf-8"))["voices"][0]
-    clip, spans, found = demo / voice["clips"]["normal"]["file"], [], []
+    (clip, _), spans, found = built_in_clip(), [], []
 
     def on_event(event: str, seconds: float, fun_name: str = "", **_) -> None:
         if event.startswith("/jax/core/compile/"):
@@ -521,29 +523,17 @@ def measure_programs(bench: Bench) -> None:
             spans.append((now - seconds, now, event.endswith("backend_compile_duration"), fun_name))
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
-    with own_cache():
-        synthesizer = synthesis.load(bench.args.model)
-        synthesizer.solver["num_steps"] = 1
-        for _ in range(2):
-            spans.clear()
-            jax.clear_caches()
-            synthesizer("Hi.", str(clip), voice_style="normal")
-            seconds: dict[str, list[float]] = {}
-            before: list[
-                tuple[float, float]
-            ] = []  # tracing and lowering since the last compilation, one in another
-            for start, end, is_compiled, name in spans:
-                if not is_compiled:
-                    before.append((start, end))
-                    continue
-                traced = reached = 0.0
-                for first, last in sorted(before):
-                    traced += max(last - max(first, reached), 0.0)
-                    reached = max(reached, last)
-                row = seconds.setdefault(name, [0.0, 0.0])
-                row[0], row[1], before = row[0] + traced, row[1] + end - start, []
-            found.append(seconds)
-    jax.monitoring.unregister_event_duration_listener(on_event)
+    try:
+        with own_cache():
+            synthesizer = synthesis.load(bench.args.model)
+            synthesizer.solver["num_steps"] = 1
+            for _ in range(2):
+                spans.clear()
+                jax.clear_caches()
+                synthesizer("Hi.", clip, voice_style="normal")
+                found.append(by_program(spans))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_event)
     rows = [(name, *row, *found[1].get(name, (0.0, 0.0))) for name, row in found[0].items()]
     rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
     names = "program | traced and lowered, s | compiled, s | traced and lowered again, s | read from disk, s"
@@ -613,6 +603,8 @@ def torch_updates(bench: Bench, cfg, batch: dict[str, np.ndarray]) -> dict:
     Raises:
         ImportError: if a package of PyTorch's side is absent.
     """
+    import public_reference
+
     torch, model = bench.torch, cfg.model
     x = {name: torch.tensor(value).to(bench.device) for name, value in batch.items()}
     if cfg.component == "lm":
@@ -631,7 +623,7 @@ def torch_updates(bench: Bench, cfg, batch: dict[str, np.ndarray]) -> dict:
             goals = x["targets"].flatten().long()
             return torch.nn.functional.cross_entropy(scores.flatten(0, 1).float(), goals, ignore_index=-1)
     else:
-        net = unett(model)
+        net = public_reference.e2(model)
         index = torch.tensor(flow.token_index(model, cfg.data.num_tokens), device=bench.device)
         tokens = x["speech_tokens"].long()[:, index]
         data = ((x["mel"] - model.mel_mean) / model.mel_std).reshape(*tokens.shape, -1)
@@ -672,10 +664,8 @@ def measure_step(bench: Bench) -> None:
 
     device, table = jax.local_devices()[0], []
     peak = metrics.peak_flops(device)
-    if bench.torch is None:
-        bench.find_torch()
     sharding.make_mesh(devices=[device])
-    for stage in [s for s in STEP_ROWS if s in (bench.args.stages or STEP_ROWS)]:
+    for stage in chosen_stages("step", bench.args):
         print(f"training {stage} ...", file=sys.stderr, flush=True)
         full = bench.args.size == "full"
         name = f"{stage}_pretrain.py" if full else f"{bench.args.size}.py:{stage}"
@@ -708,9 +698,8 @@ def measure_step(bench: Bench) -> None:
         if used := (device.memory_stats() or {}).get("peak_bytes_in_use"):
             bench.add(f"- {stage}: memory of JAX at most {used / 1e9:.1f} GB, the stages before it included")
         if bench.device == "cuda":
-            bench.add(
-                f"- {stage}: memory of PyTorch at most {bench.torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-            )
+            used = bench.torch.cuda.max_memory_allocated()
+            bench.add(f"- {stage}: memory of PyTorch at most {used / 1e9:.1f} GB")
             del variants
             bench.torch.cuda.empty_cache()
             bench.torch.cuda.reset_peak_memory_stats()
@@ -734,20 +723,18 @@ def measure_loader(bench: Bench) -> None:
     flags.FLAGS.mark_as_parsed()
     names = {"lm": "lm_pretrain.py", "flow": "flow_pretrain.py", "vocoder": "vocoder.py"}
     if bench.args.size != "full":
-        stages = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
-        names = {stage: f"{bench.args.size}.py:{stage}" for stage in stages}
+        names = {stage: f"{bench.args.size}.py:{stage}" for stage in LOADER_STAGES}
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = fixture_data.write(Path(place), {"train": 400}, seconds=4.0)
-        for stage in [s for s in names if s in (bench.args.stages or names)]:
+        for stage in chosen_stages("loader", bench.args):
             cfg = config.load(f"{ROOT}/configs/{names[stage]}").data
             cfg = dataclasses.replace(cfg, data_dirs=(folder,), spell_probability=0.0)
             for workers in bench.args.workers or (0, os.cpu_count() or 1):
                 print(f"loading {stage}, {workers} workers ...", file=sys.stderr, flush=True)
                 data = iter(input_pipeline.make(dataclasses.replace(cfg, worker_count=workers)))
-                for _ in range(
-                    cfg.num_prefetch * max(workers, 1) + DROPPED
-                ):  # what is made ahead is not measured
+                num_ahead = cfg.num_prefetch * max(workers, 1)  # made ahead, so they are not measured
+                for _ in range(num_ahead + DROPPED):
                     next(data)
                 began, count, memory = time.perf_counter(), 0, []
                 while (now := time.perf_counter() - began) < bench.args.seconds or count < 3:
@@ -785,18 +772,26 @@ def resident_mib() -> float:
 def machine() -> str:
     """What the numbers depend on."""
     info = Path("/proc/cpuinfo")
-    cpu = (
-        (info.read_text().partition("model name")[2] if info.exists() else "")
-        .partition("\n")[0]
-        .strip("\t :")
-    )
+    text = info.read_text() if info.exists() else ""
+    cpu = text.partition("model name")[2].partition("\n")[0].strip("\t :")
     installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    versions = (
-        f"{k} {installed.get(k)}" for k in ("jax", "flax", "torch", "transformers", "s3tokenizer", "f5-tts")
-    )
+    names = ("jax", "flax", "torch", "transformers", "s3tokenizer", "f5-tts")
+    versions = (f"{k} {installed.get(k)}" for k in names)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
     chosen = (f"{k}={os.environ.get(k)}" for k in ("XLA_FLAGS", "OMP_NUM_THREADS"))
     return f"- device: {device}; host: {os.cpu_count()} x {cpu or 'CPU'}; {', '.join([*versions, *chosen])}"
+
+
+def at_least(least: int, kind: type = int):
+    """A type for argparse: a number that is not below this."""
+
+    def parse(text: str):
+        if (value := kind(text)) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when a word is no number
+    return parse
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -805,46 +800,41 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
-    parser.add_argument(
-        "--size", choices=("tiny", "mini", "full"), default="mini", help="of the parts beside PyTorch"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, choices=range(1, 100), metavar="N", help="rounds that count"
-    )
-    parser.add_argument("--model", help="model folder with demo clips for `say`; the built-in one if absent")
-    parser.add_argument("--seconds", type=float, default=10, help="of reading, for each row of `loader`")
-    parser.add_argument("--stages", nargs="+", help="of `loader` and `step`; all if absent")
-    parser.add_argument("--rows", type=int, metavar="N", help="of `step`: rows of a batch")
-    parser.add_argument("--set", nargs="+", default=(), metavar="A.B=VALUE", help="of the configs of `step`")
-    parser.add_argument(
-        "--workers", nargs="+", type=int, help="of `loader`: processes; 0 and the cores if absent"
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile on the CPU too")
-    parser.add_argument("--out", help="also write the report here")
+    add, whole = parser.add_argument, at_least(1)
+    add("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
+    sizes = "of the parts beside PyTorch, `step` and `loader`; `train` is mini also with full"
+    add("--size", choices=("tiny", "mini", "full"), default="mini", help=sizes)
+    add("--rounds", type=whole, default=5, metavar="N", help="rounds that count")
+    add("--model", help="model folder of `say` and `programs`; the built-in one if absent")
+    add("--seconds", type=at_least(0, float), default=10, help="of reading, for each row of `loader`")
+    add("--stages", nargs="+", choices=LOADER_STAGES, help="of `loader` and `step`; all if absent")
+    add("--rows", type=whole, metavar="N", help="of `step`: rows of a batch")
+    add("--set", nargs="+", default=(), metavar="A.B=VALUE", help="of the configs of `step`")
+    add("--workers", nargs="+", type=at_least(0), help="of `loader`: processes; 0 and the cores if absent")
+    add("--compile", action="store_true", help="torch.compile on the CPU too")
+    add("--out", help="also write the report here, part by part")
     args = parser.parse_args(argv)
+    for part in ("step", "loader"):
+        if part in args.only and not chosen_stages(part, args):
+            parser.error(f"{part} at size {args.size} has no stage {', '.join(args.stages)}; see --only")
+    os.environ["DEEPASMR_CACHE"] = "off"
     bench = Bench(args)
     sharding.ensure_mesh()
-    busy = (
-        " (**the machine was busy: do not quote these numbers**)"
-        if load > 0.25 * (os.cpu_count() or 1)
-        else ""
-    )
+    busy = load > 0.25 * (os.cpu_count() or 1)
     title = f"# Speed, {time.strftime('%Y-%m-%d %H:%M')}, size {args.size}, {args.rounds} rounds"
-    bench.add(title, "", machine(), f"- load average before: {load:.2f}{busy}")
+    warning = " (**the machine was busy: do not quote these numbers**)" if busy else ""
+    bench.add(title, "", machine(), f"- load average before: {load:.2f}{warning}")
     if "say" in args.only:
-        try:
-            measure_say(bench)
-        except (ValueError, OSError) as e:
-            bench.add(f"- say: left out, {e}; give --model FOLDER, a whole model with its demo clips")
+        measure_say(bench)
     if "programs" in args.only:
         measure_programs(bench)
     measures = dict(lm=measure_lm, hifigan=measure_vocoder, vocoder=measure_vocoder)
-    measures |= dict(
-        speech_tokenizer=measure_s3, flow=measure_flow
-    )  # last: they put an empty torchaudio here
-    if chosen := [p for p in measures if p in args.only]:
+    # last: they put an empty torchaudio here
+    measures |= dict(speech_tokenizer=measure_s3, flow=measure_flow)
+    chosen = [p for p in measures if p in args.only]
+    if chosen or "step" in args.only:
         bench.find_torch()
+    if chosen:
         rows = [row for p in chosen for row in measures[p](bench, model_config(p, args.size))]
         bench.table("Beside PyTorch", "work | side | median s | range | best PyTorch / this | range", rows)
         beside_ceilings(bench, chosen, rows)
@@ -855,8 +845,6 @@ def main(argv: list[str] | None = None) -> None:
     if "loader" in args.only:
         measure_loader(bench)
     bench.add(f"- load average after: {os.getloadavg()[0]:.2f}")
-    if args.out:
-        files.write_text(args.out, "\n".join(bench.lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-make_environment ".[dev,zh,judge]"
+make_environment ".[dev,zh,judge,normalize]"
 echo "ruff ..."
 "$venv/bin/ruff" check .
 echo "pytest ..."

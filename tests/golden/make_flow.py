@@ -9,14 +9,13 @@ but its outputs: time embedding, input embedding with the convolutional position
 after half of the layers and after all of them, and the velocity, for rotary positions on one head and on all.
 """
 
-import importlib.util
 import sys
-import types
 from pathlib import Path
 
 import fill
 import jax
 import numpy as np
+import public_reference
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -49,22 +48,6 @@ def inputs() -> dict[str, np.ndarray]:
     tokens = np.full((2, 12), -1, np.int32)
     tokens[:, :TEXT_LENGTH] = rng.integers(0, 20, (2, TEXT_LENGTH))
     return {"x": x, "condition": condition, "tokens": tokens, "t": np.array([0.13, 0.8], np.float32)}
-
-
-def reference_class():
-    """UNetT, imported without the package around it."""
-    root = Path(importlib.util.find_spec("f5_tts").submodule_search_locations[0])
-    for name in ("model", "model/backbones"):
-        module = types.ModuleType("f5_tts." + name.replace("/", "."))
-        module.__path__ = [str(root / name)]
-        sys.modules[module.__name__] = module
-    utils = types.ModuleType("f5_tts.model.utils")
-    utils.is_package_available = lambda name: False
-    sys.modules[utils.__name__] = utils
-    sys.modules.setdefault("torchaudio", types.ModuleType("torchaudio"))
-    from f5_tts.model.backbones.unett import UNetT
-
-    return UNetT
 
 
 def state_dict(model: flow.Decoder, cfg: flow.Config) -> dict[str, torch.Tensor]:
@@ -111,17 +94,7 @@ def main():
     for name, heads in (("one_head", 1), ("all_heads", None)):
         cfg = config(heads)
         model = fill.fill(flow.init(cfg, jax.random.key(0)), SEED)
-        reference = reference_class()(
-            dim=cfg.width,
-            depth=cfg.num_layers,
-            heads=cfg.num_heads,
-            dim_head=cfg.head_dim,
-            mel_dim=cfg.mel_bins,
-            text_num_embeds=cfg.num_codes,
-            text_dim=cfg.token_width,
-            text_mask_padding=False,
-            pe_attn_head=heads,
-        ).eval()
+        reference = public_reference.e2(cfg).eval()
         missing, unexpected = reference.load_state_dict(state_dict(model, cfg), strict=False)
         assert not unexpected and list(missing) == ["rotary_embed.inv_freq"], (missing, unexpected)
 

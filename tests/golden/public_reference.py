@@ -40,30 +40,39 @@ def hollow(package: str, *folders: str) -> None:
     """Makes files of a package importable without the `__init__` of these folders, which import all of it."""
     if package in sys.modules:
         return
-    root = Path(importlib.util.find_spec(package).submodule_search_locations[0])
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    root = Path(found.submodule_search_locations[0])
     for folder in (".", *folders):
         module = types.ModuleType(".".join((package, *Path(folder).parts)))
         module.__path__ = [str(root / folder)]
         sys.modules[module.__name__] = module
 
 
+def qwen2_config(cfg, **changes):
+    """`Qwen2Config` of transformers in the sizes of an lm.Config, with these settings changed."""
+    from transformers import Qwen2Config
+
+    settings = dict(
+        vocab_size=cfg.text_vocab,
+        hidden_size=cfg.width,
+        intermediate_size=cfg.mlp_width,
+        num_hidden_layers=cfg.num_layers,
+        num_attention_heads=cfg.num_heads,
+        num_key_value_heads=cfg.num_kv_heads,
+        rms_norm_eps=cfg.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base},
+        attn_implementation="eager",
+    )
+    return Qwen2Config(**(settings | changes))
+
+
 def qwen2(cfg) -> nn.Module:
     """`Qwen2Model` of transformers in the sizes of an lm.Config."""
-    from transformers import Qwen2Config, Qwen2Model
+    from transformers import Qwen2Model
 
-    return Qwen2Model(
-        Qwen2Config(
-            vocab_size=cfg.text_vocab,
-            hidden_size=cfg.width,
-            intermediate_size=cfg.mlp_width,
-            num_hidden_layers=cfg.num_layers,
-            num_attention_heads=cfg.num_heads,
-            num_key_value_heads=cfg.num_kv_heads,
-            rms_norm_eps=cfg.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base},
-            attn_implementation="eager",
-        )
-    ).float()
+    return Qwen2Model(qwen2_config(cfg)).float()
 
 
 def speech_lm_shapes(cfg, form: int) -> dict[str, tuple[int, ...]]:
@@ -108,8 +117,8 @@ class SpeechLM:
         return x, F.linear(x, self.weights["llm_decoder.weight"], bias)
 
 
-def s3_v2(cfg) -> nn.Module:
-    """`S3TokenizerV2` of s3tokenizer in the sizes of a speech_tokenizer.Config.
+def s3_v2(cfg, use_sdpa: bool = False) -> nn.Module:
+    """`S3TokenizerV2` of s3tokenizer in the sizes of a speech_tokenizer.Config, with PyTorch's own attention or not.
 
     Version 0.3.0 has eps 1e-5 in both norms of a block; its earlier releases and the released graph have 1e-6 in
     the first one, which is set here.
@@ -118,7 +127,7 @@ def s3_v2(cfg) -> nn.Module:
     placeholder("torchaudio")
     from s3tokenizer.model_v2 import ModelConfig, S3TokenizerV2
 
-    sizes = ModelConfig(cfg.num_mels, 1500, cfg.width, cfg.num_heads, cfg.num_blocks)
+    sizes = ModelConfig(cfg.num_mels, 1500, cfg.width, cfg.num_heads, cfg.num_blocks, use_sdpa=use_sdpa)
     model = S3TokenizerV2("speech_tokenizer_v2_25hz", sizes)
     for block in model.encoder.blocks:
         block.attn_ln.eps = 1e-6
@@ -126,7 +135,11 @@ def s3_v2(cfg) -> nn.Module:
 
 
 def e2(cfg) -> nn.Module:
-    """`UNetT` of f5-tts in the sizes of a flow.Config, imported without the package around it."""
+    """`UNetT` of f5-tts in the sizes of a flow.Config, imported without the package around it.
+
+    Raises:
+        ImportError: if f5-tts is absent.
+    """
     hollow("f5_tts", "model", "model/backbones")
     utils = types.ModuleType("f5_tts.model.utils")
     utils.is_package_available = lambda name: False
@@ -139,11 +152,13 @@ def e2(cfg) -> nn.Module:
         depth=cfg.num_layers,
         heads=cfg.num_heads,
         dim_head=cfg.head_dim,
-        mel_dim=cfg.mel_bins,
+        ff_mult=cfg.mlp_ratio,
+        mel_dim=cfg.mel_bins * cfg.patch_frames,
         text_num_embeds=cfg.num_codes,
         text_dim=cfg.token_width,
         text_mask_padding=False,
         pe_attn_head=cfg.rotary_heads,
+        dropout=cfg.dropout,
     )
 
 
@@ -247,13 +262,13 @@ class FlowCosyvoice2:
         return dict(self.kept)
 
 
-def hifigan(cfg) -> nn.Module:
-    """`SpeechT5HifiGan` of transformers in the sizes of a vocoder.Config, under the public names; takes [B, T, 80]."""
+def hifigan_plain(cfg) -> nn.Module:
+    """`SpeechT5HifiGan` of transformers in the sizes of a vocoder.Config, [B, T, M] to [B, W]."""
     from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
-    model = SpeechT5HifiGan(
+    return SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
-            model_in_dim=80,
+            model_in_dim=cfg.mel.num_mels,
             upsample_initial_channel=cfg.initial_channels,
             upsample_rates=cfg.upsample_rates,
             upsample_kernel_sizes=cfg.upsample_kernels,
@@ -262,6 +277,11 @@ def hifigan(cfg) -> nn.Module:
             normalize_before=False,
         )
     )
+
+
+def hifigan(cfg) -> nn.Module:
+    """`hifigan_plain` under the public names, with the norms of weights that public files have."""
+    model = hifigan_plain(cfg)
     del model.mean, model.scale  # of its input, which it does not norm
     model.ups = model._modules.pop("upsampler")
     object.__setattr__(
