@@ -518,7 +518,9 @@ def _export(args) -> None:
     out = request.check_output_folder(args.out)
     from deepasmr_jax import convert
 
-    print(f"{convert.export_qwen2(folder, out)}: model.safetensors, speech.safetensors, config.json, provenance.json")
+    print(
+        f"{convert.export_qwen2(folder, out)}: model.safetensors, speech.safetensors, config.json, provenance.json"
+    )
 
 
 def _info(args) -> None:
