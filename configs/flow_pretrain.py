@@ -6,7 +6,7 @@ What: 24 layers of width 1024, 337 M parameters, mel profile cv2 (24 kHz, 50 fra
 Command: python -m deepasmr_jax.train --config=configs/flow_pretrain.py --workdir=RUN
   --set=data.data_dirs=FEATURES where FEATURES was made with `data/add_features.py --mel-profile cv2`.
   The records are at 16 kHz as everywhere here and are resampled: nothing above 8 kHz is learned.
-Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
+Hardware and hours: written for 8 accelerators, starts on any number (mesh.slice=-1); hours unmeasured.
 Number to see: unmeasured.
 """
 
@@ -32,7 +32,7 @@ def get_config() -> TrainConfig:
         steps=250_000,
         accumulation=2,
         ema_decay=0.9999,
-        mesh=Mesh(data=8),
+        mesh=Mesh(slice=-1, data=8),
         save_every=2000,
         keep_every=50_000,
         eval_every=2000,

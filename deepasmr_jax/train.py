@@ -73,9 +73,9 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Sizes of the three mesh axes of sharding.py."""
+    """Sizes of the three mesh axes of sharding.py; `fitted_mesh` says what slice -1 becomes."""
 
-    slice: int = 1
+    slice: int = 1  # -1: what there is
     data: int = 1
     model: int = 1
 
@@ -85,9 +85,8 @@ class TrainConfig:
     """One training run. `model` is the Config of a model file and decides which file is trained.
 
     Raises:
-        ValueError: on an unknown component or export dtype, a count below 1, a batch that the mesh and the accumulation
-            do not divide, data whose end id, mel profile or labels are not the model's, or accumulation with a model
-            file that makes its own step.
+        ValueError: on an unknown component or export dtype, a count below 1, data whose end id, mel profile or labels
+            are not the model's, or accumulation with a model file that makes its own step.
     """
 
     component: str  # name in the exported folder, one of COMPONENTS
@@ -95,7 +94,7 @@ class TrainConfig:
     data: input_pipeline.Config
     optim: Optim
     steps: int
-    accumulation: int = 1  # parts of a batch that are computed one after the other
+    accumulation: int = 1  # parts of a batch that are computed one after the other, as far as a chip has rows
     ema_decay: float | None = None  # averaged weights, used for evaluation and export
     seed: int = 0
     mesh: Mesh = Mesh()
@@ -121,18 +120,13 @@ class TrainConfig:
         for name, known in (("component", COMPONENTS), ("export_dtype", checkpoint.DTYPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
-        counts = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(self.mesh).items()}
+        sizes = dataclasses.asdict(self.mesh).items()
+        counts = {f"mesh.{axis}": size for axis, size in sizes if (axis, size) != ("slice", -1)}
         counts |= {k: getattr(self, k) for k in ("accumulation", "log_every", "save_every", "eval_every")}
         for name, count in counts.items():
             if count < 1:
                 way_out = "; eval_batches=0 turns the evaluation off" if name == "eval_every" else ""
                 raise ValueError(f"{name} {count} must be at least 1{way_out}")
-        rows = self.mesh.slice * self.mesh.data * self.accumulation
-        if self.data.batch_size % rows:
-            raise ValueError(
-                f"data.batch_size {self.data.batch_size} is not a multiple of {rows} "
-                "(mesh.slice x mesh.data x accumulation)"
-            )
         end_id = getattr(self.model, "end_id", self.data.end_id)
         if end_id != self.data.end_id:
             raise ValueError(
@@ -155,6 +149,54 @@ class TrainConfig:
     def module(self) -> str:
         """Name of the model file: `lm`, `flow`, ..."""
         return type(self.model).__module__.rsplit(".", 1)[-1]
+
+
+def fitted_mesh(mesh: Mesh, num_devices: int, num_slices: int = 1) -> Mesh:
+    """The mesh on devices that are there.
+
+    With slice -1, `model` is kept, `data` as far as it divides the devices of a TPU slice, and `slice` takes the rest.
+
+    Args:
+        mesh: of a config.
+        num_devices: of all hosts.
+        num_slices: TPU slices that they are of.
+
+    Raises:
+        ValueError: if it does not fit, with the setting that does.
+    """
+    if mesh.slice > 0:
+        sizes = dataclasses.astuple(mesh)
+        if math.prod(sizes) > num_devices:
+            raise ValueError(
+                f"mesh {'x'.join(map(str, sizes))} needs {math.prod(sizes)} devices, found {num_devices}; add "
+                "--set=mesh.slice=-1, which fits it to what there is"
+            )
+        return mesh
+    in_slice = num_devices // num_slices
+    if in_slice % mesh.model:
+        raise ValueError(
+            f"mesh.model {mesh.model} does not divide {in_slice} devices; add --set=mesh.model="
+            f"{math.gcd(mesh.model, in_slice)}"
+        )
+    data = math.gcd(mesh.data, in_slice // mesh.model)
+    return Mesh(num_devices // mesh.model // data, data, mesh.model)
+
+
+def fitted(cfg: TrainConfig, num_devices: int, num_slices: int = 1) -> TrainConfig:
+    """The config with its `fitted_mesh`, and no more parts of a batch than a chip has rows.
+
+    Args:
+        cfg: the run.
+        num_devices, num_slices: as of `fitted_mesh`, whose errors it has.
+    """
+    mesh = fitted_mesh(cfg.mesh, num_devices, num_slices)
+    parts = min(cfg.accumulation, -(-cfg.data.batch_size // (mesh.slice * mesh.data)))
+    return dataclasses.replace(cfg, mesh=mesh, accumulation=parts)
+
+
+def row_shares(cfg: TrainConfig) -> int:
+    """Chips times parts that share a batch of a `fitted` config: its rows are padded to a multiple of them."""
+    return cfg.mesh.slice * cfg.mesh.data * cfg.accumulation
 
 
 @jax.tree_util.register_dataclass
@@ -601,9 +643,11 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
             f"--workdir {workdir} is no folder: mount the bucket (launch/README.md) and name a folder in it"
         )
     workdir = Path(workdir)
-    sharding.make_mesh(cfg.mesh.slice, cfg.mesh.data, cfg.mesh.model)
+    fit = fitted(cfg, jax.device_count(), sharding.num_slices(jax.devices()))
+    sharding.make_mesh(fit.mesh.slice, fit.mesh.data, fit.mesh.model)
     check_same_run(cfg, workdir)
-    hosts = (jax.process_index(), jax.process_count())
+    cfg = fit
+    hosts = (jax.process_index(), jax.process_count(), row_shares(cfg))
     if cfg.data.stage == "speaker":
         found = len(input_pipeline.speakers(cfg.data))
         if found > cfg.model.num_speakers:
@@ -628,7 +672,13 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
     if cfg.tensorboard and held_out:
         sampler = samples.Sampler(cfg.model, cfg.data, held_out[0], cfg.listen_with, cfg.seed)
     num_params = sum(x.size for x in jax.tree.leaves(state.model))
-    _say(f"{cfg.component} ({cfg.module}): {num_params / 1e6:.2f} M parameters, {jax.device_count()} devices")
+    mesh, rows = "x".join(map(str, dataclasses.astuple(cfg.mesh))), cfg.data.batch_size
+    more = f" and {empty} empty ones" if (empty := -rows % row_shares(cfg)) else ""
+    more += f" in {cfg.accumulation} parts" if cfg.accumulation > 1 else ""
+    _say(
+        f"{cfg.component} ({cfg.module}): {num_params / 1e6:.2f} M parameters, {jax.device_count()} devices, "
+        f"mesh {mesh}, {rows} rows{more}"
+    )
     update, evaluate = make_step(cfg), make_eval(cfg)
     timer, waited_s, previous = metrics.StepTimer(), [], None
     is_cpu = jax.default_backend() == "cpu"
@@ -677,10 +727,14 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         sums: dict[str, list[float]] = {}
         for i, batch in enumerate(held_out):
             key = jax.random.fold_in(jax.random.key(cfg.seed), i)
-            out = jax.device_get(evaluate(state.model, state.ema, sharding.put(batch), key))
-            for name, (total, count) in out.items():
-                old = sums.get(name, [0.0, 0.0])
-                sums[name] = [old[0] + float(total), old[1] + float(count)]
+            keys = [key] if cfg.accumulation == 1 else jax.random.split(key, cfg.accumulation)
+            for part, own in zip(
+                _split(batch, cfg.accumulation), keys, strict=True
+            ):  # fits where a step fits
+                out = jax.device_get(evaluate(state.model, state.ema, part, own))
+                for name, (total, count) in out.items():
+                    old = sums.get(name, [0.0, 0.0])
+                    sums[name] = [old[0] + float(total), old[1] + float(count)]
         means = {f"eval/{name}": total / max(count, 1e-9) for name, (total, count) in sums.items()}
         writer.write(number, means)
         _say(f"step {number}, held out: " + ", ".join(f"{k[5:]} {v:.4f}" for k, v in means.items()))
@@ -760,7 +814,7 @@ def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int, m
     file, model = _file(cfg.model), with_averaged(state.model, state.ema)
     if hasattr(file, "calibrate"):
         batches = input_pipeline.first_batches(
-            cfg.data, _CALIBRATION, jax.process_index(), jax.process_count()
+            cfg.data, _CALIBRATION, jax.process_index(), jax.process_count(), row_shares(cfg)
         )
         model = file.calibrate(model, cfg.model, map(sharding.put, batches))
     profile = {"mel_profile": cfg.data.mel_profile} if cfg.component in ("flow", "vocoder") else {}

@@ -71,6 +71,32 @@ def test_two_process_slices_side_by_side_are_the_batch_of_one_process(folder, st
         assert same({k: np.concatenate([part[k] for part in two]) for k in one}, one)
 
 
+@pytest.mark.parametrize("stage", ["lm", "flow", "speech_tokenizer"])
+def test_empty_rows_stand_behind_those_of_a_batch_that_the_chips_do_not_divide(folder, stage):
+    cfg = dataclasses.replace(make_config(folder, stage), batch_size=5)
+    whole = input_pipeline.first_batches(cfg, 4)
+    parts = [
+        input_pipeline.first_batches(cfg, 4, p, 4, multiple=8) for p in range(4)
+    ]  # the last has no row of its own
+    for one, *four in zip(whole, *parts, strict=True):
+        joined = {k: np.concatenate([part[k] for part in four]) for k in one}
+        assert same({k: v[:5] for k, v in joined.items()}, one)
+        for name, values in joined.items():
+            is_label = name in ("targets", "phones", "f0_class")
+            assert len(values) == 8 and np.all(values[5:] == (input_pipeline.IGNORED if is_label else 0))
+
+
+def test_a_saved_position_is_a_batch_whatever_the_chips(folder):
+    cfg = dataclasses.replace(make_config(folder, "lm"), batch_size=5)
+    expected = input_pipeline.first_batches(cfg, 3)[2]
+    data = iter(input_pipeline.make(cfg))
+    next(data), next(data)
+    for multiple in (8, 1):
+        other = iter(input_pipeline.make(cfg, multiple=multiple))
+        other.set_state(data.get_state())
+        assert same({k: v[:5] for k, v in next(other).items()}, expected)
+
+
 def test_worker_processes_give_the_batches_of_threads_and_go_on_from_a_saved_position(folder):
     cfg = make_config(folder, "lm", spell_probability=0.3)
     expected = input_pipeline.first_batches(cfg, 8)
