@@ -17,7 +17,8 @@ from deepasmr_jax.train import Mesh, Optim, TrainConfig
 def get_config() -> TrainConfig:
     return TrainConfig(
         component="flow",
-        model=flow.deepasmr(activation_dtype="bfloat16", remat="full"),
+        # attention too: a TPU's kernel rounds its operands anyway, a GPU would multiply in float32
+        model=flow.deepasmr(activation_dtype="bfloat16", attention_dtype="bfloat16", remat="full"),
         data=input_pipeline.Config(
             stage="flow",
             batch_size=240,

@@ -992,6 +992,36 @@ def _guard_worker(index: int, count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def held_out(cfg: Config, split: str) -> Config:
+    """The config of an evaluation on another split: of the folders that have it and the styles in them; tells the rest.
+
+    Args:
+        cfg: of the training.
+        split: to be read, without spelled words.
+
+    Raises:
+        ValueError: if no folder has the split.
+    """
+    folders = [folder for folder in cfg.data_dirs if split in _builder(folder).info.splits]
+    if cfg.data_dirs and not folders:
+        raise ValueError(
+            f"{', '.join(cfg.data_dirs)} has no split {split!r} to evaluate on; build it with one (data/README.md), or "
+            "switch the evaluation off: --set=eval_batches=0"
+        )
+    absent = [folder for folder in cfg.data_dirs if folder not in folders]
+    cfg = dataclasses.replace(cfg, split=split, data_dirs=tuple(folders), spell_probability=0.0)
+    index = read_index(cfg)
+    voices = zip(index.styles.tolist(), index.languages.tolist(), strict=True)
+    there = {style for style, language in voices if not cfg.languages or language in cfg.languages}
+    weights = tuple(w if s in there else 0.0 for s, w in zip(cfg.styles, cfg.style_weights, strict=True))
+    if not any(weights):
+        return cfg  # `Mixture` says what is wanted and what is there
+    absent += [s for s, old, new in zip(cfg.styles, cfg.style_weights, weights, strict=True) if old != new]
+    if absent:
+        print(f"{split}: evaluated without {', '.join(absent)}, of which it has nothing", flush=True)
+    return dataclasses.replace(cfg, style_weights=weights)
+
+
 def first_batches(
     cfg: Config, count: int, process_index: int = 0, process_count: int = 1, multiple: int = 1
 ) -> list[dict]:

@@ -3,9 +3,9 @@
 `python -m deepasmr_jax.train --config=configs/tiny.py:lm --workdir=RUN --set=data.data_dirs=FOLDER`
 A run starts from, first match wins: the newest checkpoint in the working directory, `init_from`, random
 weights. It ends at `steps`, after `max_seconds`, at SIGTERM or Ctrl-C, always with a checkpoint; the same
-command goes on from there, bit for bit. A model file brings `Config`, `init(cfg, key)` and `loss(model, cfg,
-batch, key) -> (sum, count, aux)`; one with two players brings `init_opt` and `train_step` too. Sums and
-counts are divided here, once.
+command goes on from there, bit for bit. After a signal nothing but the checkpoint is written.
+A model file brings `Config`, `init(cfg, key)` and `loss(model, cfg, batch, key) -> (sum, count, aux)`; one with two
+players brings `init_opt` and `train_step` too. Sums and counts are divided here, once.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import signal
+import sys
 import time
 import typing
 from pathlib import Path
@@ -31,6 +32,7 @@ from deepasmr_jax import config as config_lib
 # last names of parameters that weight decay leaves alone: norms and biases; tables go by `is_decayed`
 NO_DECAY = ("scale", "gain", "mean", "var")
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder", "recognizer")  # that can be trained
+HOPELESS_EXIT = 2  # exit code of a run that would fail in the same way again
 STARTED_FROM = "started_from.json"  # in a run's folder: `origin` of its first weights
 _CALIBRATION = 20  # training batches from which batch-norm statistics are taken
 # settings of model and data that may differ when a run is resumed. Other folders with other records do change the
@@ -577,9 +579,10 @@ class _Stop:
 
     def __init__(self, max_seconds: float | None):
         self.reason: str | None = None
+        self.is_signal = False  # on some host: there may be no time for more than a checkpoint
         self._end = None if max_seconds is None else time.monotonic() + max_seconds
         self.saves = False
-        self._gathered, self._old = None, {}
+        self._signal, self._gathered, self._old = None, None, {}
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -594,9 +597,9 @@ class _Stop:
             signal.signal(number, handler)
 
     def _handle(self, number, _frame):
-        if self.reason is not None:
+        if self._signal is not None:
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
 
     def due(self, step: int, is_old: bool = False) -> bool:
         """Whether to end before step `step + 1`; `saves` is set where the checkpoint is too old on some host.
@@ -604,18 +607,18 @@ class _Stop:
         The same answers on every host, which several give one step late: they then wait for a gathering that the
         devices did before the last step, and not for that step.
         """
-        if self._end is not None and time.monotonic() > self._end and self.reason is None:
-            self.reason = "max_seconds"
-        wish = 2 if self.reason is not None else int(is_old)
+        is_late = self._end is not None and time.monotonic() > self._end
+        self.reason = self.reason or self._signal or ("max_seconds" if is_late else None)
+        wish = 3 if self._signal else 2 if is_late else int(is_old)
         if jax.process_count() > 1:
             before, self._gathered = self._gathered, sharding.greatest(wish)
             if jax.default_backend() == "cpu":
                 jax.block_until_ready(self._gathered)
             wish = int(self._gathered if before is None else before)
-            if wish == 2 and self.reason is None:
+            if wish >= 2 and self.reason is None:
                 self.reason = "another host stopped"
-        self.saves = wish == 1
-        return wish == 2
+        self.saves, self.is_signal = wish == 1, wish == 3
+        return wish >= 2
 
     def saved(self) -> None:
         """Call after a save, which all hosts do at the same step: what was gathered before it no longer holds."""
@@ -623,7 +626,7 @@ class _Stop:
 
 
 def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = None) -> TrainState:
-    """Runs or resumes a training and exports the weights at its end.
+    """Runs or resumes a training and exports the weights at its end; after a signal only a checkpoint is written.
 
     Args:
         cfg: the run.
@@ -661,10 +664,8 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
     atexit.register(data.close)  # after an error too
     held_out = []
     if cfg.eval_batches:
-        held_out = input_pipeline.first_batches(
-            dataclasses.replace(cfg.data, split=cfg.eval_split, spell_probability=0.0),
-            cfg.eval_batches, *hosts,
-        )  # fmt: skip
+        own = input_pipeline.held_out(cfg.data, cfg.eval_split)
+        held_out = input_pipeline.first_batches(own, cfg.eval_batches, *hosts)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep, cfg.keep_every)
     step, state = start(cfg, checkpoints, data)
     writer = metrics.Writer(workdir, step, cfg.tensorboard)
@@ -779,17 +780,21 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         if step > saved_step:
             save(wait=True)
         checkpoints.close()
-        if held_out and measured_step != step:
-            measure(step)
         folder = Path(export) if export is not None else workdir / "export"
-        begun = workdir / STARTED_FROM
-        # runs of older versions have no such file
-        made_from = json.loads(begun.read_text("utf-8")) if begun.is_file() else origin(cfg)
-        export_state(cfg, state, folder, step, made_from)
+        if stop.is_signal:
+            ending = "the same command goes on; with --set=max_seconds=0 it evaluates and exports"
+        else:
+            if held_out and measured_step != step:
+                measure(step)
+            begun = workdir / STARTED_FROM
+            # runs of older versions have no such file
+            made_from = json.loads(begun.read_text("utf-8")) if begun.is_file() else origin(cfg)
+            export_state(cfg, state, folder, step, made_from)
+            ending = f"weights in {folder}"
         writer.close()
         data.close()
         atexit.unregister(data.close)
-        _say(f"stopped at step {step} ({stop.reason or 'all steps done'}); weights in {folder}")
+        _say(f"stopped at step {step} ({stop.reason or 'all steps done'}); {ending}")
     return state
 
 
@@ -848,7 +853,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: joins the hosts, reads the config, trains.
 
     Raises:
-        SystemExit: with one sentence, on a ValueError, an OSError or a loss that is not finite.
+        SystemExit: after one sentence, with HOPELESS_EXIT on a ValueError or a loss that is not finite, with 1 on an
+            OSError; with `--stopped-exit` after a run that was stopped.
     """
     from absl import flags
 
@@ -859,7 +865,8 @@ def main(arguments: list[str] | None = None) -> None:
         cfg, options = parse(arguments)
         state = train(cfg, options.workdir, options.export)
     except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1 if isinstance(error, OSError) else HOPELESS_EXIT) from error
     if int(state.step) < cfg.steps and options.stopped_exit:
         raise SystemExit(options.stopped_exit)
 

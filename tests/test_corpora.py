@@ -371,6 +371,36 @@ def test_the_split_is_by_speaker_and_never_changes(tmp_path):
     assert found[::2] == found[1::2] and len(set(found)) == 2
 
 
+@pytest.mark.parametrize("share, taker", [(0.01, "valid"), (0.99, "train")])
+def test_no_split_is_empty_where_there_are_two_speakers(tmp_path, monkeypatch, share, taker, capsys):
+    sounds = {f"{i}.wav": wave(i) for i in range(6)} | {"6.wav": wave(0)}  # the last is a duplicate
+    for name, data in sounds.items():
+        put(tmp_path / name, data)
+    rows = [
+        {"audio": name, "id": name, "text": "Hi there.", "speaker": f"s{i % 3}", "style": "normal"}
+        for i, name in enumerate(sounds)
+    ]
+    put(tmp_path / "m.jsonl", lines(*rows))
+    out, options = tmp_path / "few" / "1.0.0", build.Options(valid_share=share)
+    with monkeypatch.context() as patched:  # stopped at its end, after the files were changed
+        patched.setattr(tfds_files, "write_metadata", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build.build("manifest", tmp_path / "m.jsonl", out, options)
+    counts = build.build("manifest", tmp_path / "m.jsonl", out, options)
+    assert counts["records"][taker] == 2 and sum(counts["records"].values()) == 6 and counts["duplicate"] == 1
+    found = records(out)
+    split = {name: row["split"] for name, row in found.items()}
+    assert len(found) == 6 and {split[n] == taker for n in split} == {True, False}
+    [speaker] = {found[n]["speaker"] for n in split if split[n] == taker}
+    assert {split[n] for n in split if found[n]["speaker"] == speaker} == {taker}
+    assert f"{speaker} is put into {taker}, which would have nobody" in capsys.readouterr().out
+    monkeypatch.setattr(build, "_move", None)  # and none is moved where that is not wanted
+    counts = build.build(
+        "manifest", tmp_path / "m.jsonl", tmp_path / "b" / "1.0.0", build.Options(valid_share=0)
+    )
+    assert counts["records"] == {"train": 6}
+
+
 def interrupt(*_):
     raise KeyboardInterrupt
 

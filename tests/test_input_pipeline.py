@@ -86,6 +86,21 @@ def test_empty_rows_stand_behind_those_of_a_batch_that_the_chips_do_not_divide(f
             assert len(values) == 8 and np.all(values[5:] == (input_pipeline.IGNORED if is_label else 0))
 
 
+def test_an_evaluation_leaves_out_folders_and_styles_that_its_split_has_not(folder, tmp_path, capsys):
+    other = fixture_data.write(tmp_path / "all", {"train": 4})
+    few = fixture_data.write(tmp_path / "few", {"train": 4, "valid": 2})
+    cfg = dataclasses.replace(make_config(folder, "lm", spell_probability=0.5), data_dirs=(folder, other))
+    found = input_pipeline.held_out(cfg, "valid")
+    assert (found.split, found.data_dirs, found.style_weights) == ("valid", (folder,), (1.0, 1.0))
+    assert found.spell_probability == 0
+    assert capsys.readouterr().out.endswith(f"valid: evaluated without {other}, of which it has nothing\n")
+    cfg = dataclasses.replace(cfg, data_dirs=(few,), styles=("asmr", "sung"))
+    assert input_pipeline.held_out(cfg, "valid").style_weights == (1.0, 0.0)
+    assert "evaluated without sung" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"has no split 'valid' to evaluate on; .*--set=eval_batches=0"):
+        input_pipeline.held_out(dataclasses.replace(cfg, data_dirs=(other,)), "valid")
+
+
 def test_a_saved_position_is_a_batch_whatever_the_chips(folder):
     cfg = dataclasses.replace(make_config(folder, "lm"), batch_size=5)
     expected = input_pipeline.first_batches(cfg, 3)[2]

@@ -255,7 +255,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint_that_the_next_run_continues(folder, tmp_path):
-    sets = [f"data.data_dirs={folder}", "steps=100000", "save_every=100000", "eval_batches=0"]
+    sets = [f"data.data_dirs={folder}", "steps=100000", "save_every=100000", "eval_every=100000"]
     command = [sys.executable, "-m", "deepasmr_jax.train", f"--config={TINY}:lm", f"--workdir={tmp_path}"]
     command += [f"--set={s}" for s in sets]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -271,6 +271,8 @@ def test_sigterm_ends_a_run_with_a_checkpoint_that_the_next_run_continues(folder
     [step] = checkpoint.steps(tmp_path / "checkpoints")
     assert step >= 2 and metrics.read(path)[-1]["step"] == step
     assert f"stopped at step {step} " in out
+    # a checkpoint is all that there may be time for
+    assert "held out" not in out and not (tmp_path / "export").exists()
 
 
 def test_a_checkpoint_is_saved_after_so_many_minutes(folder, tmp_path):
@@ -286,6 +288,10 @@ def test_the_exit_code_of_a_stopped_run_is_the_one_that_was_asked_for(folder, tm
         train.main([*arguments, "--stopped-exit=75"])
     assert stopped.value.code == 75
     train.main(arguments)
+    for change in ("model.layers=2", "data.end_id=5"):  # what no second start would mend
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*arguments, f"--set={change}", "--stopped-exit=75"])
+        assert stopped.value.code == train.HOPELESS_EXIT
 
 
 def test_the_progress_line_and_the_metrics_have_the_mfu_where_the_peak_is_known(
@@ -667,8 +673,12 @@ def test_several_hosts_save_once_where_the_checkpoint_of_one_is_too_old(monkeypa
             saves.append(step)
             stop.saved()
     assert saves == [6]
-    stop.reason = "SIGTERM"
-    assert [stop.due(step) for step in (12, 13)] == [False, True]
+    stop._handle(signal.SIGTERM, None)
+    assert [stop.due(step) for step in (12, 13)] == [False, True] and stop.is_signal
+    monkeypatch.setattr(sharding, "greatest", lambda wish: 2)  # of a host whose time is over: all evaluate
+    stop = train._Stop(None)
+    assert [stop.due(step) for step in (0, 1)] == [False, True]
+    assert stop.reason == "another host stopped" and not stop.is_signal
 
 
 def test_checkpoints_leave_the_log_of_other_libraries_alone(tmp_path):
