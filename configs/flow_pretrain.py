@@ -5,7 +5,7 @@ What: 24 layers of width 1024, 337 M parameters, mel profile cv2 (24 kHz, 50 fra
   accumulation 2 are 240 rows of 767 tokens (1534 frames).
 Command: python -m deepasmr_jax.train --config=configs/flow_pretrain.py --workdir=RUN
   --set=data.data_dirs=FEATURES where FEATURES was made with `data/add_features.py --mel-profile cv2`.
-  The records are at 16 kHz as everywhere here and are resampled: nothing above 8 kHz is learned.
+  The records are at 16 kHz as everywhere here and are resampled; the mel of cv2 ends at 8 kHz.
 Hardware and hours: written for 8 accelerators, starts on any number (mesh.slice=-1); hours unmeasured.
 Number to see: unmeasured.
 """
@@ -22,7 +22,7 @@ def get_config() -> TrainConfig:
         data=input_pipeline.Config(
             stage="flow",
             batch_size=240,
-            num_tokens=767,  # with the time 1535 positions, three blocks of attention; one more would be padded to 1664
+            num_tokens=767,  # with the time 1535 positions, three blocks of attention; one more would be padded to 1792
             mel_profile="cv2",
             styles=("normal",),
             style_weights=(1.0,),
@@ -38,5 +38,6 @@ def get_config() -> TrainConfig:
         keep_every=50_000,
         eval_every=2000,
         eval_batches=8,
+        tensorboard=True,
         export_dtype="bfloat16",
     )

@@ -46,5 +46,6 @@ def get_config() -> TrainConfig:
         keep_every=50_000,
         eval_every=2000,
         eval_batches=8,
+        tensorboard=True,
         export_dtype="bfloat16",
     )

@@ -112,7 +112,7 @@ class TrainConfig:
     eval_every: int = 200
     eval_batches: int = 4
     eval_split: str = "valid"
-    tensorboard: bool = False  # RUN/tensorboard too, with sounds and pictures; needs tensorboardX
+    tensorboard: bool = False  # RUN/tensorboard too, with sounds and pictures, if tensorboardX is there
     listen_with: str | None = None  # model folder whose flow and vocoder make LM and flow heard there
     peak_tflops: float | None = None  # bfloat16, of one device, for the MFU; None: metrics.CHIPS
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -668,9 +668,11 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         held_out = input_pipeline.first_batches(own, cfg.eval_batches, *hosts)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep, cfg.keep_every)
     step, state = start(cfg, checkpoints, data)
-    writer = metrics.Writer(workdir, step, cfg.tensorboard)
+    # all hosts make the samples or none, wherever the package is missing
+    has_events = cfg.tensorboard and not int(sharding.greatest(int(not metrics.has_tensorboard())))
+    writer = metrics.Writer(workdir, step, has_events)
     sampler = None
-    if cfg.tensorboard and held_out:
+    if has_events and held_out:
         sampler = samples.Sampler(cfg.model, cfg.data, held_out[0], cfg.listen_with, cfg.seed)
     num_params = sum(x.size for x in jax.tree.leaves(state.model))
     mesh, rows = "x".join(map(str, dataclasses.astuple(cfg.mesh))), cfg.data.batch_size

@@ -261,7 +261,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint_that_the_next_run_continues(folder
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     path = tmp_path / "metrics.jsonl"
-    for _ in range(1200):  # up to two minutes for the first line on a busy machine
+    for _ in range(3000):  # up to five minutes for two lines on a busy machine
         if process.poll() is not None or (path.exists() and path.read_text().count("\n") >= 2):
             break
         time.sleep(0.1)
@@ -677,8 +677,7 @@ def test_several_hosts_save_once_where_the_checkpoint_of_one_is_too_old(monkeypa
     assert [stop.due(step) for step in (12, 13)] == [False, True] and stop.is_signal
     monkeypatch.setattr(sharding, "greatest", lambda wish: 2)  # of a host whose time is over: all evaluate
     stop = train._Stop(None)
-    assert [stop.due(step) for step in (0, 1)] == [False, True]
-    assert stop.reason == "another host stopped" and not stop.is_signal
+    assert stop.due(0) and stop.reason == "another host stopped" and not stop.is_signal
 
 
 def test_checkpoints_leave_the_log_of_other_libraries_alone(tmp_path):
