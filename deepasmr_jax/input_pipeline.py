@@ -641,6 +641,9 @@ class _Lm:
         order = order[np.argsort(self.index.voice[order], kind="stable")]
         voice, cost = self.index.voice[order], self._cost(order)
         wanted = _rng(self.cfg.seed, 3, epoch).integers(1, self.cfg.max_utterances + 1, len(order))
+        # a style that is heard more than once in an epoch: not twice in one segment
+        is_new = lambda start, stop: len(order) == num_single or order[stop] not in order[start:stop]
+        num_single = len(np.unique(order))
         starts, start = array.array("i"), 0
         while start < len(order):
             starts.append(start)
@@ -650,6 +653,7 @@ class _Lm:
                 and stop - start < wanted[start]
                 and voice[stop] == voice[start]
                 and length + cost[stop] <= self._capacity
+                and is_new(start, stop)
             ):
                 length += cost[stop]
                 stop += 1
