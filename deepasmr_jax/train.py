@@ -730,10 +730,9 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         sums: dict[str, list[float]] = {}
         for i, batch in enumerate(held_out):
             key = jax.random.fold_in(jax.random.key(cfg.seed), i)
-            keys = [key] if cfg.accumulation == 1 else jax.random.split(key, cfg.accumulation)
-            for part, own in zip(
-                _split(batch, cfg.accumulation), keys, strict=True
-            ):  # fits where a step fits
+            parts = _split(batch, cfg.accumulation)  # what fits into a step fits here
+            keys = [key] if len(parts) == 1 else jax.random.split(key, len(parts))
+            for part, own in zip(parts, keys, strict=True):
                 out = jax.device_get(evaluate(state.model, state.ema, part, own))
                 for name, (total, count) in out.items():
                     old = sums.get(name, [0.0, 0.0])

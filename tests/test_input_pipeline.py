@@ -119,9 +119,9 @@ def test_worker_processes_give_the_batches_of_threads_and_go_on_from_a_saved_pos
     assert all(same(next(data), batch) for batch in expected[:3])
     position = data.get_state()
     assert all(same(next(data), batch) for batch in expected[3:5])
-    again = iter(input_pipeline.make(dataclasses.replace(cfg, worker_count=2)))
+    again = iter(input_pipeline.make(dataclasses.replace(cfg, worker_count=2), multiple=8))
     again.set_state(position)
-    assert all(same(next(again), batch) for batch in expected[3:])
+    assert all(same({k: v[:4] for k, v in next(again).items()}, batch) for batch in expected[3:])
 
 
 def test_a_segment_is_start_texts_task_speech_with_targets_only_on_speech_and_end(folder):
