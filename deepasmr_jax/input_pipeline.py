@@ -642,8 +642,8 @@ class _Lm:
         voice, cost = self.index.voice[order], self._cost(order)
         wanted = _rng(self.cfg.seed, 3, epoch).integers(1, self.cfg.max_utterances + 1, len(order))
         # a style that is heard more than once in an epoch: not twice in one segment
-        is_new = lambda start, stop: len(order) == num_single or order[stop] not in order[start:stop]
-        num_single = len(np.unique(order))
+        is_once = len(np.unique(order)) == len(order)
+        is_new = lambda start, stop: is_once or order[stop] not in order[start:stop]
         starts, start = array.array("i"), 0
         while start < len(order):
             starts.append(start)

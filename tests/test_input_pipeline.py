@@ -145,6 +145,16 @@ def test_a_segment_is_start_texts_task_speech_with_targets_only_on_speech_and_en
     assert seen > 20
 
 
+def test_no_segment_has_an_utterance_twice_where_a_style_is_heard_again_in_an_epoch(folder):
+    cfg = make_config(folder, "lm", style_weights=(1.0, 30.0), num_tokens=512)
+    rows = input_pipeline._Lm(cfg, input_pipeline.read_index(cfg))
+    for epoch in range(5):
+        order, starts = rows.segments(epoch)
+        parts = [part.tolist() for part in np.split(order, starts[1:-1])]
+        assert len(np.unique(order)) < len(order) and max(map(len, parts)) > 1
+        assert all(len(set(part)) == len(part) for part in parts)
+
+
 def test_frames_are_aligned_to_the_symbols_that_are_heard_in_them():
     ids = {name: i for i, name in enumerate(text.PHONES)}
     heard = "sil sil K K AE AE AE T T T HH IH IH Z Z sil sil".split()
