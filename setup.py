@@ -31,6 +31,7 @@ setup(
         "absl-py>=2.1",
         # brought along by the packages above, imported by name
         "array_record>=0.8",
+        "pyarrow",
         "safetensors>=0.5",
         "scipy>=1.13",
         "soundfile>=0.13",

@@ -4,8 +4,7 @@ What: 40 epochs over 1,000 h, Adam at a constant 1e-5 (DeepASMR, training set-up
   about 450 tokens of target, so an epoch of 90 M tokens is about 830 steps of 240 rows: 33,000 steps.
 Command: python -m deepasmr_jax.train --config=configs/flow_asmr.py --workdir=RUN
   --set=data.data_dirs=FEATURES --set=init_from=RUN_OF_STAGE_ONE/export
-  The records are at 16 kHz, as for stage one: nothing above 8 kHz is learned.
-Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
+Hardware and hours: written for 8 accelerators, starts on any number (mesh.slice=-1); hours unmeasured.
 Number to see: unmeasured.
 """
 

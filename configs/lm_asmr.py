@@ -5,7 +5,7 @@ What: 10 epochs over 1,000 h, Adam at a constant 1e-5 (DeepASMR, training set-up
 Command: python -m deepasmr_jax.train --config=configs/lm_asmr.py --workdir=RUN --set=data.data_dirs=FEATURES
   --set=init_from=RUN_OF_STAGE_ONE/export, where FEATURES was made with `data/add_features.py --text-tokenizer
   FOLDER` as for stage one.
-Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
+Hardware and hours: written for 8 accelerators, starts on any number (mesh.slice=-1); hours unmeasured.
 Number to see: unmeasured.
 """
 

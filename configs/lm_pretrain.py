@@ -8,7 +8,7 @@ Command: python -m deepasmr_jax.train --config=configs/lm_pretrain.py --workdir=
   that script has 313 and is refused).
 Start: the paper's 200,000 h are not public. CosyVoice2's weights can stand in for most of this stage: make MODEL with
   `deepasmr convert file llm.pt --out MODEL`, then add --set=init_from=MODEL.
-Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
+Hardware and hours: written for 8 accelerators, starts on any number (mesh.slice=-1); hours unmeasured.
 Number to see: unmeasured.
 """
 
@@ -31,10 +31,11 @@ def get_config() -> TrainConfig:
         optim=Optim(name="adam", lr=1e-4, schedule="noam", warmup_steps=10_000, clip_norm=5.0),
         steps=250_000,
         accumulation=2,
-        mesh=Mesh(data=8),
+        mesh=Mesh(slice=-1, data=8),
         save_every=2000,
         keep_every=50_000,
         eval_every=2000,
         eval_batches=8,
+        tensorboard=True,
         export_dtype="bfloat16",
     )

@@ -14,7 +14,7 @@ Labels: phones need no download, say what is heard, and leave CTC room, which gi
 Command: python -m deepasmr_jax.train --config=configs/speech_tokenizer.py --workdir=RUN --set=data.data_dirs=CORPUS
 Start: --set=init_from=MODEL with converted public weights (`deepasmr convert`) keeps the meaning of their codes only as
   long as the learning rate is small; the head starts at random.
-Hardware and hours: 8 accelerators (mesh.data=8); hours unmeasured.
+Hardware and hours: written for 8 accelerators, starts on any number (mesh.slice=-1); hours unmeasured.
 Number to see: unmeasured. `code_nats` is the loss of a phone read from codes.
 """
 
@@ -41,10 +41,11 @@ def get_config() -> TrainConfig:
         optim=Optim(name="adam", lr=1e-4, schedule="noam", warmup_steps=10_000, clip_norm=5.0),
         steps=210_000,
         ema_decay=0.9999,
-        mesh=Mesh(data=8),
+        mesh=Mesh(slice=-1, data=8),
         save_every=2000,
         keep_every=50_000,
         eval_every=2000,
         eval_batches=8,
+        tensorboard=True,
         export_dtype="bfloat16",
     )

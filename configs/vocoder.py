@@ -38,4 +38,5 @@ def get_config() -> TrainConfig:
         keep_every=100_000,
         eval_every=5000,
         eval_batches=8,
+        tensorboard=True,
     )

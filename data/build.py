@@ -96,9 +96,28 @@ def split_of(item: data_check.Item, options: Options) -> str:
         return item.split
     if options.valid_speakers:
         return "valid" if item.speaker in options.valid_speakers else "train"
-    key = item.speaker if options.split_by == "speaker" else item.pair_id or item.id
-    number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-    return "valid" if number < options.valid_share * 2**64 else "train"
+    return "valid" if _place(_key(item, options)) < options.valid_share else "train"
+
+
+def _key(item: data_check.Item, options: Options) -> str:
+    """What an utterance is split by; empty where that is settled without a hash."""
+    if item.split or options.valid_speakers or not options.valid_share:
+        return ""
+    return item.speaker if options.split_by == "speaker" else item.pair_id or item.id
+
+
+def _place(key: str) -> float:
+    """A number in 0..1 that no run changes."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _moved(counts: dict[str, Counter]) -> tuple[str, str, str] | None:
+    """(from, to, key): what a split that the hash left without any gets, where another can spare it."""
+    for giver, taker in (SPLITS, SPLITS[::-1]):
+        keys = sorted((key for key in counts[giver] if key), key=_place)
+        if not counts[taker] and len(keys) > 1:
+            return giver, taker, keys[0] if taker == "valid" else keys[-1]
+    return None
 
 
 def units_of(layout: str, source: str | Path, options: Options) -> list[tuple]:
@@ -266,9 +285,8 @@ def _write_shard(job: tuple) -> int:
             if record is not None:
                 split = split_of(item, options)
                 writers[split].write(record)
-                held[split].append(
-                    (data_check.digest(record["audio"]).hex(), len(record["audio"]), item.where, item.id)
-                )
+                mark = data_check.digest(record["audio"]).hex()
+                held[split].append((mark, len(record["audio"]), item.where, item.id, _key(item, options)))
     part = {"items": num_items, "held": held, "problems": [dataclasses.asdict(p) for p in problems]}
     part["files"] = stamps
     files.write_text(_part(out, shard), json.dumps(part))
@@ -280,17 +298,26 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
     seen, kinds, left_out = data_check.Seen(), Counter(), 0
     lengths, samples = {s: [] for s in SPLITS}, Counter()
     keep = "duplicate" in options.rules.keep
+    counts = {s: Counter() for s in SPLITS}
+    for shard in range(num_shards):
+        for split, rows in json.loads(_part(out, shard).read_text("utf-8"))["held"].items():
+            counts[split].update("".join(row[4:]) for row in rows)  # a build of an older version has no key
+    moved = _moved(counts)
+    if moved is not None:
+        print(f"{moved[2]} is put into {moved[1]}, which would have nobody", flush=True)
     with (
         files.atomic_path(out / data_check.BUILD_REPORT) as report_part,
         open(report_part, "w", encoding="utf-8", errors="backslashreplace") as report,
     ):
         for shard in range(num_shards):
             part = json.loads(_part(out, shard).read_text("utf-8"))
+            if moved is not None:
+                _move(out, shard, num_shards, part["held"], *moved)
             problems = [data_check.Problem(**p) for p in part["problems"]]
             num_records = 0
             for split in SPLITS:
                 twice = set()
-                for row, (digest, num_samples, where, name) in enumerate(part["held"][split]):
+                for row, (digest, num_samples, where, name, *_) in enumerate(part["held"][split]):
                     first = seen.add(bytes.fromhex(digest), where)
                     if first is not None:
                         problems.append(
@@ -324,6 +351,21 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
     return {"records": {s: sum(n) for s, n in lengths.items()}, "hours": hours, "left_out": left_out} | dict(
         kinds
     )
+
+
+def _move(out: Path, shard: int, num_shards: int, held: dict, giver: str, taker: str, key: str) -> None:
+    """Moves the records of a key from a split of a shard to the other, which is empty, in files and in `held`."""
+    old = held[giver]
+    rows = {i for i, row in enumerate(old) if row[4:] == [key]}
+    path, other = (out / tfds_files.shard_name(out.parent.name, s, shard, num_shards) for s in (giver, taker))
+    if rows and tfds_files.num_records(path) == len(old):  # else a stopped call has done it
+        with tfds_files.open_shard(other, _features()) as made:
+            for i, data in enumerate(tfds_files.read_shard(path)):
+                if i in rows:
+                    made.write_raw(data)
+        _without(path, len(old), rows)
+    held[taker] = [old[i] for i in sorted(rows)]
+    held[giver] = [row for i, row in enumerate(old) if i not in rows]
 
 
 def _without(path: Path, count: int, rows: set[int]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deepasmr_jax import data_check
 
-RANGE_BYTES = 1 << 20  # of lines in one unit
+RANGE_BYTES = 1 << 20  # of lines in one unit; of a short list less, so that several workers have some
 
 
 def units(source: Path, options) -> list[tuple]:
@@ -26,8 +26,9 @@ def read(unit: tuple, options) -> Iterator[data_check.Item | data_check.Problem]
     return data_check.read_manifest(Path(path), start, stop, line, options.fields)
 
 
-def line_ranges(path: Path, size: int = RANGE_BYTES) -> Iterator[tuple[int, int, int]]:
-    """(first byte, byte after the last, number of the first line) of pieces of at least `size` bytes."""
+def line_ranges(path: Path) -> Iterator[tuple[int, int, int]]:
+    """(first byte, byte after the last, number of the first line) of pieces of whole lines."""
+    size = min(max(path.stat().st_size // 64, 1 << 13), RANGE_BYTES)
     with path.open("rb") as file:
         start, line = 0, 1
         while piece := file.read(size):

@@ -1,4 +1,4 @@
-"""Layout `folders`: audio files with texts beside them, as LibriTTS, LibriSpeech and VCTK have them.
+"""Layout `folders`: audio files with texts beside them, as LibriTTS and LibriSpeech have them (VCTK's are apart).
 
 LibriTTS: <subset>/<speaker>/<chapter>/<speaker>_<chapter>_*.wav with .normalized.txt. `data_check.read_folder` says
 where text and speaker come from. The style is `normal` unless --style says otherwise.

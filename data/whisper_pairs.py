@@ -22,7 +22,7 @@ def units(source: Path, options) -> list[tuple]:
 
 
 def read(unit: tuple, options) -> Iterator[data_check.Item | data_check.Problem]:
-    """The files of a folder that are in one of the two styles; those of the corpus's other styles are passed over."""
+    """The files of a folder that are in one of the two styles; those of the corpus's other styles are told."""
     for path in sorted(Path(unit[0]).iterdir()):
         if path.suffix.lower() not in data_check.AUDIO_SUFFIXES or path.name.startswith("."):
             continue
@@ -33,6 +33,8 @@ def read(unit: tuple, options) -> Iterator[data_check.Item | data_check.Problem]
             continue
         speaker, name, style = parts
         if style not in STYLES:
+            why = f"of the style {style!r}; those used are {', '.join(STYLES)}"
+            yield data_check.Problem(str(path), path.stem, "not_listed", why)
             continue
         pair = f"{speaker}_{name}"
         text = options.texts.get(pair) or options.texts.get(name) or data_check.text_beside(path) or ""

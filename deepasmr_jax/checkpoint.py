@@ -436,6 +436,9 @@ def load_component(folder, name: str, init=None):
 class Checkpoints:
     """The numbered checkpoints of one run, in `folder/checkpoints`.
 
+    A checkpoint is whole when its folder holds `commit_success.txt`. It is written under another name and renamed; on a
+    mounted bucket, which may refuse to rename a folder, under its own name, and that file comes last.
+
     Args:
         folder: the run's working directory.
         keep: how many of the newest stay.
@@ -447,6 +450,8 @@ class Checkpoints:
 
         logging.getLogger("absl").addFilter(_not_of_orbax)  # until `close`
         self.folder = Path(folder).absolute() / "checkpoints"
+        modes = ocp.options.AtomicityMode
+        mode = modes.COMMIT_FILE if is_fuse(self.folder) else modes.ATOMIC_RENAME
         policies = ocp.training.preservation_policies
         rules = [policies.LatestN(keep)]
         if keep_every:
@@ -456,6 +461,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             preservation_policy=policies.AnyPreservationPolicy(rules),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            context=ocp.Context(atomicity_options=ocp.options.AtomicityOptions(mode=mode)),
         )
         self._pending = None
 
@@ -561,6 +567,18 @@ class Checkpoints:
             del targets["data"]
         loaded = ocp.load_checkpointables(path, targets)["state"]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [loaded[name] for name in flat])
+
+
+def is_fuse(folder) -> bool:
+    """Whether a folder, there or not, is on a FUSE file system such as a bucket mounted by gcsfuse; Linux only."""
+    try:
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+    except OSError:
+        return False
+    kinds = {x[1].encode().decode("unicode_escape"): x[2] for x in (line.split() for line in lines)}
+    folder = Path(folder).resolve()
+    kind = next((kinds[str(p)] for p in (folder, *folder.parents) if str(p) in kinds), "")
+    return kind.startswith("fuse")
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

@@ -239,6 +239,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--sample", action="store_true", help="plan sampling with the config's model instead of training"
     )
+    plan.add_argument(
+        "--accumulation", type=int, default=1, metavar="N",
+        help="parts of a batch, in place of the config's (default 1)",
+    )  # fmt: skip
     plan.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field")
     plan.add_argument(
         "--out", help="folder for rows.jsonl, plan.md and plan.svg; a killed plan goes on there"
@@ -508,7 +512,8 @@ def _plan(args) -> int:
     from deepasmr_jax import plan
 
     rows = [None if n is None else int(n) for n in rows]
-    made = plan.sweep(args.config, targets, rows, args.sample, args.set, args.out)
+    more = dict(accumulation=args.accumulation)
+    made = plan.sweep(args.config, targets, rows, args.sample, args.set, args.out, **more)
     print("Bounds from a compiler, not measurements.")
     return 1 if any("error" in row for row in made) else 0
 

@@ -36,10 +36,11 @@ KINDS = {
     "no_text": "text missing or empty",
     "bad_label": "speaker, language or style missing or unknown",
     "duplicate": "the same sound, sample by sample, as an earlier one",
+    "not_listed": "audio that no line names, or of a style that the layout does not use",
     "no_features": "the second pass cannot read its sound or text",
 }
 KEPT = ("clipped",)
-FIRM = ("unreadable", "too_short", "bad_label", "no_features")
+FIRM = ("unreadable", "too_short", "bad_label", "not_listed", "no_features")
 REPORT = "data_check.jsonl"  # beside what was checked
 BUILD_REPORT = "report.jsonl"  # in what a build or a second pass made
 END_S = 0.01  # that `to_s` may lie beyond the end: manifests round it
@@ -466,7 +467,7 @@ def find(folder: str | os.PathLike) -> Iterator[Item | Problem]:
     if (root / "dataset_info.json").is_file():
         return read_records(root)
     if paths := manifests(root):
-        return (item for path in paths for item in read_manifest(path))
+        return _listed(root, paths)
     if next(audio_folders(root), None) is not None:
         return (item for inner in audio_folders(root) for item in read_folder(inner, root))
     packed = next((p for p in root.rglob("*") if p.suffix in (".tar", ".parquet")), None)
@@ -476,6 +477,23 @@ def find(folder: str | os.PathLike) -> Iterator[Item | Problem]:
         else f"audio is {', '.join(AUDIO_SUFFIXES)}"
     )
     raise ValueError(f"{root} holds no records, no *.jsonl and no audio files; {way_out}")
+
+
+def _listed(root: Path, paths: list[Path]) -> Iterator[Item | Problem]:
+    """Items of manifests on top of a folder; audio below it that none of their lines names is a problem."""
+    mark = lambda path: hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).digest()
+    named = Seen()
+    for path in paths:
+        for item in read_manifest(path):
+            if isinstance(item, Item) and isinstance(item.audio, str | os.PathLike):
+                named.add(mark(item.audio), item.where)
+            yield item
+    for folder in audio_folders(root):
+        for path in sorted(folder.iterdir()):
+            is_audio = path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".")
+            if is_audio and named.add(mark(path), str(path)) is None:
+                why = f"no line of {', '.join(p.name for p in paths)} names it"
+                yield Problem(str(path), path.stem, "not_listed", why)
 
 
 # ---------------------------------------------------------------- the check

@@ -19,6 +19,7 @@ Batches, B rows each, all lengths static:
   speaker: wav [B, W], lengths [B] samples, speaker_index [B] int32 in the order of `speakers`.
 Letters: B rows, N tokens (lm: positions of a row), S symbols, T mel frames, M mel bins, W samples.
 What a stage cannot use is left out, and a line says how many records, why, and the first of them.
+Where chips do not divide a batch, empty rows stand behind its own: zeros, and IGNORED where a row has labels.
 """
 
 import array
@@ -47,6 +48,7 @@ MADE_WITH_FILE = "made_with.json"
 OLD_MADE_WITH_FILE = "text_tokenizer.json"
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 _EXAMPLES = 2**40  # "without end", for Grain's range
+_LABELS = ("targets", "aligned", "phones", "f0_class", "speaker_index")  # IGNORED in an empty row
 _NO_TOKENS = "have no speech tokens"
 _TOLD = 5  # texts without a loss that a process tells one by one
 _OPEN_ROWS = 256  # rows that the packing fills at the same time
@@ -643,6 +645,9 @@ class _Lm:
         order = order[np.argsort(self.index.voice[order], kind="stable")]
         voice, cost = self.index.voice[order], self._cost(order)
         wanted = _rng(self.cfg.seed, 3, epoch).integers(1, self.cfg.max_utterances + 1, len(order))
+        # a style that is heard more than once in an epoch: not twice in one segment
+        is_once = len(np.unique(order)) == len(order)
+        is_new = lambda start, stop: is_once or order[stop] not in order[start:stop]
         starts, start = array.array("i"), 0
         while start < len(order):
             starts.append(start)
@@ -652,6 +657,7 @@ class _Lm:
                 and stop - start < wanted[start]
                 and voice[stop] == voice[start]
                 and length + cost[stop] <= self._capacity
+                and is_new(start, stop)
             ):
                 length += cost[stop]
                 stop += 1
@@ -904,7 +910,37 @@ class _Waves:
 # ---------------------------------------------------------------- the chain
 
 
-def make(cfg: Config, process_index: int = 0, process_count: int = 1):
+def padded(num_rows: int, multiple: int) -> int:
+    """The least multiple that holds so many rows."""
+    return -(-num_rows // multiple) * multiple
+
+
+class _Padded:
+    """Batches of one process, of the rows of all processes and empty ones behind them.
+
+    Args:
+        rows: dataset of single rows.
+        own: rows of a batch of all processes that are not empty.
+        share: rows of this process.
+        first: place of the first one in the batch.
+        like: any row.
+    """
+
+    def __init__(self, rows, own: int, share: int, first: int, like: dict[str, np.ndarray]):
+        self._rows, self._own, self._share, self._first = rows, own, share, first
+        self._empty = {k: np.full_like(v, IGNORED if k in _LABELS else 0) for k, v in like.items()}
+
+    def __len__(self) -> int:
+        return _EXAMPLES // self._own
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        places = range(self._first, min(self._first + self._share, self._own))
+        rows = [self._rows[number * self._own + place] for place in places]
+        rows += [self._empty] * (self._share - len(rows))
+        return {k: np.stack([row[k] for row in rows]) for k in self._empty}
+
+
+def make(cfg: Config, process_index: int = 0, process_count: int = 1, multiple: int = 1):
     """The endless Grain dataset of this process's batches; `iter` of it can be saved and restored.
 
     With `worker_count` the iterator has to be closed before the program ends: its processes ignore SIGTERM.
@@ -912,21 +948,34 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1):
     Args:
         cfg: stage, folders and row shape.
         process_index: this host.
-        process_count: all hosts; each gets `batch_size / process_count` rows per batch.
+        process_count: all hosts; each gets an equal number of a batch's rows.
+        multiple: empty rows behind a batch's own make their number a multiple of this.
 
     Raises:
         ValueError: if the rows do not divide, or the data does not fit the stage.
     """
     import grain
 
-    if cfg.batch_size % process_count:
+    size = padded(cfg.batch_size, multiple)
+    if size > cfg.batch_size and cfg.stage in ("vocoder", "speaker"):
+        raise ValueError(
+            f"data.batch_size {cfg.batch_size} is not a multiple of {multiple} (mesh.slice x mesh.data x accumulation) "
+            f"and the stage {cfg.stage} has no empty rows; use --set=data.batch_size={size}"
+        )
+    if size % process_count:
         raise ValueError(
             f"batch_size {cfg.batch_size} does not divide over {process_count} hosts; use a multiple of them"
         )
     rows = {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, read_index(cfg))
     dataset = grain.MapDataset.range(_EXAMPLES).random_map(rows.row, seed=cfg.seed)
     # blocks of following rows, so that the hosts' blocks side by side are the batch of one host, row by row
-    dataset = dataset.batch(cfg.batch_size // process_count)[process_index::process_count]
+    share = size // process_count
+    if size == cfg.batch_size:
+        dataset = dataset.batch(share)[process_index::process_count]
+    else:
+        like = rows.row(0, _rng(cfg.seed))
+        blocks = _Padded(dataset, cfg.batch_size, share, process_index * share, like)
+        dataset = grain.MapDataset.source(blocks)
     if cfg.worker_count:
         chain = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         options = grain.MultiprocessingOptions(
@@ -951,15 +1000,48 @@ def _guard_worker(index: int, count: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def first_batches(cfg: Config, count: int, process_index: int = 0, process_count: int = 1) -> list[dict]:
+def held_out(cfg: Config, split: str) -> Config:
+    """The config of an evaluation on another split: of the folders that have it and the styles in them; tells the rest.
+
+    Args:
+        cfg: of the training.
+        split: to be read, without spelled words.
+
+    Raises:
+        ValueError: if no folder has the split.
+    """
+    folders = [folder for folder in cfg.data_dirs if split in _builder(folder).info.splits]
+    if cfg.data_dirs and not folders:
+        raise ValueError(
+            f"{', '.join(cfg.data_dirs)} has no split {split!r} to evaluate on; build it with one (data/README.md), or "
+            "switch the evaluation off: --set=eval_batches=0"
+        )
+    absent = [folder for folder in cfg.data_dirs if folder not in folders]
+    cfg = dataclasses.replace(cfg, split=split, data_dirs=tuple(folders), spell_probability=0.0)
+    index = read_index(cfg)
+    voices = zip(index.styles.tolist(), index.languages.tolist(), strict=True)
+    there = {style for style, language in voices if not cfg.languages or language in cfg.languages}
+    weights = tuple(w if s in there else 0.0 for s, w in zip(cfg.styles, cfg.style_weights, strict=True))
+    if not any(weights):
+        return cfg  # `Mixture` says what is wanted and what is there
+    absent += [s for s, old, new in zip(cfg.styles, cfg.style_weights, weights, strict=True) if old != new]
+    if absent:
+        print(f"{split}: evaluated without {', '.join(absent)}, of which it has nothing", flush=True)
+    return dataclasses.replace(cfg, style_weights=weights)
+
+
+def first_batches(
+    cfg: Config, count: int, process_index: int = 0, process_count: int = 1, multiple: int = 1
+) -> list[dict]:
     """The first `count` batches of this process: the fixed set of an evaluation.
 
     Args:
-        cfg, process_index, process_count: as for `make`, whose errors it has.
+        cfg, process_index, process_count, multiple: as for `make`, whose errors it has.
         count: number of batches.
 
     Returns:
         Dicts of NumPy arrays, see the file docstring.
     """
-    batches: Iterator = iter(make(dataclasses.replace(cfg, worker_count=0), process_index, process_count))
+    own = dataclasses.replace(cfg, worker_count=0)
+    batches: Iterator = iter(make(own, process_index, process_count, multiple))
     return [next(batches) for _ in range(count)]

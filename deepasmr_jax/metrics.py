@@ -23,8 +23,9 @@ from deepasmr_jax import files
 class Chip:
     """What one accelerator reaches at most.
 
-    flops: bfloat16 FLOP/s of dense products. memory_gb, memory_gb_per_s: HBM, in 1e9 bytes. link_gb_per_s: of one
-    interconnect link of a TPU in one direction; of all NVLinks (or the PCIe slot) of a GPU together.
+    flops: bfloat16 FLOP/s of dense products. memory_gb, memory_gb_per_s: HBM, in 1e9 bytes; of TPUs the page's
+    number of GB (v4: GiB), the lower limit where GiB are meant. link_gb_per_s: of one interconnect link of a TPU in one
+    direction; of all NVLinks (or the PCIe slot) of a GPU together.
     """
 
     flops: float
@@ -41,7 +42,7 @@ class Chip:
 # 900), "H200" (SXM and NVL; 900), "DGX B200" (an eighth of 1,440 GB and 64 TB/s; 1,800), "L4" (PCIe gen 4; 64). Of a
 # peak that a sheet states with sparsity, a half.
 CHIPS = {
-    "TPU v4": Chip(275e12, 34.4, 1200, 50),
+    "TPU v4": Chip(275e12, 32, 1200, 50),
     "TPU v5 lite": Chip(197e12, 16, 819, 50),
     "TPU v5": Chip(459e12, 95, 2765, 100),
     "TPU v6 lite": Chip(918e12, 32, 1638, 100),
@@ -64,10 +65,7 @@ class Writer:
     Args:
         folder: the run's working directory, made if absent.
         step: the step that the run starts from; lines of later steps belong to work that was lost.
-        tensorboard: write `folder/tensorboard` too; what TensorBoard has of later steps is hidden there.
-
-    Raises:
-        ValueError: if `tensorboard` is set and tensorboardX is not installed.
+        tensorboard: write `folder/tensorboard` too (`has_tensorboard`); what is there of later steps is hidden.
     """
 
     def __init__(self, folder: str | Path, step: int = 0, tensorboard: bool = False):
@@ -127,13 +125,22 @@ class Writer:
             self._events.close()
 
 
-def _event_writer(folder: Path, first_step: int):
+def has_tensorboard() -> bool:
+    """Whether tensorboardX is there; says so if not."""
     try:
-        from tensorboardX import SummaryWriter
+        import tensorboardX  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"tensorboard=true needs {error.name}; pip install tensorboardX, or leave the setting out"
-        ) from None
+        print(
+            f"no sounds and pictures: tensorboard=true needs {error.name}; pip install tensorboardX",
+            flush=True,
+        )
+        return False
+    return True
+
+
+def _event_writer(folder: Path, first_step: int):
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(logdir=str(folder), purge_step=first_step)
 
 

@@ -532,6 +532,15 @@ def _has_kernel(q, k, mask, causal_chunk, segments) -> bool:
     return fits and q.shape[1] == k.shape[1] and q.shape[1] >= 256
 
 
+def kernel_blocks(length: int) -> tuple[int, int]:
+    """(padded length, size of a block) of the TPU kernel for `length` positions.
+
+    Many positions are padded rather than cut into blocks of 128: 2,049 become six of 384, not seventeen.
+    """
+    size = min(-(-length // n) * n for n in ((128,) if length < 1024 else (256, 384)))
+    return size, next(n for n in (512, 384, 256, 128) if size % n == 0)
+
+
 def _attend_by_kernel(
     q: jax.Array,
     k: jax.Array,
@@ -543,20 +552,19 @@ def _attend_by_kernel(
 ) -> jax.Array:
     """Attention of scaled queries by JAX's splash kernel, which keeps the scores on the chip; operands bfloat16.
 
-    A query sees the keys with its id, and with `is_causal` none after it. The length is padded to a multiple of 128.
+    A query sees the keys with its id, and with `is_causal` none after it. The length is padded to whole blocks.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     rows, out_type = PartitionSpec(*axes_of(q)), q.dtype
     length = q.shape[1]
-    extra = -length % 128
+    size, block = kernel_blocks(length)
+    extra = size - length
     if query_ids is None:
         query_ids = key_ids = jnp.ones(
             (q.shape[0], length), jnp.int32, out_sharding=PartitionSpec(rows[0], None)
         )
-    size = length + extra
     # one block of queries at a time; a causal kernel skips blocks of keys, the other keeps all keys on the chip
-    block = next(n for n in (512, 384, 256, 128) if size % n == 0)
     keys = block if is_causal or size > 2048 else size
     # one backward kernel for all gradients gives a part of that of the queries for each block of keys; summing these
     # up took longer than a kernel of its own

@@ -241,7 +241,8 @@ def _lower(cfg: train.TrainConfig, num_rows: int, sample: bool):
         rate = dataclasses.replace(cfg.optim, lr=1e-4, schedule="constant", warmup_steps=1)
         cfg = dataclasses.replace(cfg, optim=rate)
         state = checkpoint.abstract(lambda: train.init(cfg, jax.random.key(cfg.seed)))
-        return train.make_step(cfg).lower(state, (batch(cfg.data, num_rows),))
+        parts = cfg.accumulation
+        return train.make_step(cfg).lower(state, (batch(cfg.data, num_rows // parts),) * parts)
     model_cfg = cfg.model
     file = checkpoint.model_file(cfg.module)
     model = checkpoint.abstract(lambda: file.init(model_cfg, jax.random.key(0)))
@@ -260,36 +261,35 @@ def _lower(cfg: train.TrainConfig, num_rows: int, sample: bool):
     return jax.jit(call).lower(model, tokens, count, mel, count, keys)
 
 
-def fitted(cfg: train.TrainConfig, where: Target, rows: int | None, sample: bool) -> train.TrainConfig:
-    """The config on the mesh of a target, without accumulation.
+def fitted(
+    cfg: train.TrainConfig, where: Target, rows: int | None, sample: bool, accumulation: int = 1
+) -> train.TrainConfig:
+    """The config on the mesh of a target, as `train.fitted` fits one with mesh.slice -1.
 
-    The config's `mesh.data` and `mesh.model` are kept as far as there are chips, `mesh.slice` takes the rest; for
-    sampling the weights are whole on every chip.
+    For sampling the weights are whole on every chip.
 
     Args:
         cfg: the run.
         where: the target.
         rows: rows of a chip; None shares out the config's batch.
         sample: whether it is for sampling.
+        accumulation: parts of a batch.
 
     Raises:
-        ValueError: if the chips or the batch are not divided.
+        ValueError: if the chips are not divided.
     """
-    model = cfg.mesh.model
-    if where.chips % model:
-        raise ValueError(
-            f"mesh.model {model} does not divide the {where.chips} chips of {where.name}; lower it"
-        )
-    data = 1 if sample else math.gcd(cfg.mesh.data, where.chips // model)
-    mesh = train.Mesh(slice=where.chips // model // data, data=data, model=model)
-    total = cfg.data.batch_size if rows is None else rows * (where.chips // model)
-    if total % (mesh.slice * mesh.data):
-        raise ValueError(
-            f"data.batch_size {total} is not a multiple of the {mesh.slice * mesh.data} chips of {where.name} that "
-            "share it; give the rows of a chip with --rows, such as --rows 8"
-        )
-    data_cfg = dataclasses.replace(cfg.data, batch_size=total)
-    return dataclasses.replace(cfg, accumulation=1, mesh=mesh, data=data_cfg)
+    mesh = train.Mesh(slice=-1, data=1 if sample else cfg.mesh.data, model=cfg.mesh.model)
+    total = cfg.data.batch_size if rows is None else rows * (where.chips // mesh.model)
+    data = dataclasses.replace(cfg.data, batch_size=total)
+    cfg = dataclasses.replace(cfg, accumulation=1 if sample else accumulation, mesh=mesh, data=data)
+    return train.fitted(cfg, where.chips)
+
+
+def settings(fit: train.TrainConfig) -> str:
+    """The options of training that make it the planned step."""
+    sizes = [f"mesh.{axis}={size}" for axis, size in dataclasses.asdict(fit.mesh).items()]
+    sizes += [f"data.batch_size={fit.data.batch_size}", f"accumulation={fit.accumulation}"]
+    return " ".join(f"--set={size}" for size in sizes)
 
 
 # ---------------------------------------------------------------- the plan
@@ -301,6 +301,7 @@ def make(
     rows: int | None = None,
     sample: bool = False,
     folder: str | os.PathLike | None = None,
+    accumulation: int = 1,
 ) -> dict:
     """Compiles one program for one target and counts what it does.
 
@@ -310,6 +311,7 @@ def make(
         rows: rows of a chip; None shares out the config's batch.
         sample: plan sampling in place of training.
         folder: keeps the text of what was compiled, so that it is compiled once; None keeps nothing.
+        accumulation: parts of a batch of a train step.
 
     Returns:
         facts of one chip as plain numbers; see `HEAD` for what is printed. Where a program does not fit into the
@@ -318,7 +320,7 @@ def make(
     Raises:
         ValueError: as `devices`, `fitted` and `batch`.
     """
-    fit = fitted(cfg, where, rows, sample)
+    fit = fitted(cfg, where, rows, sample, accumulation)
     num_rows = fit.data.batch_size
     out = {
         "target": where.name,
@@ -327,6 +329,8 @@ def make(
         "mesh": "x".join(map(str, dataclasses.astuple(fit.mesh))),
     }
     out["rows"] = num_rows / (where.chips // fit.mesh.model)
+    if not sample:
+        out["settings"] = settings(fit)
     needed = needed_flops(fit.model, num_rows, fit.data.num_tokens, sample) / where.chips
     program = _program(fit, where, sample, folder)
     if "error" in program:
@@ -363,7 +367,7 @@ def days(cfg: train.TrainConfig, num_rows: int, step_s: float) -> dict[str, floa
 def _program(fit: train.TrainConfig, where: Target, sample: bool, folder) -> dict:
     """What the compiler made: its text `hlo`, `memory` in bytes, `optimal_s`, `compile_s`; or an `error`."""
     with _mesh(fit.mesh, devices(where)):
-        lowered = _lower(fit, fit.data.batch_size, sample)
+        lowered = _lower(fit, input_pipeline.padded(fit.data.batch_size, train.row_shares(fit)), sample)
         path = None if folder is None else Path(folder) / "programs" / f"{_key(lowered, where)}.json.gz"
         if path is not None and path.exists():
             return json.loads(gzip.decompress(path.read_bytes()))
@@ -486,6 +490,7 @@ def sweep(
     overrides: tuple[str, ...] = (),
     out: str | os.PathLike | None = None,
     say=print,
+    accumulation: int = 1,
 ) -> list[dict]:
     """Plans of every config on every target with every number of rows; a killed sweep goes on where it was.
 
@@ -497,6 +502,7 @@ def sweep(
         overrides: of the configs, such as `model.remat=dots`.
         out: folder for programs/, what is compiled, rows.jsonl, plan.md and plan.svg; None writes nothing.
         say: called with a line per row.
+        accumulation: parts of a batch of a train step.
 
     Returns:
         the rows, in this order; one that cannot be planned has an `error`.
@@ -510,7 +516,7 @@ def sweep(
     for path, where, n in wanted:
         row = {"program": Path(path).stem + " sampling" * sample, "changes": " ".join(overrides)}
         try:
-            row |= make(loaded[path], where, n, sample, out)
+            row |= make(loaded[path], where, n, sample, out, accumulation)
         except ValueError as error:
             if len(wanted) == 1:
                 raise
@@ -593,6 +599,8 @@ def sentence(row: dict) -> str:
         text += f"; no bound, as the peaks of {row['kind']!r} are not known"
     if row["unknown_loops"]:
         text += f"; loops of unknown length: {row['unknown_loops']}"
+    if "settings" in row:
+        text += f"; it is training with {row['settings']}"
     return start + text
 
 

@@ -194,7 +194,7 @@ def loss(model: Recognizer, cfg: Config, batch: dict[str, jax.Array], key: jax.A
     blank = jnp.sum((jnp.argmax(scores, axis=-1) == BLANK) & position)
     aux = {
         "blank_share": (blank.astype(jnp.float32), jnp.sum(position).astype(jnp.float32)),
-        "rows_used": (jnp.sum(used).astype(jnp.float32), jnp.float32(used.shape[0])),
+        "rows_used": (jnp.sum(used).astype(jnp.float32), jnp.sum(counts > 0).astype(jnp.float32)),
     }
     return total, count, aux
 

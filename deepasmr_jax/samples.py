@@ -145,9 +145,9 @@ def _whole(x: jax.Array) -> np.ndarray:
 
 
 def _shortest(row: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(text ids, speech tokens) of the shortest segment of a packed row of the language model."""
+    """(text ids, speech tokens) of the shortest segment of a packed row of the language model; none of an empty row."""
     ids, sizes = np.unique(row["segment_ids"][row["segment_ids"] > 0], return_counts=True)
-    own = row["segment_ids"] == ids[np.argmin(sizes)]
+    own = row["segment_ids"] == ids[np.argmin(sizes)] if len(ids) else np.zeros_like(row["kinds"], bool)
     return tuple(row["tokens"][own & (row["kinds"] == kind)] for kind in (lm.TEXT, lm.SPEECH))
 
 

@@ -63,7 +63,7 @@ def make_mesh(slice: int = 1, data: int = 1, model: int = 1, devices=None) -> Me
 
 def _grid(shape: tuple[int, int, int], devices: list) -> np.ndarray:
     """The devices in the shape of the mesh, near ones side by side; between TPU slices only the first axis runs."""
-    found = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    found = num_slices(devices)
     if shape[0] % found:
         raise ValueError(
             f"the devices are of {found} TPU slices, mesh.slice is {shape[0]}; set mesh.slice={found} and mesh.data x "
@@ -75,6 +75,11 @@ def _grid(shape: tuple[int, int, int], devices: list) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(
         (shape[0] // found, *shape[1:]), (found, 1, 1), devices, allow_split_physical_axes=True
     )
+
+
+def num_slices(devices) -> int:
+    """TPU slices of the devices; 1 of others."""
+    return len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
 
 
 def ensure_mesh() -> Mesh:

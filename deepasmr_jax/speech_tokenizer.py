@@ -548,7 +548,7 @@ def _text_loss(head: TextHead, cfg: Config, batch, states, code, counts):
         "code_nats": (nats, count),
         "direct_nats": (direct_nats, count),
         "blank_share": (blanks, jnp.sum(mask, dtype=jnp.float32)),
-        "rows_used": (jnp.sum(used, dtype=jnp.float32), jnp.float32(used.shape[0])),
+        "rows_used": (jnp.sum(used, dtype=jnp.float32), jnp.sum(counts > 0, dtype=jnp.float32)),
     }
     return nats + cfg.direct_weight * direct_nats, count, aux
 

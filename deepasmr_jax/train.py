@@ -3,9 +3,9 @@
 `python -m deepasmr_jax.train --config=configs/tiny.py:lm --workdir=RUN --set=data.data_dirs=FOLDER`
 A run starts from, first match wins: the newest checkpoint in the working directory, `init_from`, random
 weights. It ends at `steps`, after `max_seconds`, at SIGTERM or Ctrl-C, always with a checkpoint; the same
-command goes on from there, bit for bit. A model file brings `Config`, `init(cfg, key)` and `loss(model, cfg,
-batch, key) -> (sum, count, aux)`; one with two players brings `init_opt` and `train_step` too. Sums and
-counts are divided here, once.
+command goes on from there, bit for bit. After a signal nothing but the checkpoint is written.
+A model file brings `Config`, `init(cfg, key)` and `loss(model, cfg, batch, key) -> (sum, count, aux)`; one with two
+players brings `init_opt` and `train_step` too. Sums and counts are divided here, once.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import signal
+import sys
 import time
 import typing
 from pathlib import Path
@@ -31,6 +32,7 @@ from deepasmr_jax import config as config_lib
 # last names of parameters that weight decay leaves alone: norms and biases; tables go by `is_decayed`
 NO_DECAY = ("scale", "gain", "mean", "var")
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder", "recognizer")  # that can be trained
+HOPELESS_EXIT = 2  # exit code of a run that would fail in the same way again
 STARTED_FROM = "started_from.json"  # in a run's folder: `origin` of its first weights
 _CALIBRATION = 20  # training batches from which batch-norm statistics are taken
 # settings of model and data that may differ when a run is resumed. Other folders with other records do change the
@@ -73,9 +75,9 @@ class Optim:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Sizes of the three mesh axes of sharding.py."""
+    """Sizes of the three mesh axes of sharding.py; `fitted_mesh` says what slice -1 becomes."""
 
-    slice: int = 1
+    slice: int = 1  # -1: what there is
     data: int = 1
     model: int = 1
 
@@ -85,9 +87,9 @@ class TrainConfig:
     """One training run. `model` is the Config of a model file and decides which file is trained.
 
     Raises:
-        ValueError: on an unknown component or export dtype, a count below 1, a batch that the mesh and the accumulation
-            do not divide, data whose end id, mel profile or labels are not the model's, accumulation with a model
-            file that makes its own step, or CosyVoice2's flow, for which no stage of the data gives a speaker.
+        ValueError: on an unknown component or export dtype, a count below 1, data whose end id, mel profile or labels
+            are not the model's, accumulation with a model file that makes its own step, or CosyVoice2's flow, for
+            which no stage of the data gives a speaker.
     """
 
     component: str  # name in the exported folder, one of COMPONENTS
@@ -95,7 +97,7 @@ class TrainConfig:
     data: input_pipeline.Config
     optim: Optim
     steps: int
-    accumulation: int = 1  # parts of a batch that are computed one after the other
+    accumulation: int = 1  # parts of a batch that are computed one after the other, as far as a chip has rows
     ema_decay: float | None = None  # averaged weights, used for evaluation and export
     seed: int = 0
     mesh: Mesh = Mesh()
@@ -111,7 +113,7 @@ class TrainConfig:
     eval_every: int = 200
     eval_batches: int = 4
     eval_split: str = "valid"
-    tensorboard: bool = False  # RUN/tensorboard too, with sounds and pictures; needs tensorboardX
+    tensorboard: bool = False  # RUN/tensorboard too, with sounds and pictures, if tensorboardX is there
     listen_with: str | None = None  # model folder whose flow and vocoder make LM and flow heard there
     peak_tflops: float | None = None  # bfloat16, of one device, for the MFU; None: metrics.CHIPS
     export_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -126,18 +128,13 @@ class TrainConfig:
                 "no stage of the data gives flow_cosyvoice2 its speaker embedding; train the decoder of flow.py, which "
                 "can start from E2TTS_Base (docs/public_weights.md)"
             )
-        counts = {f"mesh.{axis}": size for axis, size in dataclasses.asdict(self.mesh).items()}
+        sizes = dataclasses.asdict(self.mesh).items()
+        counts = {f"mesh.{axis}": size for axis, size in sizes if (axis, size) != ("slice", -1)}
         counts |= {k: getattr(self, k) for k in ("accumulation", "log_every", "save_every", "eval_every")}
         for name, count in counts.items():
             if count < 1:
                 way_out = "; eval_batches=0 turns the evaluation off" if name == "eval_every" else ""
                 raise ValueError(f"{name} {count} must be at least 1{way_out}")
-        rows = self.mesh.slice * self.mesh.data * self.accumulation
-        if self.data.batch_size % rows:
-            raise ValueError(
-                f"data.batch_size {self.data.batch_size} is not a multiple of {rows} "
-                "(mesh.slice x mesh.data x accumulation)"
-            )
         end_id = getattr(self.model, "end_id", self.data.end_id)
         if end_id != self.data.end_id:
             raise ValueError(
@@ -160,6 +157,54 @@ class TrainConfig:
     def module(self) -> str:
         """Name of the model file: `lm`, `flow`, ..."""
         return type(self.model).__module__.rsplit(".", 1)[-1]
+
+
+def fitted_mesh(mesh: Mesh, num_devices: int, num_slices: int = 1) -> Mesh:
+    """The mesh on devices that are there.
+
+    With slice -1, `model` is kept, `data` as far as it divides the devices of a TPU slice, and `slice` takes the rest.
+
+    Args:
+        mesh: of a config.
+        num_devices: of all hosts.
+        num_slices: TPU slices that they are of.
+
+    Raises:
+        ValueError: if it does not fit, with the setting that does.
+    """
+    if mesh.slice > 0:
+        sizes = dataclasses.astuple(mesh)
+        if math.prod(sizes) > num_devices:
+            raise ValueError(
+                f"mesh {'x'.join(map(str, sizes))} needs {math.prod(sizes)} devices, found {num_devices}; add "
+                "--set=mesh.slice=-1, which fits it to what there is"
+            )
+        return mesh
+    in_slice = num_devices // num_slices
+    if in_slice % mesh.model:
+        raise ValueError(
+            f"mesh.model {mesh.model} does not divide {in_slice} devices; add --set=mesh.model="
+            f"{math.gcd(mesh.model, in_slice)}"
+        )
+    data = math.gcd(mesh.data, in_slice // mesh.model)
+    return Mesh(num_devices // mesh.model // data, data, mesh.model)
+
+
+def fitted(cfg: TrainConfig, num_devices: int, num_slices: int = 1) -> TrainConfig:
+    """The config with its `fitted_mesh`, and no more parts of a batch than a chip has rows.
+
+    Args:
+        cfg: the run.
+        num_devices, num_slices: as of `fitted_mesh`, whose errors it has.
+    """
+    mesh = fitted_mesh(cfg.mesh, num_devices, num_slices)
+    parts = min(cfg.accumulation, -(-cfg.data.batch_size // (mesh.slice * mesh.data)))
+    return dataclasses.replace(cfg, mesh=mesh, accumulation=parts)
+
+
+def row_shares(cfg: TrainConfig) -> int:
+    """Chips times parts that share a batch of a `fitted` config: its rows are padded to a multiple of them."""
+    return cfg.mesh.slice * cfg.mesh.data * cfg.accumulation
 
 
 @jax.tree_util.register_dataclass
@@ -545,9 +590,10 @@ class _Stop:
 
     def __init__(self, max_seconds: float | None):
         self.reason: str | None = None
+        self.is_signal = False  # on some host: there may be no time for more than a checkpoint
         self._end = None if max_seconds is None else time.monotonic() + max_seconds
         self.saves = False
-        self._gathered, self._old = None, {}
+        self._signal, self._gathered, self._old = None, None, {}
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -562,9 +608,9 @@ class _Stop:
             signal.signal(number, handler)
 
     def _handle(self, number, _frame):
-        if self.reason is not None:
+        if self._signal is not None:
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        self._signal = signal.Signals(number).name
 
     def due(self, step: int, is_old: bool = False) -> bool:
         """Whether to end before step `step + 1`; `saves` is set where the checkpoint is too old on some host.
@@ -572,18 +618,18 @@ class _Stop:
         The same answers on every host, which several give one step late: they then wait for a gathering that the
         devices did before the last step, and not for that step.
         """
-        if self._end is not None and time.monotonic() > self._end and self.reason is None:
-            self.reason = "max_seconds"
-        wish = 2 if self.reason is not None else int(is_old)
+        is_late = self._end is not None and time.monotonic() > self._end
+        self.reason = self.reason or self._signal or ("max_seconds" if is_late else None)
+        wish = 3 if self._signal else 2 if is_late else int(is_old)
         if jax.process_count() > 1:
             before, self._gathered = self._gathered, sharding.greatest(wish)
             if jax.default_backend() == "cpu":
                 jax.block_until_ready(self._gathered)
             wish = int(self._gathered if before is None else before)
-            if wish == 2 and self.reason is None:
+            if wish >= 2 and self.reason is None:
                 self.reason = "another host stopped"
-        self.saves = wish == 1
-        return wish == 2
+        self.saves, self.is_signal = wish == 1, wish == 3
+        return wish >= 2
 
     def saved(self) -> None:
         """Call after a save, which all hosts do at the same step: what was gathered before it no longer holds."""
@@ -591,7 +637,7 @@ class _Stop:
 
 
 def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = None) -> TrainState:
-    """Runs or resumes a training and exports the weights at its end.
+    """Runs or resumes a training and exports the weights at its end; after a signal only a checkpoint is written.
 
     Args:
         cfg: the run.
@@ -611,9 +657,11 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
             f"--workdir {workdir} is no folder: mount the bucket (launch/README.md) and name a folder in it"
         )
     workdir = Path(workdir)
-    sharding.make_mesh(cfg.mesh.slice, cfg.mesh.data, cfg.mesh.model)
+    fit = fitted(cfg, jax.device_count(), sharding.num_slices(jax.devices()))
+    sharding.make_mesh(fit.mesh.slice, fit.mesh.data, fit.mesh.model)
     check_same_run(cfg, workdir)
-    hosts = (jax.process_index(), jax.process_count())
+    cfg = fit
+    hosts = (jax.process_index(), jax.process_count(), row_shares(cfg))
     if cfg.data.stage == "speaker":
         found = len(input_pipeline.speakers(cfg.data))
         if found > cfg.model.num_speakers:
@@ -627,18 +675,24 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
     atexit.register(data.close)  # after an error too
     held_out = []
     if cfg.eval_batches:
-        held_out = input_pipeline.first_batches(
-            dataclasses.replace(cfg.data, split=cfg.eval_split, spell_probability=0.0),
-            cfg.eval_batches, *hosts,
-        )  # fmt: skip
+        own = input_pipeline.held_out(cfg.data, cfg.eval_split)
+        held_out = input_pipeline.first_batches(own, cfg.eval_batches, *hosts)
     checkpoints = checkpoint.Checkpoints(workdir, cfg.keep, cfg.keep_every)
     step, state = start(cfg, checkpoints, data)
-    writer = metrics.Writer(workdir, step, cfg.tensorboard)
+    # all hosts make the samples or none, wherever the package is missing
+    has_events = cfg.tensorboard and not int(sharding.greatest(int(not metrics.has_tensorboard())))
+    writer = metrics.Writer(workdir, step, has_events)
     sampler = None
-    if cfg.tensorboard and held_out:
+    if has_events and held_out:
         sampler = samples.Sampler(cfg.model, cfg.data, held_out[0], cfg.listen_with, cfg.seed)
     num_params = sum(x.size for x in jax.tree.leaves(state.model))
-    _say(f"{cfg.component} ({cfg.module}): {num_params / 1e6:.2f} M parameters, {jax.device_count()} devices")
+    mesh, rows = "x".join(map(str, dataclasses.astuple(cfg.mesh))), cfg.data.batch_size
+    more = f" and {empty} empty ones" if (empty := -rows % row_shares(cfg)) else ""
+    more += f" in {cfg.accumulation} parts" if cfg.accumulation > 1 else ""
+    _say(
+        f"{cfg.component} ({cfg.module}): {num_params / 1e6:.2f} M parameters, {jax.device_count()} devices, "
+        f"mesh {mesh}, {rows} rows{more}"
+    )
     update, evaluate = make_step(cfg), make_eval(cfg)
     timer, waited_s, previous = metrics.StepTimer(), [], None
     is_cpu = jax.default_backend() == "cpu"
@@ -687,10 +741,13 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         sums: dict[str, list[float]] = {}
         for i, batch in enumerate(held_out):
             key = jax.random.fold_in(jax.random.key(cfg.seed), i)
-            out = jax.device_get(evaluate(state.model, state.ema, sharding.put(batch), key))
-            for name, (total, count) in out.items():
-                old = sums.get(name, [0.0, 0.0])
-                sums[name] = [old[0] + float(total), old[1] + float(count)]
+            parts = _split(batch, cfg.accumulation)  # what fits into a step fits here
+            keys = [key] if len(parts) == 1 else jax.random.split(key, len(parts))
+            for part, own in zip(parts, keys, strict=True):
+                out = jax.device_get(evaluate(state.model, state.ema, part, own))
+                for name, (total, count) in out.items():
+                    old = sums.get(name, [0.0, 0.0])
+                    sums[name] = [old[0] + float(total), old[1] + float(count)]
         means = {f"eval/{name}": total / max(count, 1e-9) for name, (total, count) in sums.items()}
         writer.write(number, means)
         _say(f"step {number}, held out: " + ", ".join(f"{k[5:]} {v:.4f}" for k, v in means.items()))
@@ -735,17 +792,21 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         if step > saved_step:
             save(wait=True)
         checkpoints.close()
-        if held_out and measured_step != step:
-            measure(step)
         folder = Path(export) if export is not None else workdir / "export"
-        begun = workdir / STARTED_FROM
-        # runs of older versions have no such file
-        made_from = json.loads(begun.read_text("utf-8")) if begun.is_file() else origin(cfg)
-        export_state(cfg, state, folder, step, made_from)
+        if stop.is_signal:
+            ending = "the same command goes on; with --set=max_seconds=0 it evaluates and exports"
+        else:
+            if held_out and measured_step != step:
+                measure(step)
+            begun = workdir / STARTED_FROM
+            # runs of older versions have no such file
+            made_from = json.loads(begun.read_text("utf-8")) if begun.is_file() else origin(cfg)
+            export_state(cfg, state, folder, step, made_from)
+            ending = f"weights in {folder}"
         writer.close()
         data.close()
         atexit.unregister(data.close)
-        _say(f"stopped at step {step} ({stop.reason or 'all steps done'}); weights in {folder}")
+        _say(f"stopped at step {step} ({stop.reason or 'all steps done'}); {ending}")
     return state
 
 
@@ -770,7 +831,7 @@ def export_state(cfg: TrainConfig, state: TrainState, folder: Path, step: int, m
     file, model = _file(cfg.model), with_averaged(state.model, state.ema)
     if hasattr(file, "calibrate"):
         batches = input_pipeline.first_batches(
-            cfg.data, _CALIBRATION, jax.process_index(), jax.process_count()
+            cfg.data, _CALIBRATION, jax.process_index(), jax.process_count(), row_shares(cfg)
         )
         model = file.calibrate(model, cfg.model, map(sharding.put, batches))
     profile = {"mel_profile": cfg.data.mel_profile} if cfg.component in ("flow", "vocoder") else {}
@@ -804,7 +865,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: joins the hosts, reads the config, trains.
 
     Raises:
-        SystemExit: with one sentence, on a ValueError, an OSError or a loss that is not finite.
+        SystemExit: after one sentence, with HOPELESS_EXIT on a ValueError or a loss that is not finite, with 1 on an
+            OSError; with `--stopped-exit` after a run that was stopped.
     """
     from absl import flags
 
@@ -815,7 +877,8 @@ def main(arguments: list[str] | None = None) -> None:
         cfg, options = parse(arguments)
         state = train(cfg, options.workdir, options.export)
     except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1 if isinstance(error, OSError) else HOPELESS_EXIT) from error
     if int(state.step) < cfg.steps and options.stopped_exit:
         raise SystemExit(options.stopped_exit)
 

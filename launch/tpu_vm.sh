@@ -5,7 +5,8 @@
 #   bash launch/tpu_vm.sh [--dry-run] create NAME
 #   bash launch/tpu_vm.sh [--dry-run] install NAME          copies this checkout's HEAD and installs it on every worker
 #   bash launch/tpu_vm.sh [--dry-run] mount NAME            mounts the bucket BUCKET at /mnt/bucket on every worker
-#   bash launch/tpu_vm.sh [--dry-run] run NAME ARGUMENTS    python -m deepasmr_jax.train ARGUMENTS on every worker
+#   bash launch/tpu_vm.sh [--dry-run] run NAME ARGUMENTS    python -m deepasmr_jax.train ARGUMENTS on every worker; again
+#                                                           after a failure, unless it would come again (exit code 2)
 #   bash launch/tpu_vm.sh [--dry-run] logs NAME             follows the first worker, which alone prints steps
 #   bash launch/tpu_vm.sh [--dry-run] collect NAME FOLDER   every worker's log, as files
 #   bash launch/tpu_vm.sh [--dry-run] stop NAME             SIGTERM: all workers save and end
@@ -14,7 +15,7 @@
 # ZONE, TYPE (such as v5litepod-16) and VERSION (the image, such as v2-alpha-tpuv5-lite) have to be set; PROJECT, BUCKET
 # and SPOT=1 (a cheaper machine that may be taken away, with SIGTERM, at which training saves; untested there) may be. On
 # several workers --workdir and data.data_dirs must be one shared place with the same path on all of them: a folder of the
-# mounted bucket, or NFS. Set mesh.data to the number of chips.
+# mounted bucket, or NFS. The recipes of full size take what chips there are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -25,7 +26,7 @@ if [ "${1:-}" = "--dry-run" ]; then
   shift
 fi
 if [ $# -lt 2 ]; then
-  sed -n '2,17p' "$0" >&2
+  sed -n '2,18p' "$0" >&2
   exit 2
 fi
 what="$1" name="$2"
@@ -49,7 +50,8 @@ case "$what" in
         curl -fsSL $source/doc/apt-key.gpg | sudo tee $keys >/dev/null &&
         echo deb [signed-by=$keys] $source gcsfuse-\$(lsb_release -cs) main | sudo tee /etc/apt/sources.list.d/gcsfuse.list &&
         sudo apt-get -q update && sudo apt-get -qy install gcsfuse; } &&
-      sudo install -d -o \$USER /mnt/bucket && { mountpoint -q /mnt/bucket || gcsfuse --implicit-dirs $BUCKET /mnt/bucket; }"
+      sudo install -d -o \$USER /mnt/bucket && { mountpoint -q /mnt/bucket || gcsfuse --implicit-dirs \
+        --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $BUCKET /mnt/bucket; }" # all hosts see a file at once
     ;;
   install)
     archive="$(mktemp -d)/deepasmr.tar.gz"
@@ -66,9 +68,11 @@ case "$what" in
       first="$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(networkEndpoints[0].ipAddress)')"
     fi
     arguments="$(printf '%q ' "$@")"
+    # where one worker fails the others end too, after JAX's heartbeat, and all join again. `stop` ends the loop
+    loop='for try in $(seq 100); do "$@" && exit; [ $? = 2 ] && exit 2; sleep 30; done'
     # the address makes the program join the workers (sharding.start_hosts); JAX asks the VM for the rest
     on_all "cd deepasmr && JAX_COORDINATOR_ADDRESS=$first:8476 JAX_COMPILATION_CACHE_DIR=\$HOME/xla \
-nohup .venv/bin/python -m deepasmr_jax.train $arguments >train.log 2>&1 </dev/null &"
+nohup bash -c '$loop' train .venv/bin/python -m deepasmr_jax.train $arguments >train.log 2>&1 </dev/null &"
     ;;
   logs) tpu ssh "$name" --worker=0 --command="tail -n 50 -f deepasmr/train.log" ;;
   collect)

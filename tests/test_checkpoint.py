@@ -1,6 +1,7 @@
 """The public model folder and the training checkpoints: round trips, damage, and what the errors say."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -282,6 +283,55 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_nothing(run
 def test_a_folder_without_checkpoints_restores_nothing(tmp_path):
     found, data = restore(tmp_path)
     assert found is None and next(data).tolist() == [0, 1]
+
+
+def test_where_folders_cannot_be_renamed_a_marker_makes_a_checkpoint_whole(tmp_path, monkeypatch, capsys):
+    def refuse(function):
+        def rename(source, *rest, **options):
+            if Path(source).is_dir():
+                raise OSError(errno.EMFILE, "too many open files")  # of gcsfuse, on a bucket without folders
+            return function(source, *rest, **options)
+
+        return rename
+
+    for name in ("rename", "replace", "renames"):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    data, checkpoints = make_data(), checkpoint.Checkpoints(tmp_path / "plain")
+    with pytest.raises(OSError, match="step 1 could not be written .*too many open files"):
+        checkpoints.save(1, make_state(1), data, wait=True)
+    monkeypatch.setattr(checkpoint, "is_fuse", lambda folder: True)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        next(data)
+        checkpoints.save(step, make_state(step, seed=step), data)
+    checkpoints.close()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 3]
+    damage_marker(tmp_path / "checkpoints" / "3")  # killed before the marker
+    (step, state), data = restore(tmp_path)
+    assert step == 2 and all_equal(state.model, make_state(2, seed=2).model) and next(data).tolist() == [4, 5]
+    assert "checkpoint of step 3 is damaged" in capsys.readouterr().out
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(3, make_state(3, seed=5), data)  # and again, in its place
+    checkpoints.close()
+    (step, state), _ = restore(tmp_path)
+    assert step == 3 and all_equal(state.model, make_state(3, seed=5).model)
+
+
+@pytest.mark.parametrize(
+    "kind, expected", [("fuse.gcsfuse", True), ("fuse", True), ("ext4", False), (None, False)]
+)
+def test_a_mounted_bucket_is_known_by_its_mount(tmp_path, monkeypatch, kind, expected):
+    def read_text(self):
+        assert str(self) == "/proc/self/mounts"
+        if kind is None:  # not Linux
+            raise FileNotFoundError(self)
+        return (
+            f"overlay / overlay rw 0 0\nbucket {tmp_path}/a\\040b {kind} rw 0 0\nx {tmp_path} tmpfs rw 0 0\n"
+        )
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert checkpoint.is_fuse(tmp_path / "a b" / "run") == expected
+    assert not checkpoint.is_fuse(tmp_path / "a")
 
 
 def test_only_the_wanted_number_of_checkpoints_is_kept(tmp_path):

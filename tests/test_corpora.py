@@ -277,7 +277,8 @@ def test_chains_and_whisper40_are_pairs_by_speaker_and_text(tmp_path):
             )
     texts = {"s01": "If it doesn't matter.", "s02": "Some people."}
     _, found, why = made(tmp_path, "chains", tmp_path / "chains", texts=texts)
-    assert set(found) == {f"frf01_s0{i}_{style}" for i in (1, 2) for style in ("solo", "whsp")} and not why
+    assert set(found) == {f"frf01_s0{i}_{style}" for i in (1, 2) for style in ("solo", "whsp")}
+    assert why == {f"frf01_s0{i}_fast": "not_listed" for i in (1, 2)}
     one = found["frf01_s01_whsp"]
     assert (one["style"], one["pair_id"], one["speaker"], one["language"]) == (
         "asmr",
@@ -340,7 +341,6 @@ def many(folder: Path, count: int = 40, speakers: int = 10) -> Path:
 def small_units(monkeypatch):
     """Units of some lines."""
     monkeypatch.setattr(manifest, "RANGE_BYTES", 700)
-    monkeypatch.setattr(manifest.line_ranges, "__defaults__", (700,))
 
 
 def content(folder: Path) -> dict[str, list[tuple]]:
@@ -369,6 +369,36 @@ def test_the_split_is_by_speaker_and_never_changes(tmp_path):
     ]
     found = [build.split_of(item, by_pair) for item in pairs]
     assert found[::2] == found[1::2] and len(set(found)) == 2
+
+
+@pytest.mark.parametrize("share, taker", [(0.01, "valid"), (0.99, "train")])
+def test_no_split_is_empty_where_there_are_two_speakers(tmp_path, monkeypatch, share, taker, capsys):
+    sounds = {f"{i}.wav": wave(i) for i in range(6)} | {"6.wav": wave(0)}  # the last is a duplicate
+    for name, data in sounds.items():
+        put(tmp_path / name, data)
+    rows = [
+        {"audio": name, "id": name, "text": "Hi there.", "speaker": f"s{i % 3}", "style": "normal"}
+        for i, name in enumerate(sounds)
+    ]
+    put(tmp_path / "m.jsonl", lines(*rows))
+    out, options = tmp_path / "few" / "1.0.0", build.Options(valid_share=share)
+    with monkeypatch.context() as patched:  # stopped at its end, after the files were changed
+        patched.setattr(tfds_files, "write_metadata", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build.build("manifest", tmp_path / "m.jsonl", out, options)
+    counts = build.build("manifest", tmp_path / "m.jsonl", out, options)
+    assert counts["records"][taker] == 2 and sum(counts["records"].values()) == 6 and counts["duplicate"] == 1
+    found = records(out)
+    split = {name: row["split"] for name, row in found.items()}
+    assert len(found) == 6 and {split[n] == taker for n in split} == {True, False}
+    [speaker] = {found[n]["speaker"] for n in split if split[n] == taker}
+    assert {split[n] for n in split if found[n]["speaker"] == speaker} == {taker}
+    assert f"{speaker} is put into {taker}, which would have nobody" in capsys.readouterr().out
+    monkeypatch.setattr(build, "_move", None)  # and none is moved where that is not wanted
+    counts = build.build(
+        "manifest", tmp_path / "m.jsonl", tmp_path / "b" / "1.0.0", build.Options(valid_share=0)
+    )
+    assert counts["records"] == {"train": 6}
 
 
 def interrupt(*_):

@@ -41,6 +41,18 @@ def folder_of_faults(folder):
     return folder
 
 
+def test_audio_that_no_line_of_a_manifest_names_is_told(tmp_path, capsys):
+    for name in ("a.wav", "inner/b.wav", "inner/c.wav", ".hidden/d.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        audio.save(tmp_path / name, sounds.hiss(0.6, ord(name[-5])), RATE)
+    rows = [{"audio": name, "text": "Good night."} for name in ("a.wav", "./inner/../inner/b.wav")]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("data", "check", tmp_path) == 1
+    assert "3 files, 1 unfit" in capsys.readouterr().out
+    [row] = lines(tmp_path / data_check.REPORT)
+    assert (row["problem"], row["id"], row["why"]) == ("not_listed", "c", "no line of m.jsonl names it")
+
+
 def test_every_fault_of_a_folder_is_named_and_a_breath_is_none(tmp_path, capsys):
     folder = folder_of_faults(tmp_path / "in")
     assert run("data", "check", folder, "--max-seconds", "2") == 1

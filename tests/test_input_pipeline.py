@@ -71,6 +71,47 @@ def test_two_process_slices_side_by_side_are_the_batch_of_one_process(folder, st
         assert same({k: np.concatenate([part[k] for part in two]) for k in one}, one)
 
 
+@pytest.mark.parametrize("stage", ["lm", "flow", "speech_tokenizer"])
+def test_empty_rows_stand_behind_those_of_a_batch_that_the_chips_do_not_divide(folder, stage):
+    cfg = dataclasses.replace(make_config(folder, stage), batch_size=5)
+    whole = input_pipeline.first_batches(cfg, 4)
+    parts = [
+        input_pipeline.first_batches(cfg, 4, p, 4, multiple=8) for p in range(4)
+    ]  # the last has no row of its own
+    for one, *four in zip(whole, *parts, strict=True):
+        joined = {k: np.concatenate([part[k] for part in four]) for k in one}
+        assert same({k: v[:5] for k, v in joined.items()}, one)
+        for name, values in joined.items():
+            is_label = name in ("targets", "phones", "f0_class")
+            assert len(values) == 8 and np.all(values[5:] == (input_pipeline.IGNORED if is_label else 0))
+
+
+def test_an_evaluation_leaves_out_folders_and_styles_that_its_split_has_not(folder, tmp_path, capsys):
+    other = fixture_data.write(tmp_path / "all", {"train": 4})
+    few = fixture_data.write(tmp_path / "few", {"train": 4, "valid": 2})
+    cfg = dataclasses.replace(make_config(folder, "lm", spell_probability=0.5), data_dirs=(folder, other))
+    found = input_pipeline.held_out(cfg, "valid")
+    assert (found.split, found.data_dirs, found.style_weights) == ("valid", (folder,), (1.0, 1.0))
+    assert found.spell_probability == 0
+    assert capsys.readouterr().out.endswith(f"valid: evaluated without {other}, of which it has nothing\n")
+    cfg = dataclasses.replace(cfg, data_dirs=(few,), styles=("asmr", "sung"))
+    assert input_pipeline.held_out(cfg, "valid").style_weights == (1.0, 0.0)
+    assert "evaluated without sung" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"has no split 'valid' to evaluate on; .*--set=eval_batches=0"):
+        input_pipeline.held_out(dataclasses.replace(cfg, data_dirs=(other,)), "valid")
+
+
+def test_a_saved_position_is_a_batch_whatever_the_chips(folder):
+    cfg = dataclasses.replace(make_config(folder, "lm"), batch_size=5)
+    expected = input_pipeline.first_batches(cfg, 3)[2]
+    data = iter(input_pipeline.make(cfg))
+    next(data), next(data)
+    for multiple in (8, 1):
+        other = iter(input_pipeline.make(cfg, multiple=multiple))
+        other.set_state(data.get_state())
+        assert same({k: v[:5] for k, v in next(other).items()}, expected)
+
+
 def test_worker_processes_give_the_batches_of_threads_and_go_on_from_a_saved_position(folder):
     cfg = make_config(folder, "lm", spell_probability=0.3)
     expected = input_pipeline.first_batches(cfg, 8)
@@ -78,9 +119,9 @@ def test_worker_processes_give_the_batches_of_threads_and_go_on_from_a_saved_pos
     assert all(same(next(data), batch) for batch in expected[:3])
     position = data.get_state()
     assert all(same(next(data), batch) for batch in expected[3:5])
-    again = iter(input_pipeline.make(dataclasses.replace(cfg, worker_count=2)))
+    again = iter(input_pipeline.make(dataclasses.replace(cfg, worker_count=2), multiple=8))
     again.set_state(position)
-    assert all(same(next(again), batch) for batch in expected[3:])
+    assert all(same({k: v[:4] for k, v in next(again).items()}, batch) for batch in expected[3:])
 
 
 def test_a_segment_is_start_texts_task_speech_with_targets_only_on_speech_and_end(folder):
@@ -102,6 +143,16 @@ def test_a_segment_is_start_texts_task_speech_with_targets_only_on_speech_and_en
             assert targets[-1] == cfg.end_id
             seen += 1
     assert seen > 20
+
+
+def test_no_segment_has_an_utterance_twice_where_a_style_is_heard_again_in_an_epoch(folder):
+    cfg = make_config(folder, "lm", style_weights=(1.0, 30.0), num_tokens=512)
+    rows = input_pipeline._Lm(cfg, input_pipeline.read_index(cfg))
+    for epoch in range(5):
+        order, starts = rows.segments(epoch)
+        parts = [part.tolist() for part in np.split(order, starts[1:-1])]
+        assert len(np.unique(order)) < len(order) and max(map(len, parts)) > 1
+        assert all(len(set(part)) == len(part) for part in parts)
 
 
 def test_frames_are_aligned_to_the_symbols_that_are_heard_in_them():

@@ -45,6 +45,12 @@ def test_a_gke_run_is_a_job_set_with_a_pod_for_each_host():
     values = {x["name"]: x["value"] for x in container["env"]}
     assert values["JAX_COMPILATION_CACHE_DIR"].startswith(container["volumeMounts"][0]["mountPath"])
     assert "{{" not in out
+    # a config that is wrong (train.HOPELESS_EXIT) is not started again
+    [rule] = inner["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
+    assert rule["onExitCodes"]["containerName"] == container["name"] and pod["restartPolicy"] == "Never"
+    [rule] = job_set["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +86,7 @@ def test_the_other_gke_commands_are_printed(arguments, words):
     [
         (["create", "n"], ["--accelerator-type=t", "--spot"]),
         (["install", "n"], ["git archive", "--worker=all", "[tpu"]),
-        (["mount", "n"], ["gcsfuse --implicit-dirs bucket /mnt/bucket"]),
+        (["mount", "n"], ["gcsfuse --implicit-dirs", "negative-ttl-secs=0 bucket /mnt/bucket"]),
         (["logs", "n"], ["--worker=0", "train.log"]),
         (["collect", "n", "folder"], ["folder/worker-0.log"]),
         (["stop", "n"], ["--worker=all", "TERM"]),
@@ -101,6 +107,39 @@ def test_arguments_with_spaces_and_quotes_reach_the_program_whole_on_a_tpu_vm_an
     code, out, _ = dry("slurm.sbatch", *ARGUMENTS)
     assert code == 0 and shlex.split(out)[-2:] == ARGUMENTS and "srun" in out
     assert "JAX_COMPILATION_CACHE_DIR" in out and "nccl_termination_timeout" in out
+
+
+@pytest.mark.parametrize("code, tries, queued", [(75, 2, "requeue 7"), (2, 1, ""), (0, 1, "")])
+def test_a_run_is_started_again_where_that_can_help(tmp_path, code, tries, queued):
+    """With stand-ins for the programs: srun and Python note their arguments; Python succeeds at the second try."""
+    programs = {
+        "srun": f'echo "$*" >>srun; exit {code}',
+        "scontrol": 'echo "$*" >>scontrol',
+        "sleep": "exit",
+        "gcloud": 'for x in "$@"; do case "$x" in --command=*) cd "$HOME"; bash -c "${x#--command=} wait";; esac; done',
+    }
+    names = [tmp_path / "bin" / name for name in programs] + [
+        tmp_path / "deepasmr" / ".venv" / "bin" / "python"
+    ]
+    programs["python"] = f'echo "$*" >>log; [ $(wc -l <log) = 2 ] || exit {code}'
+    for path in names:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{programs[path.name]}\n")
+        path.chmod(0o755)
+    own = ENVIRONMENT | {
+        "PATH": f"{tmp_path / 'bin'}:{ENVIRONMENT['PATH']}",
+        "HOME": str(tmp_path),
+        "ZONE": "z",
+    }
+    own |= {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), *ARGUMENTS], env=own, cwd=tmp_path)
+    assert done.returncode == code and "--stopped-exit=75 --config" in (tmp_path / "srun").read_text()
+    assert ((tmp_path / "scontrol").read_text().strip() if queued else "") == queued
+    subprocess.run(
+        ["bash", str(LAUNCH / "tpu_vm.sh"), "run", "n", *ARGUMENTS], env=own, cwd=tmp_path, check=True
+    )
+    lines = (tmp_path / "deepasmr" / "log").read_text().splitlines()
+    assert len(lines) == tries and lines[0].endswith(" ".join(ARGUMENTS))
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch")))

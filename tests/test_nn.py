@@ -305,3 +305,19 @@ def test_attention_by_head_is_the_same_on_every_mesh(monkeypatch):
         found.append(np.asarray(jax.block_until_ready(attend(**placed))))
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "length, expected",
+    [
+        (300, (384, 384)),
+        (1000, (1024, 512)),
+        (1535, (1536, 512)),  # a row of configs/flow_pretrain.py
+        (2048, (2048, 512)),  # and of lm_pretrain.py
+        (2049, (2304, 384)),  # sampling of 1,024 tokens
+        (1408, (1536, 512)),
+        (8192, (8192, 512)),
+    ],
+)
+def test_the_blocks_of_the_tpu_kernel_are_large_where_there_are_many_positions(length, expected):
+    assert nn.kernel_blocks(length) == expected

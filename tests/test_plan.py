@@ -271,6 +271,22 @@ def test_fine_tuning_is_the_program_of_pre_training_and_another_batch_is_not():
     assert key("flow_pretrain", 1) == key("flow_asmr", 1)
 
 
+def test_a_plan_names_the_settings_of_training_and_pads_and_splits_as_it_does():
+    cfg = config.load("configs/flow_pretrain.py")
+    fit = plan.fitted(
+        cfg, plan.target("v6e-256"), None, False, accumulation=2
+    )  # less than a row for each chip
+    assert plan.settings(fit) == (
+        "--set=mesh.slice=32 --set=mesh.data=8 --set=mesh.model=1 --set=data.batch_size=240 --set=accumulation=1"
+    )
+    tiny = stage("lm")
+    fit = plan.fitted(tiny, plan.target("local"), 2, False, accumulation=2)
+    with plan._mesh(fit.mesh, plan.devices(plan.target("local"))):
+        (_, batches), _ = plan._lower(fit, 16, False).args_info
+    assert [x["tokens"].shape for x in batches] == [(8, 128)] * 2
+    assert "--set=accumulation=2" in plan.settings(fit)
+
+
 def test_a_gpu_has_a_bound_and_a_cpu_says_why_it_has_none():
     cfg = config.load("configs/lm_pretrain.py")
     cost = hlo.Cost(flops=989e10, hbm_bytes=48e9, received={"all-reduce": 9e9})
@@ -323,7 +339,8 @@ def test_a_picture_has_lines_over_rows_and_where_they_vary_over_chips():
     [
         (["--on", "v9x-8"], "target 'v9x-8' is unknown"),
         (["--on", "v5e-7"], "1, 4, 8, 16"),
-        (["--on", "v6e-256"], "data.batch_size 8 is not a multiple of the 256 chips of v6e-256"),
+        (["--set", "mesh.model=3"], "mesh.model 3 does not divide"),
+        (["--accumulation", "0"], "accumulation 0 must be at least 1"),
         (["--rows", "four"], "--rows 'four'"),
         (["--set", "model.layers=2"], "did you mean 'num_layers'?"),
     ],

@@ -171,8 +171,9 @@ def test_activations_in_bfloat16_change_loss_and_gradient_by_their_rounding_alon
         model.output.kernel[...] = 0.1 * jax.random.normal(jax.random.key(1), model.output.kernel.shape)
     batch = sharding.replicate(batch)
 
-    def run(activation_dtype):
-        c = dataclasses.replace(config, activation_dtype=activation_dtype)
+    def run(dtype):
+        types = dict(activation_dtype=dtype) | (dict(attention_dtype=dtype) if name == "flow" else {})
+        c = dataclasses.replace(config, **types)
         mean = lambda m: (lambda out: out[0] / out[1])(file.loss(m, c, batch, jax.random.key(2)))
         value, grads = jax.jit(jax.value_and_grad(mean))(model)
         return float(value), np.concatenate([np.ravel(x) for x in jax.tree.leaves(grads)])
@@ -229,6 +230,7 @@ def curve(name: str, steps: int, seed: int = 0, **changes) -> np.ndarray:
 def test_the_loss_curve_in_bfloat16_follows_that_of_float32(name):
     """200 steps; what the precision changes is measured against what another start of the weights changes."""
     low = dict(dtype="bfloat16", activation_dtype="bfloat16")
+    low |= dict(attention_dtype="bfloat16") if name == "flow" else {}
     exact, other, rounded = (
         curve(name, 200, seed, **types)
         for seed, types in ((0, dict(dtype="float32")), (1, dict(dtype="float32")), (0, low))
