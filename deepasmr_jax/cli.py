@@ -17,7 +17,7 @@ from deepasmr_jax import text as text_lib
 
 _EXAMPLES = """examples:
   deepasmr say "Close your eyes, and listen to the rain." --voice clip.wav --style asmr --out out.wav --plot
-  deepasmr say "把眼睛闭上。" --voice clip.wav --style asmr --out out.wav
+  deepasmr say "把眼睛闭上。" --voice clip.wav --style asmr --out out_zh.wav
   deepasmr demo --out demo
 """
 NOTICE = (
@@ -318,12 +318,14 @@ def _demo(args) -> None:
         with files.atomic_path(folder / f"{s.name}.png") as part:
             part.write_bytes(page.picture(s.wav, synthesizer.sample_rate))
         noted = {"note": "; ".join(s.notes)} if s.notes else {}
-        lines.append({"voice": s.voice, "sound": s.label} | cells | noted)
+        lines.append({"file": f"{s.name}.wav", "sound": s.label, "text": s.text} | cells | noted)
     parts = [page.Section(voice, intro, clips, made) for voice, (clips, made) in sections.items()]
     settings = f"Unvoiced: {evaluate.PitchSettings().describe()}. {_SETTINGS}"
     document = page.demo("DeepASMR in JAX: a demonstration", notice, parts, settings, road)
     files.write_text(folder / "index.html", document)
     print(_table(lines))
+    if judge:
+        print(f"\n{_SETTINGS}")
     print("", " ".join([notice] + [_ROAD_IN_README] * bool(road)), sep="\n")
     print(f"\nListen: {(folder / 'index.html').resolve()}")
 

@@ -189,7 +189,8 @@ class Pool:
         if not entries:
             kind = "recordings" if strategy == "real" else "entries"
             raise ValueError(
-                f"the pool has no {style} {kind} in language {language!r}; add one with `deepasmr pool add`"
+                f"the pool has no {style} {kind} in language {language!r}; give a pool that has one with "
+                "--pool, or add one with `deepasmr pool add`"
             )
         if strategy == "static":
             return entries[0], _cosine(embedding, entries)[0]
