@@ -4,8 +4,8 @@ What: 13.9 M parameters of the generator, mel profile hifigan (22.05 kHz, hop 25
   crops of 8192 samples, AdamW 2e-4, betas (0.8, 0.99) (HiFi-GAN, Kong et al., 2020; there the rate falls by
   0.999 an epoch, which over as many steps is the same exponential down to 0.047 of it on LJSpeech).
 Command: python -m deepasmr_jax.train --config=configs/vocoder.py --workdir=RUN --set=data.data_dirs=CORPUS
-Differences from the paper: no weight norm in training, and no spectral norm on the first of the scale discriminators.
   The records are at 16 kHz as everywhere here and are resampled: nothing above 8 kHz is learned.
+Differences from the paper: no weight norm in training, and no spectral norm on the first of the scale discriminators.
 Going on from public weights: --set=init_from=MODEL, with MODEL from `deepasmr convert file g_XXXXXXXX --out MODEL` and
   the same of do_XXXXXXXX, the discriminators; without the latter they start at random.
 Hardware and hours: 1 accelerator; hours unmeasured; not viable on a CPU (about 1,000 samples/s on two cores).

@@ -304,7 +304,10 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
             counts[split].update("".join(row[4:]) for row in rows)  # a build of an older version has no key
     moved = _moved(counts)
     if moved is not None:
-        print(f"{moved[2]} is put into {moved[1]}, which would have nobody", flush=True)
+        print(
+            f"{options.split_by} {moved[2]} is put into the split {moved[1]}, which would be empty",
+            flush=True,
+        )
     with (
         files.atomic_path(out / data_check.BUILD_REPORT) as report_part,
         open(report_part, "w", encoding="utf-8", errors="backslashreplace") as report,

@@ -281,6 +281,9 @@ def build(raw: str | Path, out: str | Path):
             raise ValueError(
                 f"{target} is there already with other records ({held}): remove it, or give another --out"
             )
+        print(
+            f"{target} is there already with as many records in each split; it is left as it is", flush=True
+        )
         return made
     unfinished = target.with_name(f"incomplete.{VERSION}.{os.getpid()}")  # two builds never share their files
     unfinished.mkdir(parents=True)

@@ -575,7 +575,9 @@ def is_fuse(folder) -> bool:
         lines = Path("/proc/self/mounts").read_text().splitlines()
     except OSError:
         return False
-    kinds = {x[1].encode().decode("unicode_escape"): x[2] for x in (line.split() for line in lines)}
+    # a blank in a name is written \040
+    plain = lambda name: name.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    kinds = {plain(x[1]): x[2] for x in (line.split() for line in lines)}
     folder = Path(folder).resolve()
     kind = next((kinds[str(p)] for p in (folder, *folder.parents) if str(p) in kinds), "")
     return kind.startswith("fuse")

@@ -514,8 +514,9 @@ def _plan(args) -> int:
     from deepasmr_jax import plan
 
     rows = [None if n is None else int(n) for n in rows]
-    more = dict(accumulation=args.accumulation)
-    made = plan.sweep(args.config, targets, rows, args.sample, args.set, args.out, **more)
+    made = plan.sweep(
+        args.config, targets, rows, args.sample, args.set, args.out, accumulation=args.accumulation
+    )
     print("Bounds from a compiler, not measurements.")
     return 1 if any("error" in row for row in made) else 0
 

@@ -1008,7 +1008,7 @@ def held_out(cfg: Config, split: str) -> Config:
         split: to be read, without spelled words.
 
     Raises:
-        ValueError: if no folder has the split.
+        ValueError: if no folder has the split, or in the speaker stage not every folder.
     """
     folders = [folder for folder in cfg.data_dirs if split in _builder(folder).info.splits]
     if cfg.data_dirs and not folders:
@@ -1017,6 +1017,11 @@ def held_out(cfg: Config, split: str) -> Config:
             "switch the evaluation off: --set=eval_batches=0"
         )
     absent = [folder for folder in cfg.data_dirs if folder not in folders]
+    if absent and cfg.stage == "speaker":  # its labels are places among the speakers of all folders
+        raise ValueError(
+            f"{', '.join(absent)} has no split {split!r}, and the labels of the speaker stage are of all folders "
+            "together; build it with one (data/README.md), or switch the evaluation off: --set=eval_batches=0"
+        )
     cfg = dataclasses.replace(cfg, split=split, data_dirs=tuple(folders), spell_probability=0.0)
     index = read_index(cfg)
     voices = zip(index.styles.tolist(), index.languages.tolist(), strict=True)

@@ -426,7 +426,10 @@ KINDS = (
         "lm",
         ("llm_decoder.weight", "speech_embedding.weight", "llm.model.model.norm.weight"),
         lambda t: _lm_config(
-            t, num_codes=t["speech_embedding.weight"].shape[0] - 200, num_special=200, end_offset=1
+            t,
+            num_codes=t["speech_embedding.weight"].shape[0] - public_cosyvoice2.COSYVOICE3_SPECIAL,
+            num_special=public_cosyvoice2.COSYVOICE3_SPECIAL,
+            end_offset=1,
         ),
         public_cosyvoice2.lm_cosyvoice3,
         "Apache-2.0",

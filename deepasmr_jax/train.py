@@ -3,7 +3,7 @@
 `python -m deepasmr_jax.train --config=configs/tiny.py:lm --workdir=RUN --set=data.data_dirs=FOLDER`
 A run starts from, first match wins: the newest checkpoint in the working directory, `init_from`, random
 weights. It ends at `steps`, after `max_seconds`, at SIGTERM or Ctrl-C, always with a checkpoint; the same
-command goes on from there, bit for bit. After a signal nothing but the checkpoint is written.
+command goes on from there, bit for bit on as many hosts and chips. After a signal only the checkpoint is written.
 A model file brings `Config`, `init(cfg, key)` and `loss(model, cfg, batch, key) -> (sum, count, aux)`; one with two
 players brings `init_opt` and `train_step` too. Sums and counts are divided here, once.
 """

@@ -40,9 +40,11 @@ train() { # stage, data, more options: a training stage of configs/mini.py, expo
 }
 
 logged() { # log, command...: also writes into the log what the command prints
-  local log="$1"
+  local log="$1" code=0
   shift
-  "$@" 2>&1 | tee -a "$log"
+  "$@" 2>&1 | tee -a "$log" || code=$?
+  [ "$code" != 75 ] || echo "stopped early; run the same command again to go on" >&2
+  return "$code"
 }
 
 step corpus_raw "$python" data/synthetic.py make --out "$work/corpus/raw" --workers "${WORKERS:-2}" "${extra_corpus[@]}"

@@ -393,7 +393,7 @@ def test_no_split_is_empty_where_there_are_two_speakers(tmp_path, monkeypatch, s
     assert len(found) == 6 and {split[n] == taker for n in split} == {True, False}
     [speaker] = {found[n]["speaker"] for n in split if split[n] == taker}
     assert {split[n] for n in split if found[n]["speaker"] == speaker} == {taker}
-    assert f"{speaker} is put into {taker}, which would have nobody" in capsys.readouterr().out
+    assert f"speaker {speaker} is put into the split {taker}, which would be empty" in capsys.readouterr().out
     monkeypatch.setattr(build, "_move", None)  # and none is moved where that is not wanted
     counts = build.build(
         "manifest", tmp_path / "m.jsonl", tmp_path / "b" / "1.0.0", build.Options(valid_share=0)

@@ -27,11 +27,11 @@ import weight_writers
 from deepasmr_jax import (
     audio,
     checkpoint,
-    convert,
     flow,
     flow_cosyvoice2,
     lm,
     public_cosyvoice2,
+    public_files,
     public_models,
     public_names,
     sharding,
@@ -681,7 +681,7 @@ def test_campplus_gives_the_embeddings_of_an_independent_one_from_both_its_files
         ("campplus_cn_common.bin", "clips of 5 s and 3.1 s in a padded batch"),
         ("campplus.onnx", "the same, read from the ONNX file that torch.onnx writes"),
     ):
-        found = convert.recognise(tmp_path / file)
+        found = public_files.recognise(tmp_path / file)
         assert found.config == cfg and found.problems() == ""
         table = public_cosyvoice2.campplus(cfg)
         ours = load(speaker_campplus.init, cfg, table, found.tensors, public_names.NO_COUNTS)
