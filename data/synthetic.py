@@ -34,6 +34,7 @@ from deepasmr_jax import files  # noqa: E402
 from deepasmr_jax.text import PHONES  # noqa: E402
 
 VERSION = "1.0.0"
+PLAN = "plan.json"  # what the raw shards are of; a copy stands in the data set
 SHARD_PAIRS = 100
 SPLITS = ("train", "valid", "test", "hts")
 # pairs of each kind; test: 16 English speakers x (18, 6, 6), 8 Mandarin x (20, 5, 5); hts: 3 x (20, 10, 10)
@@ -192,7 +193,7 @@ def make(out: str | Path, workers: int = 2, limit: int | None = None, seed: int 
     shards = plan(limit, seed)
     identity = {"version": VERSION, "seed": seed, "limit": limit, "shards": len(shards)}
     identity["crc"] = zlib.crc32(json.dumps([[dataclasses.astuple(p) for p in s] for s in shards]).encode())
-    plan_path = out / "plan.json"
+    plan_path = out / PLAN
     if plan_path.exists() and json.loads(plan_path.read_text()) != identity:
         raise ValueError(
             f"{out} holds shards of another plan, {plan_path.read_text()} and not {identity}; "
@@ -255,15 +256,15 @@ def build(raw: str | Path, out: str | Path):
     download_and_prepare would shuffle them, for which TFDS needs TensorFlow once a split passes 1 GB; its
     sequential writer does not.
 
-    A data set that is there already, with the same number of records in each split, is left alone: it took its name
-    when it was whole, and whoever called was killed before noting so.
+    A data set that is there already, of the same plan and with the same number of records in each split, is left
+    alone: it took its name when it was whole, and whoever called was killed before noting so.
 
     Returns:
         A read-only builder: `builder.as_data_source("train")` reads it.
 
     Raises:
         FileNotFoundError: if `raw` has no training shards. ValueError: if the data set exists already with another
-            number of records, or a record has no audio or labels of another length.
+            plan or number of records, or a record has no audio or labels of another length.
     """
     import tensorflow_datasets as tfds
 
@@ -277,24 +278,31 @@ def build(raw: str | Path, out: str | Path):
     if target.exists():
         made = tfds.builder_from_directory(target)
         held = {split: info.num_examples for split, info in made.info.splits.items()}
-        if held != {split: sum(map(_num_records, paths[split])) for split in splits}:
+        same_plan = _plan_text(raw) == _plan_text(target)
+        if not same_plan or held != {split: sum(map(_num_records, paths[split])) for split in splits}:
             raise ValueError(
-                f"{target} is there already with other records ({held}): remove it, or give another --out"
+                f"{target} is there already with other records ({held if same_plan else 'of another plan'}): remove "
+                "it, or give another --out"
             )
-        print(
-            f"{target} is there already with as many records in each split; it is left as it is", flush=True
-        )
+        print(f"{target} is there already, made of the same plan; it is left as it is", flush=True)
         return made
     unfinished = target.with_name(f"incomplete.{VERSION}.{os.getpid()}")  # two builds never share their files
     unfinished.mkdir(parents=True)
     try:
         _write(unfinished, paths, splits)
+        files.write_text(unfinished / PLAN, _plan_text(raw))
         if target.exists():
             raise ValueError(f"another build wrote {target} meanwhile; it is kept, and this one is removed")
         os.replace(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return tfds.builder_from_directory(target)
+
+
+def _plan_text(folder):
+    """What `make` wrote of its plan; "" where there is none."""
+    path = Path(folder) / PLAN
+    return path.read_text() if path.exists() else ""
 
 
 def _num_records(path):

@@ -363,6 +363,10 @@ def test_shards_become_array_records_with_the_same_audio_and_labels(tmp_path, mo
     assert again.info.splits["train"].num_examples == 2
     report = synthetic.report(raw)
     assert report["train en normal"]["records"] == 1 and report["shared_sentences"] == 0
+    (raw / "plan.json").write_text('{"seed": 1}')
+    with pytest.raises(ValueError, match="there already .*another plan"):
+        synthetic.build(raw, tmp_path / "records")
+    (raw / "plan.json").unlink()
     shutil.copy(raw / "train-00000.npz", raw / "train-00001.npz")
     with pytest.raises(ValueError, match="there already with other records .*remove it"):
         synthetic.build(raw, tmp_path / "records")
