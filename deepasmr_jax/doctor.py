@@ -10,6 +10,11 @@ from deepasmr_jax import checkpoint, pool, public_files, request, weight_files
 from deepasmr_jax import text as text_lib
 
 SHOWN = 6  # names of each kind of fault in a row
+_COPY = "copy the whole model folder"
+_BESIDE = {  # endings of what lies beside weights
+    ".md", ".txt", ".yaml", ".yml", ".json", ".html", ".py", ".ipynb", ".csv", ".pdf",
+    ".png", ".jpg", ".jpeg", ".gif", ".svg", ".wav", ".mp3", ".flac",
+}  # fmt: skip
 
 
 def examine(folder: str | os.PathLike) -> list[dict]:
@@ -61,12 +66,6 @@ def examine(folder: str | os.PathLike) -> list[dict]:
     if not any(row["file"] != "config.json" for row in rows):
         raise ValueError(f"{folder} holds no weight files; give the folder that was downloaded")
     return rows
-
-
-_BESIDE = {  # endings of what lies beside weights
-    ".md", ".txt", ".yaml", ".yml", ".json", ".html", ".py", ".ipynb", ".csv", ".pdf",
-    ".png", ".jpg", ".jpeg", ".gif", ".svg", ".wav", ".mp3", ".flac",
-}  # fmt: skip
 
 
 def _examine_file(path: Path, released: tuple | None) -> dict:
@@ -124,9 +123,6 @@ def _examine_ours(folder: Path) -> Iterator[dict]:
         yield _examine_text(folder, settings.get("folder", "."), _COPY, settings.get("sha256"))
     if "pool" in values.get("provenance", {}) or (folder / request.POOL_FILE).exists():
         yield _examine_pool(folder, values)
-
-
-_COPY = "copy the whole model folder"
 
 
 def _examine_own(path: Path, what: str, sha256: str) -> dict:
