@@ -11,14 +11,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 import tfds_files  # noqa: E402
 
 
-def add_features_module():
-    """`data/add_features.py`, which is a script beside the package."""
-    path = Path(__file__).parent.parent / "data" / "add_features.py"
-    if "add_features" not in sys.modules:
-        module_spec = importlib.util.spec_from_file_location("add_features", path)
-        sys.modules["add_features"] = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(sys.modules["add_features"])
-    return sys.modules["add_features"]
+def script(path: str):
+    """A script beside the package as a module, such as "launch/table.py"; executed once."""
+    name = Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def record(i: int, split: str, num_speakers: int, has_features: bool, seconds: float = 1.2) -> dict:

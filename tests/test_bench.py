@@ -1,23 +1,18 @@
 """What launch/bench.py computes from sizes and times, and what it refuses; nothing is compiled or timed here."""
 
 import argparse
-import importlib.util
 from pathlib import Path
 
+import fixture_data
 import numpy as np
 import pytest
 
 from deepasmr_jax import config, flow, lm, vocoder
 
-PATH = Path(__file__).parent.parent / "launch" / "bench.py"
-
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return fixture_data.script("launch/bench.py")
 
 
 def test_a_ratio_is_taken_round_by_round_with_the_fastest_side_of_pytorch(bench):

@@ -39,7 +39,7 @@ def test_features_and_synthesis_hear_a_clip_alike(tmp_path, encoder):
     wav = wav[: len(wav) // audio.TOKEN_SAMPLES * audio.TOKEN_SAMPLES]
     made = synthesis.Synthesizer(folder) if encoder == "campplus" else tiny_model.synthesizer()
     heard = made.read_clip(wav, tiny_model.RATE)
-    [found] = fixture_data.add_features_module().Extractor(str(folder), "mini", 2)([wav])
+    [found] = fixture_data.script("data/add_features.py").Extractor(str(folder), "mini", 2)([wav])
     np.testing.assert_array_equal(found["speech_tokens"], heard.tokens)
     np.testing.assert_allclose(found["mel"], heard.mel, atol=1e-2)  # float16
     scale = np.abs(heard.embedding).max()
@@ -53,7 +53,7 @@ def test_features_and_synthesis_hear_a_clip_alike(tmp_path, encoder):
 
 def test_clips_beyond_the_window_of_the_tokenizer_get_all_their_tokens():
     folder = str(tiny_model.shared())
-    tools = fixture_data.add_features_module()
+    tools = fixture_data.script("data/add_features.py")
     wav = np.concatenate([tiny_model.hiss(4.0, seed=i) for i in range(9)])  # 36 s
     short = tiny_model.buzz(1.5)
     found = tools.Extractor(folder, "mini", 2)([wav, short])
@@ -99,7 +99,7 @@ def contents(folder):
 def test_processes_share_a_pass_that_goes_on_after_a_kill_and_names_what_it_leaves_out(
     tmp_path, monkeypatch, capsys
 ):
-    tools = fixture_data.add_features_module()
+    tools = fixture_data.script("data/add_features.py")
     monkeypatch.setattr(tools, "Extractor", FakeExtractor)
     real = fixture_data.record
 

@@ -1,25 +1,19 @@
 """The results table of launch/table.py: what it refuses, and when a row is judged anew."""
 
-import importlib.util
 import json
 import re
 import types
-from pathlib import Path
 
+import fixture_data
 import numpy as np
 import pytest
 
 from deepasmr_jax import audio
 
-PATH = Path(__file__).parent.parent / "launch" / "table.py"
-
 
 @pytest.fixture(scope="module")
 def table():
-    module_spec = importlib.util.spec_from_file_location("table", PATH)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
+    return fixture_data.script("launch/table.py")
 
 
 @pytest.mark.parametrize(

@@ -453,7 +453,7 @@ def test_the_flow_of_cosyvoice2_is_neither_trained_nor_a_start(folder, tmp_path)
 
 def test_a_flow_does_not_start_on_features_of_another_mel_profile(tmp_path):
     features = fixture_data.write(tmp_path, {"train": 16})
-    tools = fixture_data.add_features_module()
+    tools = fixture_data.script("data/add_features.py")
     tools._note_origin(Path(features), {"name": "mini", "vocab_size": 313, "mel_profile": "cv2"})
     with pytest.raises(
         ValueError, match="have mel profile 'cv2', data.mel_profile is 'mini'; make them again"
@@ -482,7 +482,7 @@ def test_text_ids_of_another_tokenizer_are_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"text id \d+, model.text_vocab is 8.*--text-tokenizer"):
         train.check_text_ids(small)
     train.check_text_ids(tiny(features, "lm"))
-    tools = fixture_data.add_features_module()
+    tools = fixture_data.script("data/add_features.py")
     tools._note_origin(Path(features), {"name": "mini", "vocab_size": 313})
     train.check_text_ids(tiny(features, "lm"))
     large = config.override(tiny(features, "lm"), "model.text_vocab=151936")
@@ -491,7 +491,7 @@ def test_text_ids_of_another_tokenizer_are_refused_with_the_way_out(tmp_path):
 
 
 def test_features_of_two_tokenizers_or_mel_profiles_do_not_share_a_folder(tmp_path):
-    tools = fixture_data.add_features_module()
+    tools = fixture_data.script("data/add_features.py")
     made = {"name": "mini", "vocab_size": 313, "speech_tokenizer": "0a", "mel_profile": "mini"}
     faults = {"name": "qwen", "vocab_size": 151936, "speech_tokenizer": "0b", "mel_profile": "cv2"}
     for _ in range(2):

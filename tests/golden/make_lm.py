@@ -27,9 +27,9 @@ def main():
     here = Path(__file__).parent
     sys.path[:0] = [str(here), str(here.parents[1])]
     import jax
+    import public_reference
     import torch
     from fill import fill
-    from transformers import Qwen2Config, Qwen2Model
 
     from deepasmr_jax import lm, sharding
 
@@ -37,23 +37,7 @@ def main():
     sharding.make_mesh()
     cfg = lm.Config(**SIZES)
     ours = fill(lm.init(cfg, jax.random.key(0)), SEED)
-    theirs = (
-        Qwen2Model(
-            Qwen2Config(
-                vocab_size=cfg.text_vocab,
-                hidden_size=cfg.width,
-                intermediate_size=cfg.mlp_width,
-                num_hidden_layers=cfg.num_layers,
-                num_attention_heads=cfg.num_heads,
-                num_key_value_heads=cfg.num_kv_heads,
-                rms_norm_eps=cfg.norm_eps,
-                rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_base},
-                attn_implementation="eager",
-            )
-        )
-        .float()
-        .eval()
-    )
+    theirs = public_reference.qwen2(cfg).eval()
 
     def put(target: torch.nn.Parameter, param, index: int | None = None, transpose: bool = False):
         value = np.asarray(param[...])
