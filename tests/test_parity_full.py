@@ -10,6 +10,7 @@ on two cores.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -88,6 +89,12 @@ def relative(found, want):
     found, want = np.asarray(found), np.asarray(want)
     assert found.shape == want.shape and np.isfinite(found).all()
     return float(np.max(np.abs(found - want)) / np.max(np.abs(want)))
+
+
+def report_rounded(component, stage, other, found, itself, want, tolerance):
+    """The line of one comparison in bfloat16: ours and the other side's own against the other side in float32."""
+    other = f"{other} in float32 (itself in bfloat16: {relative(itself, want):.1e})"
+    report(component, f"{stage} with products in bfloat16, relative", other, relative(found, want), tolerance)
 
 
 def absolute(found, want):
@@ -181,9 +188,7 @@ def test_a_plain_qwen2_file_gives_the_text_logits_of_transformers(reference):
     found = jax.jit(lambda x, table: x[0] @ table.T)(hidden, ours.text_table[...])
     with torch.inference_mode():
         rounded = theirs.to(torch.bfloat16)(torch.as_tensor(text[None]), use_cache=False).logits[0].float()
-    off = f"{other} in float32 (itself in bfloat16: {relative(rounded, want):.1e})"
-    stage = "the same with products in bfloat16, relative"
-    report("Qwen2.5-0.5B", stage, off, relative(found, want), 2e-2)
+    report_rounded("Qwen2.5-0.5B", "the same", other, found, rounded, want, 2e-2)
 
 
 @pytest.mark.parametrize("form", [2, 3])
@@ -357,6 +362,14 @@ def test_the_tokenizer_gives_the_codes_of_s3tokenizer(reference):
         codes = theirs.quantizer._codebook.project_down(torch.as_tensor(kept[5])).tanh() * 0.9990000128746033
     report("S3 tokenizer V2", "projection", other, absolute(projection, codes.numpy()), 2e-4)
 
+    mel, short = our_mels[9][None], dataclasses.replace(cfg, dtype="bfloat16")
+    lengths = np.asarray([mel.shape[1]], np.int32)
+    last = jax.jit(lambda m, mel: speech_tokenizer.hidden(m, short, mel, lengths)[0])(ours, mel)
+    encoder = (torch.as_tensor(mel.transpose(0, 2, 1).copy()), torch.as_tensor(lengths))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        rounded = theirs.encoder(*encoder)[0].float().numpy()
+    report_rounded("S3 tokenizer V2", "hidden states", other, last, rounded, kept[5], 2e-2)
+
     targets = [want(mel) for mel in our_mels]
     found = [speech_tokenizer.encode_long(ours, cfg, mel) for mel in our_mels]
     assert [len(x) for x in found] == [len(y) for y in targets] == [-(-len(m) // 4) for m in our_mels]
@@ -417,25 +430,22 @@ def test_the_flow_gives_the_velocity_of_f5_tts(reference):
     kept = {}
 
     def keep(key):
-        return lambda _, __, y: kept.__setitem__(key, y.numpy())
+        return lambda _, __, y: kept.__setitem__(key, y.float().numpy())
 
     theirs.time_embed.register_forward_hook(keep("time"))
     theirs.input_embed.register_forward_hook(keep("input"))
     middle = theirs.layers[cfg.num_layers // 2][0]
     for net, key in ((middle, "half"), (theirs.norm_out, "layers")):
         net.register_forward_pre_hook(
-            lambda _, args, key=key: kept.__setitem__(key, args[0].numpy()[..., : cfg.width])
+            lambda _, args, key=key: kept.__setitem__(key, args[0].float().numpy()[..., : cfg.width])
         )
+    given = dict(x=x, cond=condition, text=tokens[:, :40].astype(np.int64), time=t)
+    given = {name: torch.as_tensor(value) for name, value in given.items()}
     with torch.inference_mode():
-        want = theirs(
-            x=torch.as_tensor(x),
-            cond=torch.as_tensor(condition),
-            text=torch.as_tensor(tokens[:, :40].astype(np.int64)),
-            time=torch.as_tensor(t),
-        ).numpy()
+        want = theirs(**given).numpy()
 
-    @jax.jit
-    def run(model, x, condition, tokens, t, mask):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(cfg, model, x, condition, tokens, t, mask):
         embedded = flow.embed_tokens(model, cfg, tokens, mask)
         time = model.embed_time(t)
         stream = model.embed_input(x, condition, embedded, mask, cfg)
@@ -447,11 +457,16 @@ def test_the_flow_gives_the_velocity_of_f5_tts(reference):
         return dict(time=time, input=stream, half=half, layers=layers, velocity=velocity)
 
     batch = dict(x=x, condition=condition, tokens=tokens, t=t, mask=np.ones((2, 120), bool))
-    found = run(ours, **sharding.put(batch))
+    found = run(cfg, ours, **sharding.put(batch))
     names = dict(time="time embedding", input="input embedding", half="12 layers", layers="24 layers")
     for key, name in names.items():
         report("E2TTS_Base", f"{name}, relative", other, relative(found[key], kept[key]), 1e-4)
     report("E2TTS_Base", "velocity of 120 frames, relative", other, relative(found["velocity"], want), 1e-4)
+    short = flow.e2tts_base(dtype="bfloat16")
+    velocity = run(short, ours, **sharding.put(batch))["velocity"]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        rounded = theirs(**given).float().numpy()
+    report_rounded("E2TTS_Base", "velocity", other, velocity, rounded, want, 2e-2)
 
 
 @pytest.mark.parametrize("chunk", [0, 25])
@@ -541,11 +556,17 @@ def test_the_generator_gives_the_waveform_of_an_independent_one(reference, name,
     theirs = reference.load(theirs, state)
     ours = load(vocoder.init_generator, cfg, public_models.hifigan(cfg), public_models.hifigan_folded(state))
     mel = np.random.default_rng(3).standard_normal((1, 86, 80)).astype(np.float32)
+    given = torch.as_tensor(mel if cfg.is_paired else mel.transpose(0, 2, 1).copy())
     with torch.inference_mode():
-        want = theirs(torch.as_tensor(mel if cfg.is_paired else mel.transpose(0, 2, 1).copy())).numpy()
-    found = jax.jit(vocoder.apply, static_argnums=1)(ours, cfg, mel)
+        want = theirs(given).numpy()
+    run = jax.jit(vocoder.apply, static_argnums=1)
+    component, stage = f"HiFi-GAN {name.upper()}", "waveform of 86 frames"
     assert 0.01 < np.std(want) < 0.7
-    report(f"HiFi-GAN {name.upper()}", "waveform of 86 frames", other, absolute(found, want), 1e-4)
+    report(component, stage, other, absolute(run(ours, cfg, mel), want), 1e-4)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        rounded = theirs(given).float().numpy()
+    found = run(ours, dataclasses.replace(cfg, dtype="bfloat16"), mel)
+    report_rounded(component, stage, other, found, rounded, want, 2e-2)
 
 
 def test_the_hift_vocoder_gives_the_waveform_of_an_independent_one(reference):
