@@ -4,7 +4,7 @@ One chain per stage: example number -> random choices of that number -> rows of 
 -> prefetch. An example number names an epoch and a place in its order, so that a saved position is one
 integer and two hosts together read what one host would. Records are TFDS features: text, speaker, style,
 language, audio int16 [W] at 16 kHz, phones and f0_class int32 [W // 320]; data/add_features.py adds
-speech_tokens [N], mel float16 [T, M] and text_ids.
+speech_tokens [N], mel float16 [T, M] and text_ids, and may leave out what a stage does not read.
 Batches, B rows each, all lengths static:
   lm: tokens, kinds, segment_ids, positions, targets, each [B, N] int32; kinds as in lm.py;
     segment_ids 0 = padding; targets -1 = ignored. A segment is 1..k utterances of one speaker and one style:
@@ -23,14 +23,17 @@ Where chips do not divide a batch, empty rows stand behind its own: zeros, and I
 """
 
 import array
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import signal
+import struct
 import threading
 import time
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -42,8 +45,9 @@ from deepasmr_jax import audio, files, lm, text
 IGNORED = -1  # target or label that carries no loss
 LABEL_SAMPLES = 320  # one phone label each 20 ms
 FEATURES = {"speech_tokens", "mel", "text_ids"}  # fields that data/add_features.py makes
-# beside them, what made them: {"name": "mini" or "qwen", "vocab_size", "speech_tokenizer": sha256, "mel_profile"},
-# the first two of the text tokenizer; older folders may say less, under the older name
+# beside them, what made them: {"name": "mini" or "qwen", "vocab_size", "speech_tokenizer": sha256, "mel_profile",
+# "corpus", "for": "all", "lm" or "flow"}, the first two of the text tokenizer; older folders may say less, under the
+# older name
 MADE_WITH_FILE = "made_with.json"
 OLD_MADE_WITH_FILE = "text_tokenizer.json"
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
@@ -132,6 +136,12 @@ def made_with_file(folder: str | os.PathLike) -> Path:
     return old if old.exists() and not path.exists() else path
 
 
+def made_with(folder: str | os.PathLike) -> dict:
+    """What `made_with_file` says; empty where there is none."""
+    path = made_with_file(folder)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 # ---------------------------------------------------------------- records and their index
 
 
@@ -164,6 +174,7 @@ class Index:
 
 # of the index file: 24 bytes a record
 _ROW = np.dtype([("pair", "<u8")] + [(k, "<i4") for k in ("voice", "num_samples", "num_tokens", "num_text")])
+_PACKED = struct.Struct("<Q4i")  # the same
 
 
 class Records:
@@ -186,6 +197,16 @@ class Records:
                 raise ValueError(
                     f"records of {folder} have no phone labels `phones`; train without them: "
                     "--set=data.align=false --set=model.alignment_weight=0"
+                )
+            if absent and (made := made_with(folder)).get("for", "all") != "all":
+                raise ValueError(
+                    f"records of {folder} were made for the stage {made['for']} alone and have no {absent}; give the "
+                    f"stage {cfg.stage} "
+                    + (
+                        f"a folder that data/add_features.py made --for {cfg.stage}"
+                        if cfg.stage in ("lm", "flow")
+                        else f"the records they were made of, {made['corpus']}"
+                    )
                 )
             if absent:
                 raise ValueError(
@@ -264,75 +285,138 @@ def read_index(cfg: Config) -> Index:
 
 @functools.lru_cache(maxsize=16)
 def _index(folders: tuple[str, ...], split: str) -> Index:
-    """Of one folder, or of several joined."""
-    marks = "".join(files_mark(folder, [split]) for folder in folders)
-    mark = marks if len(folders) == 1 else hashlib.sha256(marks.encode()).hexdigest()[:12]
-    path = Path(folders[0]) / f"index_{split}_{mark}.npy"
-    names = path.with_suffix(".json")
-    if path.exists() and names.exists():
-        rows, voices = np.load(path, mmap_mode="r"), json.loads(names.read_text("utf-8"))
-    else:
-        rows, voices = _scan(folders[0], split) if len(folders) == 1 else _joined(folders, split)
-        try:
-            files.write_text(names, json.dumps(voices, ensure_ascii=False))
-            with files.atomic_path(path) as part:
-                np.save(part, rows)
-            rows = np.load(path, mmap_mode="r")
-        except OSError as error:  # a read-only folder costs memory, and one pass per start
-            print(f"index of {folders[0]} is not kept: {error}", flush=True)
+    rows, voices = _kept(folders, split)
     speakers, styles, languages = np.array(voices, np.str_).reshape(-1, 3).T
     return Index(
         **{name: rows[name] for name in _ROW.names}, speakers=speakers, styles=styles, languages=languages
     )
 
 
+def _kept(folders: tuple[str, ...], split: str) -> tuple[np.ndarray, list[list[str]]]:
+    """(`_ROW` of every record, names of the voices) of a folder, or of several joined; kept in a file beside them."""
+    marks = "".join(files_mark(folder, [split]) for folder in folders)
+    mark = marks if len(folders) == 1 else hashlib.sha256(marks.encode()).hexdigest()[:12]
+    path = Path(folders[0]) / f"index_{split}_{mark}.npy"
+    names = path.with_suffix(".json")
+    if path.exists() and names.exists():
+        return np.load(path, mmap_mode="r"), json.loads(names.read_text("utf-8"))
+    count = sum(_num_records(folder, split) for folder in folders)
+    parts = _of_shards(folders[0], split) if len(folders) == 1 else (_kept((f,), split) for f in folders)
+    rows, voices = _joined(parts, count)
+    try:
+        files.write_text(names, json.dumps(voices, ensure_ascii=False))
+        with files.atomic_path(path) as part:
+            np.save(part, rows)
+        rows = np.load(path, mmap_mode="r")
+    except OSError as error:  # a read-only folder costs memory, and one pass per start
+        print(f"index of {folders[0]} is not kept: {error}", flush=True)
+    return rows, voices
+
+
 def files_mark(folder: str | os.PathLike, splits: Iterable[str]) -> str:
     """12 hexadecimal digits of the names, bytes and times (s) of the files of splits: other records, other digits."""
     paths = sorted(p for p in Path(folder).glob("[!.]*") if any(f"-{split}." in p.name for split in splits))
-    facts = [(p.name, p.stat().st_size, int(p.stat().st_mtime)) for p in paths]
+    facts = [(p.name, *file_stamp(p)) for p in paths]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
-def _scan(folder: str, split: str) -> tuple[np.ndarray, list[list[str]]]:
-    """(`_ROW` of every record, names of the voices) by one pass over the records."""
-    count, known = _num_records(folder, split), set(_builder(folder).info.features)
-    wanted = ("speaker", "style", "language", "pair_id", "audio", "speech_tokens", "text_ids")
-    source = _Source(folder, split, tuple(f for f in wanted if f in known))
-    print(f"reading {count} records of {folder} once, for their index", flush=True)
-    rows, voices = np.zeros(count, _ROW), {}
-    for i in range(count):
-        record = source[i]
+def file_stamp(path: Path) -> tuple[int, int]:
+    """Bytes of a file, and the time (s) of its last change."""
+    found = path.stat()
+    return found.st_size, int(found.st_mtime)
+
+
+class ShardIndex:
+    """What the index has of the records of one shard, gathered by who writes them or, once, by who reads them.
+
+    It is kept as `index/SHARD.npz` beside the shard with the shard's size and time, and counts for no other file.
+    """
+
+    fields = ("speaker", "style", "language", "pair_id", "audio", "num_samples", "speech_tokens", "text_ids")
+
+    def __init__(self):
+        self._rows, self._voices = bytearray(), {}
+
+    def add(self, record: dict) -> None:
+        """The next record, with those of `fields` that it has."""
         voice = tuple(_str(record[k]) for k in ("speaker", "style", "language"))
-        pair = _str(record.get("pair_id", b"")) or f"{folder}:{i}"
-        rows[i] = (
-            int.from_bytes(hashlib.blake2b(pair.encode(), digest_size=8).digest(), "little"),
-            voices.setdefault(voice, len(voices)),
-            len(record["audio"]),
+        pair = _str(record.get("pair_id", b""))
+        self._rows += _PACKED.pack(
+            _pair(pair) if pair else 0,
+            self._voices.setdefault(voice, len(self._voices)),
+            record["num_samples"] if "num_samples" in record else len(record["audio"]),
             len(record.get("speech_tokens", ())),
             len(record.get("text_ids", ())),
         )
-    return _with_sorted_voices([rows], [list(voices)])
+
+    def parts(self) -> tuple[np.ndarray, list[list[str]]]:
+        """(`_ROW` of every record, names of the voices); 0 for the pair of a record without one."""
+        return np.frombuffer(self._rows, _ROW), [list(voice) for voice in self._voices]
+
+    def write(self, shard: Path, stamp: tuple[int, int]) -> None:
+        """Keeps it for a shard, as the shard is at its `file_stamp`."""
+        rows, voices = self.parts()
+        with files.atomic_path(piece_path(shard)) as part:
+            np.savez(part, rows=rows, voices=np.array(voices, np.str_), stamp=stamp)
 
 
-def _joined(folders: tuple[str, ...], split: str) -> tuple[np.ndarray, list[list[str]]]:
-    """As `_scan`, of several folders one after the other."""
-    rows, voices = [], []
-    for part in (_index((folder,), split) for folder in folders):
-        rows.append(np.empty(len(part), _ROW))
-        for name in _ROW.names:
-            rows[-1][name] = getattr(part, name)
-        names = (part.speakers, part.styles, part.languages)
-        voices.append(list(zip(*(x.tolist() for x in names), strict=True)))
-    return _with_sorted_voices(rows, voices)
+def piece_path(shard: Path) -> Path:
+    """The file with a shard's part of the index; it may be absent."""
+    return shard.parent / "index" / f"{shard.name}.npz"
 
 
-def _with_sorted_voices(rows: list[np.ndarray], voices: list[list]) -> tuple[np.ndarray, list[list[str]]]:
-    """Parts one after the other, with the voices of all in the order of their names."""
-    every = sorted({voice for part in voices for voice in part}, key="\n".join)
-    places = {voice: i for i, voice in enumerate(every)}
-    for part, own in zip(rows, voices, strict=True):
-        part["voice"] = np.array([places[voice] for voice in own], np.int32)[part["voice"]]
-    return np.concatenate(rows) if len(rows) > 1 else rows[0], [list(voice) for voice in every]
+def _read_piece(shard: Path, count: int) -> tuple[np.ndarray, list[list[str]]] | None:
+    """`ShardIndex.parts` as the shard's writer kept them; None if they are absent, damaged or of another file."""
+    try:
+        with np.load(piece_path(shard)) as found:
+            rows, voices, stamp = found["rows"], found["voices"].reshape(-1, 3), tuple(found["stamp"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    fits = stamp == file_stamp(shard) and rows.dtype == _ROW and len(rows) == count
+    return (rows, voices.tolist()) if fits else None
+
+
+def _of_shards(folder: str, split: str) -> Iterator[tuple[np.ndarray, list[list[str]]]]:
+    """`ShardIndex.parts` of each shard, with all pairs; shards whose writer kept none are read, and it is kept then."""
+    info, source, start = _builder(folder).info, None, 0
+    for shard in info.splits[split].file_instructions:  # in the order of the records, without empty ones
+        path, count = Path(shard.filename), shard.examples_in_shard
+        found = _read_piece(path, count)
+        if found is None:
+            if source is None:
+                print(f"reading records of {folder} once, for their index", flush=True)
+                source = _Source(folder, split, tuple(f for f in ShardIndex.fields if f in info.features))
+            made, stamp = ShardIndex(), file_stamp(path)
+            for i in range(start, start + count):
+                made.add(source[i])
+            with contextlib.suppress(OSError):  # of a read-only folder
+                made.write(path, stamp)
+            found = made.parts()
+        rows, voices = found[0].copy(), found[1]
+        for i in np.flatnonzero(rows["pair"] == 0):
+            rows["pair"][i] = _pair(f"{folder}:{start + i}")
+        yield rows, voices
+        start += count
+
+
+def _pair(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+
+
+def _joined(parts: Iterable[tuple[np.ndarray, list]], count: int) -> tuple[np.ndarray, list[list[str]]]:
+    """Parts of `count` records one after the other, with the voices of all in the order of their names."""
+    rows, places, start = np.empty(count, _ROW), {}, 0
+    for part, voices in parts:
+        own = rows[start : start + len(part)]
+        own[:] = part
+        numbers = [places.setdefault(tuple(voice), len(places)) for voice in voices]
+        own["voice"] = np.array(numbers, np.int32)[part["voice"]]
+        start += len(part)
+    order = sorted(places, key="\n".join)
+    numbers = np.empty(len(order), np.int32)
+    numbers[[places[voice] for voice in order]] = np.arange(len(order))
+    rows["voice"] = numbers[rows["voice"]]
+    return rows, [list(voice) for voice in order]
 
 
 def _str(value) -> str:
@@ -580,8 +664,7 @@ def check_mel_profile(folder: str | os.PathLike, wanted: str) -> None:
     Raises:
         ValueError: if they differ.
     """
-    path = made_with_file(folder)
-    found = json.loads(path.read_text()).get("mel_profile", wanted) if path.exists() else wanted
+    found = made_with(folder).get("mel_profile", wanted)
     if found != wanted:
         raise ValueError(
             f"features in {folder} have mel profile {found!r}, data.mel_profile is {wanted!r}; "

@@ -50,12 +50,26 @@ def records(folder: Path) -> dict[str, dict]:
     found = {}
     for split in build.SPLITS:
         if list(folder.glob(f"*-{split}.array*")):
-            rows = input_pipeline.Records(input_pipeline.Config("vocoder", 1, (str(folder),), split))
+            cfg = input_pipeline.Config("vocoder", 1, (str(folder),), split)
+            rows, index = input_pipeline.Records(cfg), index_without_reading(cfg)
             for i in range(len(rows)):
                 row = {k: v.decode() if isinstance(v, bytes) else v for k, v in rows[i].items()}
                 assert row["id"] not in found
+                assert (row["speaker"], len(row["audio"])) == (
+                    index.speakers[index.voice[i]], index.num_samples[i]
+                )  # fmt: skip
                 found[row["id"]] = row | {"split": split}
     return found
+
+
+def index_without_reading(cfg: input_pipeline.Config) -> input_pipeline.Index:
+    """The index that is joined of what the build kept of each shard."""
+    input_pipeline._index.cache_clear()
+    for path in Path(cfg.data_dirs[0]).glob(f"index_{cfg.split}_*"):
+        path.unlink()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(input_pipeline, "_Source", None)
+        return input_pipeline.read_index(cfg)
 
 
 def report(folder: Path) -> dict[str, str]:

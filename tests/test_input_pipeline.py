@@ -446,6 +446,47 @@ def test_the_index_is_read_from_its_file_the_second_time_and_made_again_for_othe
     shutil.copystat(tmp_path / "shard", shard)
 
 
+def test_the_index_is_joined_of_what_the_writers_kept_and_other_shards_are_read(tmp_path, monkeypatch):
+    real, read = fixture_data.record, []
+    monkeypatch.setattr(
+        fixture_data, "record", lambda i, *rest: real(i, *rest) | ({"pair_id": ""} if i == 7 else {})
+    )
+    folder = fixture_data.write(tmp_path, {"train": 12})  # two shards of six
+
+    class Source(input_pipeline._Source):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    monkeypatch.setattr(input_pipeline, "_Source", Source)
+
+    def index():
+        input_pipeline._index.cache_clear()
+        [path.unlink() for path in Path(folder).glob("index_*")]
+        read.clear()
+        return input_pipeline.read_index(make_config(folder, "lm"))
+
+    def same_as(expected):
+        found = index()
+        return all(np.array_equal(getattr(found, k), v) for k, v in vars(expected).items())
+
+    first = index()
+    expected = {k: np.array(v) for k, v in vars(first).items()}
+    expected = input_pipeline.Index(**expected)
+    assert not read and len(expected) == 12 and expected.pair[7] == input_pipeline._pair(f"{folder}:7")
+    shards = sorted(Path(folder).glob("noise-train*"))
+    pieces = [input_pipeline.piece_path(shard) for shard in shards]
+    for piece, numbers in zip(pieces, (range(6), range(6, 12)), strict=True):
+        piece.unlink()
+        assert same_as(expected) and read == list(numbers)
+        assert same_as(expected) and not read  # it was kept
+    pieces[0].write_bytes(pieces[0].read_bytes()[:-99])
+    os.utime(shards[1], (0, 0))  # remade by something that keeps no piece
+    assert same_as(expected) and read == list(range(12))
+    shutil.rmtree(pieces[0].parent)  # a folder of an older version
+    assert same_as(expected) and read == list(range(12))
+
+
 def test_the_index_of_two_folders_is_that_of_both_one_after_the_other(folder, tmp_path):
     other = fixture_data.write(tmp_path, {"train": 20}, num_speakers=5)
     both = input_pipeline.read_index(
