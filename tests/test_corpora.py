@@ -566,8 +566,12 @@ def test_the_measured_manifest_is_built_and_read(tmp_path, capsys):
     capsys.readouterr()
     measure.read(str(out))
     told, count = capsys.readouterr().out, counts["records"]["train"]
-    assert (
-        f"records ({count} of {count})" in told and "rows of batches (" in told and "plan of 2 epochs" in told
-    )
+    assert f"records ({count} of {count})" in told and "rows of batches (" in told
+    for stage in ("lm", "flow"):
+        folder = tmp_path / stage / "1.0.0"
+        measure.features(folder, stage, 200, shard=100)
+        measure.read(str(folder))
+        told = capsys.readouterr().out
+        assert "reading records" not in told and "plan of an epoch" in told and "rows of batches (" in told
     with pytest.raises(ValueError, match="give 1 to 1198000"):
         measure.make(tmp_path / "m", 2_000_000)
