@@ -125,35 +125,40 @@ def read(folder: str, steps: tuple[str, ...] = STEPS, seconds: float = float("in
         seconds: after which records and batches stop.
     """
     cfg = _config(folder)
-    start = time.time()
+    start = _now()
     if "index" in steps:
         _tell("index", len(input_pipeline.read_index(cfg)), start)
     if "records" in steps:
-        start, count, records = time.time(), 0, input_pipeline.Records(cfg)
-        while count < len(records) and time.time() - start < seconds:
+        start, count, records = _now(), 0, input_pipeline.Records(cfg)
+        while count < len(records) and time.time() - start[0] < seconds:
             records[count]
             count += 1
         _tell(f"records ({count} of {len(records)})", count, start)
     if "plan" in steps and cfg.stage != "vocoder":
-        index, start = input_pipeline.read_index(cfg), time.time()
+        index, start = input_pipeline.read_index(cfg), _now()
         rows = {"lm": input_pipeline._Lm, "flow": input_pipeline._Flow}[cfg.stage](cfg, index)
         _tell("start of the stage, with its first plan", len(index), start)
-        start = time.time()
+        start = _now()
         rows._plan(1) if cfg.stage == "lm" else rows.mixture.order(1)
         _tell(f"plan of an epoch of {rows.num_rows} rows", len(index), start)
     if "batches" in steps:
         batches = iter(input_pipeline.make(cfg))
         next(batches)
-        start, count, total = time.time(), 0, len(input_pipeline.read_index(cfg))
-        while count < total and time.time() - start < seconds:
+        start, count, total = _now(), 0, len(input_pipeline.read_index(cfg))
+        while count < total and time.time() - start[0] < seconds:
             count += len(next(iter(next(batches).values())))
         _tell(f"rows of batches ({count})", count, start)
 
 
-def _tell(what: str, count: int, start: float) -> None:
-    spent = time.time() - start
+def _now() -> tuple[float, float]:
+    return time.time(), time.process_time()
+
+
+def _tell(what: str, count: int, start: tuple[float, float]) -> None:
+    spent, busy = (now - then for now, then in zip(_now(), start, strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(f"{what}: {count / spent:.0f} a second, {spent:.0f} s, peak memory so far {peak} MiB", flush=True)
+    rate = f"{count / spent:.0f} a second, {spent:.0f} s, {busy:.1f} of the processor"
+    print(f"{what}: {rate}, peak memory so far {peak} MiB", flush=True)
 
 
 def main() -> int:
