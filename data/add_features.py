@@ -32,6 +32,7 @@ from deepasmr_jax import (  # noqa: E402
     files,
     input_pipeline,
     sharding,
+    shards,
     synthesis,
     text,
 )
@@ -178,7 +179,7 @@ def add_features(
             the next three arguments are as they were then.
         out: version folder to write, e.g. `FEATURES/1.0.0`.
         text_tokenizer: "mini", or the folder of a Qwen tokenizer; its name and vocabulary size are written beside
-            the features (input_pipeline.MADE_WITH_FILE), for the language model to compare; so is all else that an
+            the features (shards.MADE_WITH_FILE), for the language model to compare; so is all else that an
             interrupted pass must go on with (`_ORIGIN`).
         mel_profile: name of the mel recipe; a flow refuses features of another one.
         batch_size: rows per compiled call.
@@ -206,7 +207,7 @@ def add_features(
     corpus = {
         "corpus": str(Path(data).resolve()),
         "corpus_size": ", ".join(size),
-        "corpus_files": input_pipeline.files_mark(data, source.info.splits),
+        "corpus_files": shards.files_mark(data, source.info.splits),
         "shard_size": shard_size,
         "for": stage,
     }
@@ -235,7 +236,7 @@ def add_features(
     read = {"audio", "text", "language", "id", *features} & set(source.info.features)
     paths: dict[str, list[Path]] = {}
     for split, info in source.info.splits.items():
-        records = input_pipeline.Records(input_pipeline.Config("lm", 1, (str(data),), split), tuple(read))
+        records = shards.Records(input_pipeline.Config("lm", 1, (str(data),), split), tuple(read))
         num_shards = -(-info.num_examples // shard_size)
         names = [tfds_files.shard_name(folder.parent.name, split, i, num_shards) for i in range(num_shards)]
         paths[split] = [folder / name for name in names]
@@ -275,10 +276,10 @@ def _features_of(extract: Extractor) -> dict:
 
 def _origin_of_features(data: str, known: Container[str]) -> dict:
     """What made the features of a folder that are to be copied; ValueError if it has not all of them."""
-    made = input_pipeline.made_with(data)
-    absent = sorted(name for name in (*input_pipeline.FEATURES, "audio", "duration_s") if name not in known)
+    made = shards.made_with(data)
+    absent = sorted(name for name in (*shards.FEATURES, "audio", "duration_s") if name not in known)
     if absent or not made:
-        missing = absent or input_pipeline.MADE_WITH_FILE
+        missing = absent or shards.MADE_WITH_FILE
         raise ValueError(f"{data} has no {missing} to copy; give --model, or a folder made --for all")
     return made
 
@@ -341,7 +342,7 @@ def _complete(folder: Path, paths: dict[str, list[Path]], features, description:
 
 def _note_origin(folder: Path, made: dict) -> None:
     """Writes what the features are made with, or compares it with what is there; older files say less."""
-    path = input_pipeline.made_with_file(folder)
+    path = shards.made_with_file(folder)
     if not path.exists():
         config.write_json(path, made)
         return

@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import add_features  # noqa: E402
 import tfds_files  # noqa: E402
 
-from deepasmr_jax import audio, files, input_pipeline  # noqa: E402
+from deepasmr_jax import audio, files, input_pipeline, shards  # noqa: E402
 
 RECORDINGS, SECONDS, PIECE_S, STEP_S = 100, 60, 0.1, 0.005
 STEPS = ("index", "records", "plan", "batches")
@@ -98,15 +98,15 @@ def features(folder: Path, stage: str, count: int, shard: int = 5000) -> None:
     tfds_files.write_shard(first, spec, map(record, range(shard)))
     for path in others:
         shutil.copy2(first, path)
-        shutil.copy2(input_pipeline.piece_path(first), input_pipeline.piece_path(path))
+        shutil.copy2(shards.piece_path(first), shards.piece_path(path))
     made = {"name": "mini", "vocab_size": 313, "mel_profile": "mini", "corpus": "none: noise", "for": stage}
-    files.write_text(folder / input_pipeline.MADE_WITH_FILE, json.dumps(made))
+    files.write_text(folder / shards.MADE_WITH_FILE, json.dumps(made))
     tfds_files.write_metadata(folder, spec, {"train": [shard] * num_shards}, "Noise of data/measure.py.")
 
 
 def _config(folder: str) -> input_pipeline.Config:
     """Of the stage that the records are for."""
-    stage = input_pipeline.made_with(folder).get("for", "vocoder")
+    stage = shards.made_with(folder).get("for", "vocoder")
     sizes = {
         "vocoder": dict(batch_size=64, num_samples=1600),
         "lm": dict(batch_size=128, num_tokens=2048),  # as configs/lm_pretrain.py
@@ -127,15 +127,15 @@ def read(folder: str, steps: tuple[str, ...] = STEPS, seconds: float = float("in
     cfg = _config(folder)
     start = _now()
     if "index" in steps:
-        _tell("index", len(input_pipeline.read_index(cfg)), start)
+        _tell("index", len(shards.read_index(cfg)), start)
     if "records" in steps:
-        start, count, records = _now(), 0, input_pipeline.Records(cfg)
+        start, count, records = _now(), 0, shards.Records(cfg)
         while count < len(records) and time.time() - start[0] < seconds:
             records[count]
             count += 1
         _tell(f"records ({count} of {len(records)})", count, start)
     if "plan" in steps and cfg.stage != "vocoder":
-        index, start = input_pipeline.read_index(cfg), _now()
+        index, start = shards.read_index(cfg), _now()
         rows = {"lm": input_pipeline._Lm, "flow": input_pipeline._Flow}[cfg.stage](cfg, index)
         _tell("start of the stage, with its first plan", len(index), start)
         start = _now()
@@ -144,7 +144,7 @@ def read(folder: str, steps: tuple[str, ...] = STEPS, seconds: float = float("in
     if "batches" in steps:
         batches = iter(input_pipeline.make(cfg))
         next(batches)
-        start, count, total = _now(), 0, len(input_pipeline.read_index(cfg))
+        start, count, total = _now(), 0, len(shards.read_index(cfg))
         while count < total and time.time() - start[0] < seconds:
             count += len(next(iter(next(batches).values())))
         _tell(f"rows of batches ({count})", count, start)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import files, input_pipeline  # noqa: E402
+from deepasmr_jax import files, input_pipeline, shards  # noqa: E402
 
 PARTS = ".parts"  # folder beside the shards for what a pass keeps of each, until it is complete
 
@@ -28,9 +28,9 @@ class ShardWriter:
         self._features = features
         self._serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
         self._writer = ArrayRecordWriter(str(path), "group_size:1")
-        known = {name: features[name] for name in input_pipeline.ShardIndex.fields if name in features}
+        known = {name: features[name] for name in shards.ShardIndex.fields if name in features}
         self._indexed = features.__class__(known)
-        self.index = input_pipeline.ShardIndex() if {"speaker", "style", "language"} <= set(known) else None
+        self.index = shards.ShardIndex() if {"speaker", "style", "language"} <= set(known) else None
         self.size = self.count = 0
 
     def write(self, record: dict) -> None:
@@ -57,7 +57,7 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def open_shard(path: Path, features) -> Iterator[ShardWriter]:
-    """A shard to write to, and its part of the index (`input_pipeline.ShardIndex`).
+    """A shard to write to, and its part of the index (`shards.ShardIndex`).
 
     The file has its name when the block has ended, and its part of the index is there before; no file is left if the
     block fails.
@@ -69,13 +69,13 @@ def open_shard(path: Path, features) -> Iterator[ShardWriter]:
         finally:
             writer.close()
         if writer.index is not None:
-            writer.index.write(path, input_pipeline.file_stamp(part))
+            writer.index.write(path, shards.file_stamp(part))
 
 
 def remove_shard(path: Path) -> None:
     """Removes a shard and its part of the index."""
     path.unlink()
-    input_pipeline.piece_path(path).unlink(missing_ok=True)
+    shards.piece_path(path).unlink(missing_ok=True)
 
 
 def write_shard(path: Path, features, records) -> int:
@@ -180,4 +180,4 @@ def write_metadata(folder: Path, features, shard_lengths: dict[str, list[int]], 
 def write_index(folder: Path, splits: Iterable[str]) -> None:
     """Makes the loader's index of a dataset from the parts beside its shards, so that no run has to."""
     for split in splits:
-        input_pipeline.read_index(input_pipeline.Config("lm", 1, (str(folder),), split))
+        shards.read_index(input_pipeline.Config("lm", 1, (str(folder),), split))

@@ -20,7 +20,7 @@ import manifest  # noqa: E402
 import measure  # noqa: E402
 import tfds_files  # noqa: E402
 
-from deepasmr_jax import audio, checkpoint, config, data_check, input_pipeline, metrics, train  # noqa: E402
+from deepasmr_jax import audio, checkpoint, config, data_check, input_pipeline, metrics, shards, train  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +51,7 @@ def records(folder: Path) -> dict[str, dict]:
     for split in build.SPLITS:
         if list(folder.glob(f"*-{split}.array*")):
             cfg = input_pipeline.Config("vocoder", 1, (str(folder),), split)
-            rows, index = input_pipeline.Records(cfg), index_without_reading(cfg)
+            rows, index = shards.Records(cfg), index_without_reading(cfg)
             for i in range(len(rows)):
                 row = {k: v.decode() if isinstance(v, bytes) else v for k, v in rows[i].items()}
                 assert row["id"] not in found
@@ -62,14 +62,14 @@ def records(folder: Path) -> dict[str, dict]:
     return found
 
 
-def index_without_reading(cfg: input_pipeline.Config) -> input_pipeline.Index:
+def index_without_reading(cfg: input_pipeline.Config) -> shards.Index:
     """The index that is joined of what the build kept of each shard."""
-    input_pipeline._index.cache_clear()
+    shards._index.cache_clear()
     for path in Path(cfg.data_dirs[0]).glob(f"index_{cfg.split}_*"):
         path.unlink()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(input_pipeline, "_Source", None)
-        return input_pipeline.read_index(cfg)
+        patched.setattr(shards, "_Source", None)
+        return shards.read_index(cfg)
 
 
 def report(folder: Path) -> dict[str, str]:

@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, checkpoint, clip, data_check, input_pipeline, speaker_campplus, synthesis
+from deepasmr_jax import (
+    audio,
+    checkpoint,
+    clip,
+    data_check,
+    input_pipeline,
+    shards,
+    speaker_campplus,
+    synthesis,
+)
 
 
 def with_campplus(folder):
@@ -89,7 +98,7 @@ def contents(folder):
     """Arrays and texts of every record of a feature folder, by split and in order."""
     found = []
     for split in ("train", "valid"):
-        rows = input_pipeline.Records(input_pipeline.Config("lm", 1, (str(folder),), split))
+        rows = shards.Records(input_pipeline.Config("lm", 1, (str(folder),), split))
         found += [
             {k: v.tolist() if hasattr(v, "tolist") else v for k, v in rows[i].items()}
             for i in range(len(rows))
