@@ -216,6 +216,8 @@ def add_features(
         _note_origin(folder, _origin_of_features(data, known) | corpus)
         with_features = lambda rows: (rows, [])
     else:
+        if "audio" not in known:
+            raise ValueError(f"{data} has no audio to make features of; give the corpus as --data")
         tokenizer = text.MiniTokenizer() if text_tokenizer == "mini" else text.QwenTokenizer(text_tokenizer)
         checkpoint.component_config(model, "speech_tokenizer")  # refuses a model without one
         components = checkpoint.read_config(model)["components"]

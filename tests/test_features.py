@@ -223,3 +223,5 @@ def test_a_folder_for_one_stage_gives_the_rows_of_a_full_one_and_is_refused_by_t
         (out["all"] / "made_with.json").write_text(json.dumps(made))
     assert add(out["lm"], "copied", "lm") == 2
     assert "has no ['audio', 'mel'] to copy; give --model" in capsys.readouterr().err
+    assert add(out["lm"], "copied", "lm", "--model", model) == 2
+    assert "has no audio to make features of" in capsys.readouterr().err
