@@ -6,13 +6,15 @@ Records are sorted by length into few padded lengths, so that few programs are c
 written under a temporary name and then renamed: started again, the pass goes on with the first shard that is
 absent. `--process I/N` makes every N-th shard, a process per accelerator or host; once all have ended, the command
 without it writes what makes the folder a dataset. A record that cannot be encoded is left out and named in
-OUT/report.jsonl.
+OUT/report.jsonl. `--for lm` or `--for flow` keeps of each record what that stage of the training reads. Without
+`--model`, CORPUS is a folder of this pass with all features, of which the kept ones are copied.
 """
 
 import argparse
 import functools
 import json
 import sys
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import jax
@@ -30,9 +32,17 @@ from deepasmr_jax import (  # noqa: E402
     files,
     input_pipeline,
     sharding,
+    shards,
     synthesis,
     text,
 )
+
+_NAMES = ("id", "pair_id", "language", "speaker", "style", "speech_tokens", "num_samples", "duration_s")
+# what is kept of a record for a stage, if it is there; num_samples tells the length of the audio that is not kept
+KEPT = {
+    "lm": (*_NAMES, "text", "text_ids", "phones", "speaker_embedding"),
+    "flow": (*_NAMES, "mel"),
+}
 
 # ---------------------------------------------------------------- features
 
@@ -50,9 +60,10 @@ class Extractor:
         model_folder: exported folder with `speech_tokenizer`, and `speaker` if embeddings are wanted.
         mel_profile: name of the mel recipe of the features.
         batch_size: rows of one compiled call.
+        stage: mel or embedding are not made where `KEPT` has them not for it.
     """
 
-    def __init__(self, model_folder: str, mel_profile: str, batch_size: int):
+    def __init__(self, model_folder: str, mel_profile: str, batch_size: int, stage: str = "all"):
         sharding.ensure_mesh()
         self.batch_size = batch_size
         self.profile = audio.mel_profile(mel_profile)
@@ -71,7 +82,8 @@ class Extractor:
         self._window_samples = file.WINDOW_FRAMES * audio.S3_HOP_SAMPLES
         self._embed = None
         self.embedding_size = 0
-        if "speaker" in components:
+        kept = KEPT.get(stage, ("mel", "speaker_embedding"))
+        if "speaker" in components and "speaker_embedding" in kept:
             speaker, speaker_cfg = checkpoint.load_component(model_folder, "speaker")
             speaker_file = checkpoint.model_file(components["speaker"]["module"])
 
@@ -82,35 +94,38 @@ class Extractor:
             self._embed = embed
             row = jax.ShapeDtypeStruct((1, 2 * audio.SAMPLE_RATE), np.float32)
             self.embedding_size = jax.eval_shape(embed, row, jax.ShapeDtypeStruct((1,), np.int32)).shape[-1]
-        self._mel = jax.jit(lambda wav, lengths: audio.log_mel(wav, lengths, self.profile))
+        self._mel = None
+        if "mel" in kept:
+            self._mel = jax.jit(lambda wav, lengths: audio.log_mel(wav, lengths, self.profile))
 
     def __call__(self, wavs: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Features of each waveform (float32 [W] at 16 kHz), in the order given."""
         out: list[dict[str, np.ndarray]] = [{} for _ in wavs]
         order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))
-        rate = self.profile.sample_rate
         while order:
             width = padded_length(len(wavs[order[0]]))
             rows = [i for i in order if padded_length(len(wavs[i])) == width][: self.batch_size]
             order = [i for i in order if i not in set(rows)]
             wav, lengths = _pad([wavs[i] for i in rows], width, self.batch_size)
-            tokens = self._tokens(wav, lengths, len(rows))
-            if rate == audio.SAMPLE_RATE:
-                mel_wav, mel_lengths = wav, lengths
-            else:
-                pieces = [audio.resample(wavs[i], audio.SAMPLE_RATE, rate) for i in rows]
-                mel_wav, mel_lengths = _pad(pieces, -(-width * rate // audio.SAMPLE_RATE), self.batch_size)
-            mel = np.asarray(self._mel(mel_wav, mel_lengths))
-            embedding = None if self._embed is None else np.asarray(self._embed(wav, lengths))
-            for row, i in enumerate(rows):
-                frames = int(audio.num_frames(int(mel_lengths[row]), self.profile))
-                out[i] = {
-                    "speech_tokens": tokens[row],
-                    "mel": np.asarray(mel[row, :frames], np.float16),
-                }
-                if embedding is not None:
-                    out[i]["speaker_embedding"] = np.asarray(embedding[row], np.float32)
+            for i, tokens in zip(rows, self._tokens(wav, lengths, len(rows)), strict=True):
+                out[i]["speech_tokens"] = tokens
+            if self._mel is not None:
+                for i, mel in zip(rows, self._mels([wavs[i] for i in rows], wav, lengths), strict=True):
+                    out[i]["mel"] = mel
+            if self._embed is not None:
+                for i, embedding in zip(rows, np.asarray(self._embed(wav, lengths)), strict=False):
+                    out[i]["speaker_embedding"] = np.asarray(embedding, np.float32)
         return out
+
+    def _mels(self, wavs: list[np.ndarray], wav: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        """Mel of the first rows of a batch, which hold `wavs`."""
+        rate = self.profile.sample_rate
+        if rate != audio.SAMPLE_RATE:
+            pieces = [audio.resample(x, audio.SAMPLE_RATE, rate) for x in wavs]
+            wav, lengths = _pad(pieces, -(-wav.shape[1] * rate // audio.SAMPLE_RATE), self.batch_size)
+        mel = np.asarray(self._mel(wav, lengths))
+        frames = [int(audio.num_frames(int(n), self.profile)) for n in lengths[: len(wavs)]]
+        return [np.asarray(mel[row, :count], np.float16) for row, count in enumerate(frames)]
 
     def _tokens(self, wav: np.ndarray, lengths: np.ndarray, num_rows: int) -> list[np.ndarray]:
         """Speech tokens of the first rows; those beyond the tokenizer's window (30 s) are read in several."""
@@ -141,32 +156,37 @@ _ORIGIN = {
     "corpus_size": "a corpus of",
     "corpus_files": "files of the corpus with names, sizes and times of checksum",
     "shard_size": "the shard size",
+    "for": "records for",
 }
 
 
 def add_features(
     data: str,
-    model: str,
+    model: str | None,
     out: str,
     text_tokenizer: str = "mini",
     mel_profile: str = "mini",
     batch_size: int = 16,
     shard_size: int = 512,
     process: str = "0/1",
+    stage: str = "all",
 ) -> int | None:
     """Writes the feature dataset of every split of a corpus; goes on where an interrupted pass ended.
 
     Args:
         data: TFDS version folder of the corpus (16 kHz records).
-        model: exported model folder.
+        model: exported model folder; None: `data` is what this function wrote for all stages, of the same corpus, and
+            the next three arguments are as they were then.
         out: version folder to write, e.g. `FEATURES/1.0.0`.
         text_tokenizer: "mini", or the folder of a Qwen tokenizer; its name and vocabulary size are written beside
-            the features (input_pipeline.MADE_WITH_FILE), for the language model to compare; so is all else that an
+            the features (shards.MADE_WITH_FILE), for the language model to compare; so is all else that an
             interrupted pass must go on with (`_ORIGIN`).
         mel_profile: name of the mel recipe; a flow refuses features of another one.
         batch_size: rows per compiled call.
         shard_size: records per output file.
         process: "I/N": only the shards of process I of N; when all have ended, "0/1" completes the folder.
+        stage: "all" keeps every field of the corpus beside the features; "lm" or "flow" what `KEPT` says. The same
+            records are left out.
 
     Returns:
         Number of records left out, which the report names: shorter than one token, or a text that cannot be encoded.
@@ -179,51 +199,57 @@ def add_features(
     import tensorflow_datasets as tfds
 
     index, count = tfds_files.process_of(process)
+    if stage not in ("all", *KEPT):
+        raise ValueError(f"records for {stage!r} are unknown; give one of all, {', '.join(KEPT)}")
     folder = Path(out)
     source = tfds.builder_from_directory(str(data))
-    tokenizer = text.MiniTokenizer() if text_tokenizer == "mini" else text.QwenTokenizer(text_tokenizer)
-    checkpoint.component_config(model, "speech_tokenizer")  # refuses a model without one
-    components = checkpoint.read_config(model)["components"]
     size = (f"{name} {i.num_examples} records {i.num_bytes} bytes" for name, i in source.info.splits.items())
-    made = {
-        "name": "mini" if text_tokenizer == "mini" else "qwen",
-        "vocab_size": tokenizer.vocab_size,
-        "speech_tokenizer": components["speech_tokenizer"]["sha256"],
-        "mel_profile": mel_profile,
-        "speaker": components.get("speaker", {"sha256": "none"})["sha256"],
+    corpus = {
         "corpus": str(Path(data).resolve()),
         "corpus_size": ", ".join(size),
-        "corpus_files": input_pipeline.files_mark(data, source.info.splits),
+        "corpus_files": shards.files_mark(data, source.info.splits),
         "shard_size": shard_size,
+        "for": stage,
     }
-    _note_origin(folder, made)
-    extract = Extractor(model, mel_profile, batch_size)
-    added = {
-        "speech_tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-        "mel": tfds.features.Tensor(
-            shape=(None, extract.profile.num_mels), dtype=np.float16, encoding="bytes"
-        ),
-        "text_ids": tfds.features.Tensor(shape=(None,), dtype=np.int32),
-        "duration_s": tfds.features.Scalar(np.float32),
-    }
-    if extract.embedding_size:
-        size = (extract.embedding_size,)
-        added["speaker_embedding"] = tfds.features.Tensor(shape=size, dtype=np.float32)
-    features = tfds.features.FeaturesDict(dict(source.info.features.items()) | added)
+    known = dict(source.info.features.items())
+    if model is None:
+        _note_origin(folder, _origin_of_features(data, known) | corpus)
+        with_features = lambda rows: (rows, [])
+    else:
+        if "audio" not in known:
+            raise ValueError(f"{data} has no audio to make features of; give the corpus as --data")
+        tokenizer = text.MiniTokenizer() if text_tokenizer == "mini" else text.QwenTokenizer(text_tokenizer)
+        checkpoint.component_config(model, "speech_tokenizer")  # refuses a model without one
+        components = checkpoint.read_config(model)["components"]
+        made = {
+            "name": "mini" if text_tokenizer == "mini" else "qwen",
+            "vocab_size": tokenizer.vocab_size,
+            "speech_tokenizer": components["speech_tokenizer"]["sha256"],
+            "mel_profile": mel_profile,
+            "speaker": components.get("speaker", {"sha256": "none"})["sha256"],
+        }
+        _note_origin(folder, made | corpus)
+        extract = Extractor(model, mel_profile, batch_size, stage)
+        known |= _features_of(extract)
+        with_features = functools.partial(_with_features, tokenizer=tokenizer, extract=extract)
+    if stage != "all":
+        known["num_samples"] = tfds.features.Scalar(np.int32)
+    features = tfds.features.FeaturesDict({k: v for k, v in known.items() if k in KEPT.get(stage, known)})
+    read = {"audio", "text", "language", "id", *features} & set(source.info.features)
     paths: dict[str, list[Path]] = {}
     for split, info in source.info.splits.items():
-        records = source.as_data_source(split)
+        records = shards.Records(input_pipeline.Config("lm", 1, (str(data),), split), tuple(read))
         num_shards = -(-info.num_examples // shard_size)
         names = [tfds_files.shard_name(folder.parent.name, split, i, num_shards) for i in range(num_shards)]
         paths[split] = [folder / name for name in names]
         for shard, path in enumerate(paths[split]):
             if shard % count != index or path.exists():
                 continue
-            rows = [_plain(records[i]) for i in range(shard * shard_size, info.num_examples)[:shard_size]]
-            rows, problems = _fit(rows, tokenizer)
-            found = extract([r["audio"].astype(np.float32) / 32768.0 for r in rows])
+            places = range(shard * shard_size, info.num_examples)[:shard_size]
+            rows, problems = with_features(_plain(records[i]) for i in places)
             files.write_text(_problems_file(path), "".join(problems))
-            tfds_files.write_shard(path, features, (r | more for r, more in zip(rows, found, strict=True)))
+            rows = (row | {"num_samples": len(row["audio"])} for row in rows)
+            tfds_files.write_shard(path, features, ({name: row[name] for name in features} for row in rows))
             print(f"{split}: shard {shard + 1} of {num_shards}", flush=True)
     absent = [path.name for of_split in paths.values() for path in of_split if not path.exists()]
     if absent or count > 1:
@@ -234,7 +260,40 @@ def add_features(
     return _complete(folder, paths, features, source.info.description or "")
 
 
-def _fit(rows: list[dict], tokenizer) -> tuple[list[dict], list[str]]:
+def _features_of(extract: Extractor) -> dict:
+    """Specifications of all fields that the pass may add."""
+    import tensorflow_datasets as tfds
+
+    tensor = tfds.features.Tensor
+    added = {
+        "speech_tokens": tensor(shape=(None,), dtype=np.int32),
+        "mel": tensor(shape=(None, extract.profile.num_mels), dtype=np.float16, encoding="bytes"),
+        "text_ids": tensor(shape=(None,), dtype=np.int32),
+        "duration_s": tfds.features.Scalar(np.float32),
+    }
+    if extract.embedding_size:
+        added["speaker_embedding"] = tensor(shape=(extract.embedding_size,), dtype=np.float32)
+    return added
+
+
+def _origin_of_features(data: str, known: Container[str]) -> dict:
+    """What made the features of a folder that are to be copied; ValueError if it has not all of them."""
+    made = shards.made_with(data)
+    absent = sorted(name for name in (*shards.FEATURES, "audio", "duration_s") if name not in known)
+    if absent or not made:
+        missing = absent or shards.MADE_WITH_FILE
+        raise ValueError(f"{data} has no {missing} to copy; give --model, or a folder made --for all")
+    return made
+
+
+def _with_features(rows: Iterable[dict], tokenizer, extract: Extractor) -> tuple[list[dict], list[str]]:
+    """The records that can have features, with them; and a line of the report for each other."""
+    rows, problems = _fit(rows, tokenizer)
+    found = extract([row["audio"].astype(np.float32) / 32768.0 for row in rows])
+    return [row | more for row, more in zip(rows, found, strict=True)], problems
+
+
+def _fit(rows: Iterable[dict], tokenizer) -> tuple[list[dict], list[str]]:
     """The records that can have features, with text ids and duration; and a line of the report for each other."""
     fit, problems = [], []
     for row in rows:
@@ -279,18 +338,19 @@ def _complete(folder: Path, paths: dict[str, list[Path]], features, description:
         raise ValueError(f"no record is left, see {folder / data_check.BUILD_REPORT}")
     tfds_files.remove_left_overs(folder)
     tfds_files.write_metadata(folder, features, lengths, description)
+    tfds_files.write_index(folder, lengths)
     return left_out
 
 
 def _note_origin(folder: Path, made: dict) -> None:
     """Writes what the features are made with, or compares it with what is there; older files say less."""
-    path = input_pipeline.made_with_file(folder)
+    path = shards.made_with_file(folder)
     if not path.exists():
         config.write_json(path, made)
         return
-    found = json.loads(path.read_text())
+    found = {"for": "all"} | json.loads(path.read_text())  # as older passes were
     for key, what in _ORIGIN.items():
-        if key in found and found[key] != made[key]:
+        if key in found and found[key] != made.get(key, found[key]):
             raise ValueError(
                 f"{folder} was begun with {what} {found[key]}, not {made[key]}; choose another --out"
             )
@@ -306,17 +366,31 @@ def main(argv: list[str] | None = None) -> int:
         description="Add speech tokens, mel, text ids, durations and speaker embeddings to a corpus."
     )
     parser.add_argument("--data", required=True, help="TFDS version folder of the corpus")
-    parser.add_argument("--model", required=True, help="exported folder with speech_tokenizer (and speaker)")
+    parser.add_argument(
+        "--model",
+        help="exported folder with speech_tokenizer (and speaker); without it, features of --data are copied",
+    )
     parser.add_argument("--out", required=True, help="version folder to write, e.g. FEATURES/1.0.0")
     parser.add_argument("--text-tokenizer", default="mini", help="mini, or the folder of a Qwen tokenizer")
     parser.add_argument("--mel-profile", default="mini", choices=sorted(audio.MEL_PROFILES))
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--shard-size", type=int, default=512)
     parser.add_argument("--process", default="0/1", help="I/N: the share of process I of N")
+    parser.add_argument(
+        "--for", dest="stage", default="all", choices=("all", *KEPT), help="stage whose fields alone are kept"
+    )
     o = parser.parse_args(argv)
     try:
         left_out = add_features(
-            o.data, o.model, o.out, o.text_tokenizer, o.mel_profile, o.batch_size, o.shard_size, o.process
+            o.data,
+            o.model,
+            o.out,
+            o.text_tokenizer,
+            o.mel_profile,
+            o.batch_size,
+            o.shard_size,
+            o.process,
+            o.stage,
         )
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -343,13 +343,14 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
         )
     for split in [s for s in SPLITS if not sum(lengths[s])]:
         for path in out.glob(f"*-{split}.array_record-*"):
-            path.unlink()
+            tfds_files.remove_shard(path)
         del lengths[split]
     tfds_files.write_metadata(
         out, _features(), lengths, f"Built by data/build.py; see {data_check.BUILD_REPORT}."
     )
     shutil.rmtree(out / tfds_files.PARTS)
     tfds_files.remove_left_overs(out)
+    tfds_files.write_index(out, lengths)
     hours = {s: round(samples[s] / audio.SAMPLE_RATE / 3600, 4) for s in lengths}
     return {"records": {s: sum(n) for s, n in lengths.items()}, "hours": hours, "left_out": left_out} | dict(
         kinds

@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import audio, files, input_pipeline  # noqa: E402
+from deepasmr_jax import audio, files, input_pipeline, shards  # noqa: E402
 
 FIELDS = ("pair_id", "audio", "text", "language", "speaker", "style", "kind", "engine")
 POOL_SIZE = {"en": 32, "zh": 18}  # 50, as in the paper
@@ -75,7 +75,7 @@ def write_settings(model: str | Path) -> None:
 
 def read_records(data: str, split: str):
     """Yields the records of a split in their stored order: its fields, and "wav" [W] float32 at 16 kHz."""
-    records = input_pipeline.Records(
+    records = shards.Records(
         input_pipeline.Config(stage="vocoder", batch_size=1, data_dirs=(data,), split=split), FIELDS
     )
     for i in range(len(records)):

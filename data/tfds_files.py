@@ -5,18 +5,21 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from deepasmr_jax import files  # noqa: E402
+from deepasmr_jax import files, input_pipeline, shards  # noqa: E402
 
 PARTS = ".parts"  # folder beside the shards for what a pass keeps of each, until it is complete
 
 
 class ShardWriter:
-    """Writes records one by one; `size` is the sum of the serialized sizes in bytes, `count` their number."""
+    """Writes records one by one; `size` is the sum of the serialized sizes in bytes, `count` their number.
+
+    `index` has their part of the loader's index (None of records that no stage reads).
+    """
 
     def __init__(self, path: Path, features):
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -25,14 +28,24 @@ class ShardWriter:
         self._features = features
         self._serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
         self._writer = ArrayRecordWriter(str(path), "group_size:1")
+        known = {name: features[name] for name in shards.ShardIndex.fields if name in features}
+        self._indexed = features.__class__(known)
+        self.index = shards.ShardIndex() if {"speaker", "style", "language"} <= set(known) else None
         self.size = self.count = 0
 
     def write(self, record: dict) -> None:
         """Appends a record."""
-        self.write_raw(self._serializer.serialize_example(self._features.encode_example(record)))
+        self._append(self._serializer.serialize_example(self._features.encode_example(record)))
+        if self.index is not None:
+            self.index.add(record)
 
     def write_raw(self, data: bytes) -> None:
         """Appends a record as another shard has it."""
+        self._append(data)
+        if self.index is not None:
+            self.index.add(self._indexed.deserialize_example_np(data))
+
+    def _append(self, data: bytes) -> None:
         self._writer.write(data)
         self.size += len(data)
         self.count += 1
@@ -44,13 +57,25 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def open_shard(path: Path, features) -> Iterator[ShardWriter]:
-    """A shard to write to; the file has its name when the block has ended, and no file is left if it fails."""
+    """A shard to write to, and its part of the index (`shards.ShardIndex`).
+
+    The file has its name when the block has ended, and its part of the index is there before; no file is left if the
+    block fails.
+    """
     with files.atomic_path(path) as part:
         writer = ShardWriter(part, features)
         try:
             yield writer
         finally:
             writer.close()
+        if writer.index is not None:
+            writer.index.write(path, shards.file_stamp(part))
+
+
+def remove_shard(path: Path) -> None:
+    """Removes a shard and its part of the index."""
+    path.unlink()
+    shards.piece_path(path).unlink(missing_ok=True)
 
 
 def write_shard(path: Path, features, records) -> int:
@@ -94,7 +119,13 @@ def num_records(path: Path) -> int:
 
 
 def shard_name(dataset: str, split: str, shard: int, num_shards: int) -> str:
-    """File name of a shard, in the pattern that TFDS reads."""
+    """File name of a shard, in the pattern that TFDS reads.
+
+    Raises:
+        ValueError: if there are more shards than five digits count; TFDS takes them in the order of their names.
+    """
+    if num_shards > 99_999:
+        raise ValueError(f"{num_shards} shards of {split!r} are more than 99,999; put more records into each")
     return f"{dataset}-{split}.array_record-{shard:05d}-of-{num_shards:05d}"
 
 
@@ -144,3 +175,9 @@ def write_metadata(folder: Path, features, shard_lengths: dict[str, list[int]], 
         data_dir=folder, features=features, split_infos=splits, filename_template=template, check_data=False,
         description=description,
     )  # fmt: skip
+
+
+def write_index(folder: Path, splits: Iterable[str]) -> None:
+    """Makes the loader's index of a dataset from the parts beside its shards, so that no run has to."""
+    for split in splits:
+        shards.read_index(input_pipeline.Config("lm", 1, (str(folder),), split))

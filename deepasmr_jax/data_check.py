@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepasmr_jax import audio, files, input_pipeline, request
+from deepasmr_jax import audio, files, input_pipeline, request, shards
 from deepasmr_jax import text as text_lib
 
 # kind of problem -> what it means; those of KEPT are reported and stay, those of FIRM cannot be kept
@@ -434,7 +434,7 @@ def read_records(folder: str | os.PathLike) -> Iterator[Item | Problem]:
         raise ValueError(f"records of {folder} have no audio, only {', '.join(info.features)}")
     for split in info.splits:
         cfg = input_pipeline.Config("vocoder", 1, (str(folder),), split)
-        records = input_pipeline.Records(cfg, names)
+        records = shards.Records(cfg, names)
         for i in range(len(records)):
             where = f"{folder} {split} record {i}"
             try:

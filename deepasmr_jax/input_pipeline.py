@@ -4,7 +4,7 @@ One chain per stage: example number -> random choices of that number -> rows of 
 -> prefetch. An example number names an epoch and a place in its order, so that a saved position is one
 integer and two hosts together read what one host would. Records are TFDS features: text, speaker, style,
 language, audio int16 [W] at 16 kHz, phones and f0_class int32 [W // 320]; data/add_features.py adds
-speech_tokens [N], mel float16 [T, M] and text_ids.
+speech_tokens [N], mel float16 [T, M] and text_ids, and may leave out what a stage does not read.
 Batches, B rows each, all lengths static:
   lm: tokens, kinds, segment_ids, positions, targets, each [B, N] int32; kinds as in lm.py;
     segment_ids 0 = padding; targets -1 = ignored. A segment is 1..k utterances of one speaker and one style:
@@ -23,29 +23,22 @@ Where chips do not divide a batch, empty rows stand behind its own: zeros, and I
 """
 
 import array
+import bisect
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 
-from deepasmr_jax import audio, files, lm, text
+from deepasmr_jax import audio, lm, shards, text
 
 IGNORED = -1  # target or label that carries no loss
 LABEL_SAMPLES = 320  # one phone label each 20 ms
-FEATURES = {"speech_tokens", "mel", "text_ids"}  # fields that data/add_features.py makes
-# beside them, what made them: {"name": "mini" or "qwen", "vocab_size", "speech_tokenizer": sha256, "mel_profile"},
-# the first two of the text tokenizer; older folders may say less, under the older name
-MADE_WITH_FILE = "made_with.json"
-OLD_MADE_WITH_FILE = "text_tokenizer.json"
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 _EXAMPLES = 2**40  # "without end", for Grain's range
 _LABELS = ("targets", "aligned", "phones", "f0_class", "speaker_index")  # IGNORED in an empty row
@@ -126,226 +119,13 @@ class Config:
         return "tokens" if self.stage in ("lm", "flow") else "samples"
 
 
-def made_with_file(folder: str | os.PathLike) -> Path:
-    """The file of a feature folder that says what made it, under its older name if only that is there."""
-    path, old = Path(folder) / MADE_WITH_FILE, Path(folder) / OLD_MADE_WITH_FILE
-    return old if old.exists() and not path.exists() else path
-
-
-# ---------------------------------------------------------------- records and their index
-
-
-@dataclasses.dataclass
-class Index:
-    """Lengths and names of the records of a split, in record order: `_ROW` in a file beside the data, mapped.
-
-    A voice is a speaker in one style and language; the names stand once for each, in the order of these three.
-    """
-
-    voice: np.ndarray  # [records] int32: place in the three below
-    pair: np.ndarray  # [records] uint64: hash of the name that the records of one sentence share
-    num_samples: np.ndarray  # [records] int32, as the next two
-    num_tokens: np.ndarray  # 0 where the corpus has no features yet
-    num_text: np.ndarray
-    speakers: np.ndarray  # [voices] names
-    styles: np.ndarray
-    languages: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.voice)
-
-    def __getstate__(self):  # a worker process maps the file again
-        return {k: (str(v.filename), k) if getattr(v, "filename", None) else v for k, v in vars(self).items()}
-
-    def __setstate__(self, state):
-        for name, v in state.items():
-            setattr(self, name, np.load(v[0], mmap_mode="r")[v[1]] if isinstance(v, tuple) else v)
-
-
-# of the index file: 24 bytes a record
-_ROW = np.dtype([("pair", "<u8")] + [(k, "<i4") for k in ("voice", "num_samples", "num_tokens", "num_text")])
-
-
-class Records:
-    """Random access to the records of one split of several TFDS folders, reading only the wanted fields.
-
-    Args:
-        cfg: names the folders and the split.
-        fields: names of the features to decode; None: all.
-
-    Raises:
-        ValueError: if a folder is no TFDS dataset, or lacks the split or a field.
-    """
-
-    def __init__(self, cfg: Config, fields: tuple[str, ...] | None = None):
-        if not cfg.data_dirs:
-            raise ValueError("no data: give the dataset with --set data.data_dirs=FOLDER")
-        for folder in cfg.data_dirs:
-            absent = sorted(set(fields or ()) - set(_builder(folder).info.features))
-            if absent == ["phones"] and cfg.align:
-                raise ValueError(
-                    f"records of {folder} have no phone labels `phones`; train without them: "
-                    "--set=data.align=false --set=model.alignment_weight=0"
-                )
-            if absent:
-                raise ValueError(
-                    f"records of {folder} have no {absent}; "
-                    + (
-                        "run data/add_features.py on the corpus first"
-                        if FEATURES.issuperset(absent)
-                        else "build the corpus with them, see data/README.md"
-                    )
-                )
-        self._dirs, self._split, self._fields = cfg.data_dirs, cfg.split, fields
-        self._ends = np.cumsum([_num_records(folder, cfg.split) for folder in cfg.data_dirs])
-        self._open = {}
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, i: int) -> dict:
-        source = int(np.searchsorted(self._ends, i, side="right"))
-        start = int(self._ends[source - 1]) if source else 0
-        if source not in self._open:
-            self._open[source] = _Source(self._dirs[source], self._split, self._fields)
-        return self._open[source][int(i) - start]
-
-    def __getstate__(self):
-        return self.__dict__ | {"_open": {}}  # file handles do not travel to worker processes
-
-
-@functools.cache
-def _builder(folder: str):
-    import tensorflow_datasets as tfds
-
-    if not (Path(folder) / "dataset_info.json").exists():
-        inner = sorted(p.parent for p in Path(folder).glob("**/dataset_info.json"))
-        hint = f"; did you mean {inner[-1]}?" if inner else ""
-        raise ValueError(f"{folder} is no TFDS dataset folder: it has no dataset_info.json{hint}")
-    return tfds.builder_from_directory(str(folder))
-
-
-def _num_records(folder: str, split: str) -> int:
-    splits = _builder(folder).info.splits
-    if split not in splits:
-        way_out = "eval_batches=0 trains without one, data/build.py --split-by says how one is made"
-        raise ValueError(
-            f"{folder} has no split {split!r}; it has {', '.join(sorted(splits))}"
-            + (f" ({way_out})" if split == "valid" else "")
-        )
-    return splits[split].num_examples
-
-
-class _Source:
-    """Records of one folder; only the wanted features are parsed, which matters beside long waveforms."""
-
-    def __init__(self, folder: str, split: str, fields: tuple[str, ...] | None):
-        import tensorflow_datasets as tfds
-
-        builder = _builder(folder)
-        features = builder.info.features
-        self._features = tfds.features.FeaturesDict({name: features[name] for name in fields or features})
-        self._raw = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-
-    def __getitem__(self, i: int) -> dict:
-        return self._features.deserialize_example_np(self._raw[i])
-
-
-def read_index(cfg: Config) -> Index:
-    """The index of the split, mapped from the file beside the (first) dataset, or made by one pass and kept there.
-
-    Raises:
-        ValueError: if no folder is given, one is no TFDS dataset, or lacks the split.
-    """
-    if not cfg.data_dirs:
-        raise ValueError("no data: give the dataset with --set data.data_dirs=FOLDER")
-    return _index(tuple(cfg.data_dirs), cfg.split)
-
-
-@functools.lru_cache(maxsize=16)
-def _index(folders: tuple[str, ...], split: str) -> Index:
-    """Of one folder, or of several joined."""
-    marks = "".join(files_mark(folder, [split]) for folder in folders)
-    mark = marks if len(folders) == 1 else hashlib.sha256(marks.encode()).hexdigest()[:12]
-    path = Path(folders[0]) / f"index_{split}_{mark}.npy"
-    names = path.with_suffix(".json")
-    if path.exists() and names.exists():
-        rows, voices = np.load(path, mmap_mode="r"), json.loads(names.read_text("utf-8"))
-    else:
-        rows, voices = _scan(folders[0], split) if len(folders) == 1 else _joined(folders, split)
-        try:
-            files.write_text(names, json.dumps(voices, ensure_ascii=False))
-            with files.atomic_path(path) as part:
-                np.save(part, rows)
-            rows = np.load(path, mmap_mode="r")
-        except OSError as error:  # a read-only folder costs memory, and one pass per start
-            print(f"index of {folders[0]} is not kept: {error}", flush=True)
-    speakers, styles, languages = np.array(voices, np.str_).reshape(-1, 3).T
-    return Index(
-        **{name: rows[name] for name in _ROW.names}, speakers=speakers, styles=styles, languages=languages
-    )
-
-
-def files_mark(folder: str | os.PathLike, splits: Iterable[str]) -> str:
-    """12 hexadecimal digits of the names, bytes and times (s) of the files of splits: other records, other digits."""
-    paths = sorted(p for p in Path(folder).glob("[!.]*") if any(f"-{split}." in p.name for split in splits))
-    facts = [(p.name, p.stat().st_size, int(p.stat().st_mtime)) for p in paths]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-
-
-def _scan(folder: str, split: str) -> tuple[np.ndarray, list[list[str]]]:
-    """(`_ROW` of every record, names of the voices) by one pass over the records."""
-    count, known = _num_records(folder, split), set(_builder(folder).info.features)
-    wanted = ("speaker", "style", "language", "pair_id", "audio", "speech_tokens", "text_ids")
-    source = _Source(folder, split, tuple(f for f in wanted if f in known))
-    print(f"reading {count} records of {folder} once, for their index", flush=True)
-    rows, voices = np.zeros(count, _ROW), {}
-    for i in range(count):
-        record = source[i]
-        voice = tuple(_str(record[k]) for k in ("speaker", "style", "language"))
-        pair = _str(record.get("pair_id", b"")) or f"{folder}:{i}"
-        rows[i] = (
-            int.from_bytes(hashlib.blake2b(pair.encode(), digest_size=8).digest(), "little"),
-            voices.setdefault(voice, len(voices)),
-            len(record["audio"]),
-            len(record.get("speech_tokens", ())),
-            len(record.get("text_ids", ())),
-        )
-    return _with_sorted_voices([rows], [list(voices)])
-
-
-def _joined(folders: tuple[str, ...], split: str) -> tuple[np.ndarray, list[list[str]]]:
-    """As `_scan`, of several folders one after the other."""
-    rows, voices = [], []
-    for part in (_index((folder,), split) for folder in folders):
-        rows.append(np.empty(len(part), _ROW))
-        for name in _ROW.names:
-            rows[-1][name] = getattr(part, name)
-        names = (part.speakers, part.styles, part.languages)
-        voices.append(list(zip(*(x.tolist() for x in names), strict=True)))
-    return _with_sorted_voices(rows, voices)
-
-
-def _with_sorted_voices(rows: list[np.ndarray], voices: list[list]) -> tuple[np.ndarray, list[list[str]]]:
-    """Parts one after the other, with the voices of all in the order of their names."""
-    every = sorted({voice for part in voices for voice in part}, key="\n".join)
-    places = {voice: i for i, voice in enumerate(every)}
-    for part, own in zip(rows, voices, strict=True):
-        part["voice"] = np.array([places[voice] for voice in own], np.int32)[part["voice"]]
-    return np.concatenate(rows) if len(rows) > 1 else rows[0], [list(voice) for voice in every]
-
-
-def _str(value) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
 def speakers(cfg: Config) -> list[str]:
     """Speakers of the training split, sorted; the labels of the speaker stage are places in this list.
 
     Raises:
-        ValueError: as `read_index`.
+        ValueError: as `shards.read_index`.
     """
-    return sorted(set(read_index(dataclasses.replace(cfg, split="train")).speakers.tolist()))
+    return sorted(set(shards.read_index(dataclasses.replace(cfg, split="train")).speakers.tolist()))
 
 
 # ---------------------------------------------------------------- order of an epoch
@@ -355,7 +135,7 @@ def _rng(*numbers: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
 
 
-def _wanted(cfg: Config, index: Index) -> np.ndarray:
+def _wanted(cfg: Config, index: shards.Index) -> np.ndarray:
     """[records] bool: of a style with a weight, and of the languages."""
     heard = [s for s, weight in zip(cfg.styles, cfg.style_weights, strict=True) if weight > 0]
     voices = np.isin(index.styles, heard)
@@ -364,7 +144,7 @@ def _wanted(cfg: Config, index: Index) -> np.ndarray:
     return voices[index.voice]
 
 
-def _usable(cfg: Config, index: Index, faults: dict[str, np.ndarray]) -> np.ndarray:
+def _usable(cfg: Config, index: shards.Index, faults: dict[str, np.ndarray]) -> np.ndarray:
     """Which records a stage can use; says of the wanted ones that it cannot how many, why, and which first.
 
     Args:
@@ -390,10 +170,10 @@ def _usable(cfg: Config, index: Index, faults: dict[str, np.ndarray]) -> np.ndar
 
 def _names(cfg: Config, numbers: np.ndarray) -> list[str]:
     """Ids of records, or their numbers where a corpus has none."""
-    if not all("id" in _builder(folder).info.features for folder in cfg.data_dirs):
+    if not all("id" in shards.builder(folder).info.features for folder in cfg.data_dirs):
         return [str(i) for i in numbers]
-    records = Records(cfg, ("id",))
-    return [_str(records[i]["id"]) for i in numbers]
+    records = shards.Records(cfg, ("id",))
+    return [shards.decoded(records[i]["id"]) for i in numbers]
 
 
 class Mixture:
@@ -413,7 +193,9 @@ class Mixture:
         ValueError: if a style with a weight has no usable record.
     """
 
-    def __init__(self, cfg: Config, index: Index, usable: np.ndarray, lengths: np.ndarray | None = None):
+    def __init__(
+        self, cfg: Config, index: shards.Index, usable: np.ndarray, lengths: np.ndarray | None = None
+    ):
         usable = usable & _wanted(cfg, index)
         of_style = (usable & (index.styles == style)[index.voice] for style in cfg.styles)
         pools = [np.flatnonzero(mask).astype(np.int32) for mask in of_style]
@@ -473,22 +255,28 @@ def pack(lengths: np.ndarray, capacity: int, num_open: int = _OPEN_ROWS) -> Iter
     Yields:
         Rows of item numbers.
     """
-    room = np.empty(0, np.int64)
-    open_rows: list[list[int]] = []
-    for item, length in enumerate(lengths):
-        fits = np.where(room >= length, room, capacity + 1)
-        best = int(np.argmin(fits)) if len(fits) else 0
-        if len(fits) and fits[best] <= capacity:
-            open_rows[best].append(item)
-            room[best] -= length
+    rooms: list[tuple[int, int]] = []  # of the open rows, sorted: (room, number of the row)
+    rows: dict[int, list[int]] = {}
+    num_rows = 0
+    for item, length in enumerate(_ints(lengths)):
+        best = bisect.bisect_left(rooms, (length,))
+        if best < len(rooms):
+            room, row = rooms.pop(best)
+            rows[row].append(item)
+            bisect.insort(rooms, (room - length, row))
             continue
-        if len(open_rows) == num_open:
-            fullest = int(np.argmin(room))
-            yield open_rows.pop(fullest)
-            room = np.delete(room, fullest)
-        open_rows.append([item])
-        room = np.append(room, capacity - length)
-    yield from open_rows
+        if len(rooms) == num_open:
+            yield rows.pop(rooms.pop(0)[1])
+        rows[num_rows] = [item]
+        bisect.insort(rooms, (capacity - length, num_rows))
+        num_rows += 1
+    yield from rows.values()
+
+
+def _ints(values: np.ndarray) -> Iterator[int]:
+    """The numbers of a long array for a loop in Python, which is several times slower over NumPy's own."""
+    for start in range(0, len(values), 65536):
+        yield from values[start : start + 65536].tolist()
 
 
 # ---------------------------------------------------------------- rows of each stage
@@ -580,8 +368,7 @@ def check_mel_profile(folder: str | os.PathLike, wanted: str) -> None:
     Raises:
         ValueError: if they differ.
     """
-    path = made_with_file(folder)
-    found = json.loads(path.read_text()).get("mel_profile", wanted) if path.exists() else wanted
+    found = shards.made_with(folder).get("mel_profile", wanted)
     if found != wanted:
         raise ValueError(
             f"features in {folder} have mel profile {found!r}, data.mel_profile is {wanted!r}; "
@@ -614,9 +401,9 @@ class _Lm:
 
     fields = ("text", "language", "speech_tokens", "text_ids")
 
-    def __init__(self, cfg: Config, index: Index):
+    def __init__(self, cfg: Config, index: shards.Index):
         self.cfg, self.index = cfg, index
-        self.records = Records(cfg, self.fields + (("phones",) if cfg.align else ()))
+        self.records = shards.Records(cfg, self.fields + (("phones",) if cfg.align else ()))
         cost = index.num_text + index.num_tokens
         self._capacity = cfg.num_tokens - (cfg.spell_room if cfg.spell_probability else 0)
         too_long = f"take more than the {self._capacity - 2} positions of a row"
@@ -645,23 +432,15 @@ class _Lm:
         order = order[np.argsort(self.index.voice[order], kind="stable")]
         voice, cost = self.index.voice[order], self._cost(order)
         wanted = _rng(self.cfg.seed, 3, epoch).integers(1, self.cfg.max_utterances + 1, len(order))
-        # a style that is heard more than once in an epoch: not twice in one segment
-        is_once = len(np.unique(order)) == len(order)
-        is_new = lambda start, stop: is_once or order[stop] not in order[start:stop]
-        starts, start = array.array("i"), 0
-        while start < len(order):
-            starts.append(start)
-            stop, length = start, 2
-            while (
-                stop < len(order)
-                and stop - start < wanted[start]
-                and voice[stop] == voice[start]
-                and length + cost[stop] <= self._capacity
-                and is_new(start, stop)
-            ):
-                length += cost[stop]
-                stop += 1
-            start = stop
+        starts, own, of, room, most = array.array("i"), [], -1, 0, 0
+        columns = map(_ints, (order, voice, cost, wanted))
+        for at, (record, speaks, needs, count) in enumerate(zip(*columns, strict=True)):
+            # a style that is heard more than once in an epoch: not twice in one segment
+            if speaks != of or needs > room or len(own) == most or record in own:
+                starts.append(at)
+                own, of, room, most = [], speaks, self._capacity - 2, count
+            own.append(record)
+            room -= needs
         starts.append(len(order))
         return order, np.frombuffer(starts, np.int32)
 
@@ -729,7 +508,7 @@ class _Lm:
         """The record's text with some words spelled by letters; None to keep the recorded encoding."""
         if self.tokenizer is None:
             return None
-        words, language = _str(record["text"]), _str(record["language"])
+        words, language = shards.decoded(record["text"]), shards.decoded(record["language"])
         return self.tokenizer.encode(words, language, self.cfg.spell_probability, rng)
 
 
@@ -738,9 +517,9 @@ class _Flow:
 
     fields = ("speech_tokens", "mel")
 
-    def __init__(self, cfg: Config, index: Index):
+    def __init__(self, cfg: Config, index: shards.Index):
         self.cfg, self.index = cfg, index
-        self.records = Records(cfg, self.fields)
+        self.records = shards.Records(cfg, self.fields)
         for folder in cfg.data_dirs:
             check_mel_profile(folder, cfg.mel_profile)
         fit = _usable(cfg, index, {_NO_TOKENS: index.num_tokens == 0})
@@ -829,12 +608,12 @@ class _Flow:
 class _Waves:
     """Pieces of waveforms, with frame labels, the text or the speaker's number where the stage wants them."""
 
-    def __init__(self, cfg: Config, index: Index):
+    def __init__(self, cfg: Config, index: shards.Index):
         self.cfg, self.index = cfg, index
         self._labels, self._reader, self._num_told = (), None, 0
         if cfg.stage == "speech_tokenizer":
             self._labels = ("text", "language") if cfg.labels == "text" else ("phones", "f0_class")
-        self.records = Records(cfg, ("audio", *self._labels))
+        self.records = shards.Records(cfg, ("audio", *self._labels))
         self._rate = (
             audio.mel_profile(cfg.mel_profile).sample_rate if cfg.stage == "vocoder" else audio.SAMPLE_RATE
         )
@@ -888,7 +667,7 @@ class _Waves:
         """
         why = ids = None
         try:
-            ids = self._reader.heard(_str(record["text"]), _str(record["language"]))
+            ids = self._reader.heard(shards.decoded(record["text"]), shards.decoded(record["language"]))
         except ValueError as error:
             why = str(error)
         if ids is not None:
@@ -901,7 +680,9 @@ class _Waves:
             self._num_told += 1
             if self._num_told <= _TOLD:
                 more = "; more are only counted, in rows_used" if self._num_told == _TOLD else ""
-                print(f"no loss from the text {_str(record['text'])[:60]!r}: {why}{more}", flush=True)
+                print(
+                    f"no loss from the text {shards.decoded(record['text'])[:60]!r}: {why}{more}", flush=True
+                )
         padded = np.zeros(self.cfg.num_samples // (2 * LABEL_SAMPLES), np.int32)
         padded[: len(ids)] = ids
         return {"text_ids": padded, "text_lengths": np.int32(len(ids))}
@@ -966,7 +747,7 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1, multiple: 
         raise ValueError(
             f"batch_size {cfg.batch_size} does not divide over {process_count} hosts; use a multiple of them"
         )
-    rows = {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, read_index(cfg))
+    rows = {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, shards.read_index(cfg))
     dataset = grain.MapDataset.range(_EXAMPLES).random_map(rows.row, seed=cfg.seed)
     # blocks of following rows, so that the hosts' blocks side by side are the batch of one host, row by row
     share = size // process_count
@@ -1010,7 +791,7 @@ def held_out(cfg: Config, split: str) -> Config:
     Raises:
         ValueError: if no folder has the split, or in the speaker stage not every folder.
     """
-    folders = [folder for folder in cfg.data_dirs if split in _builder(folder).info.splits]
+    folders = [folder for folder in cfg.data_dirs if split in shards.builder(folder).info.splits]
     if cfg.data_dirs and not folders:
         raise ValueError(
             f"{', '.join(cfg.data_dirs)} has no split {split!r} to evaluate on; build it with one (data/README.md), or "
@@ -1023,7 +804,7 @@ def held_out(cfg: Config, split: str) -> Config:
             "together; build it with one (data/README.md), or switch the evaluation off: --set=eval_batches=0"
         )
     cfg = dataclasses.replace(cfg, split=split, data_dirs=tuple(folders), spell_probability=0.0)
-    index = read_index(cfg)
+    index = shards.read_index(cfg)
     voices = zip(index.styles.tolist(), index.languages.tolist(), strict=True)
     there = {style for style, language in voices if not cfg.languages or language in cfg.languages}
     weights = tuple(w if s in there else 0.0 for s, w in zip(cfg.styles, cfg.style_weights, strict=True))

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepasmr_jax import checkpoint, input_pipeline, metrics, samples, sharding
+from deepasmr_jax import checkpoint, input_pipeline, metrics, samples, sharding, shards
 from deepasmr_jax import config as config_lib
 
 # last names of parameters that weight decay leaves alone: norms and biases; tables go by `is_decayed`
@@ -556,7 +556,7 @@ def check_text_ids(cfg: TrainConfig) -> None:
         "make them again with data/add_features.py --text-tokenizer (mini, or the folder of a Qwen tokenizer)"
     )
     for folder in cfg.data.data_dirs:
-        path = input_pipeline.made_with_file(folder)
+        path = shards.made_with_file(folder)
         if path.exists():
             made = json.loads(path.read_text())
             if made["vocab_size"] != rows:
@@ -566,7 +566,7 @@ def check_text_ids(cfg: TrainConfig) -> None:
                 )
             continue
         own = dataclasses.replace(cfg.data, data_dirs=(folder,))
-        records = input_pipeline.Records(own, ("text_ids",))
+        records = shards.Records(own, ("text_ids",))
         greatest = max(
             (int(records[i]["text_ids"].max(initial=0)) for i in range(min(100, len(records)))), default=0
         )

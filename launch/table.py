@@ -26,7 +26,7 @@ import numpy as np
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from deepasmr_jax import __version__, audio, batch, evaluate, files, input_pipeline, judges, synthesis  # noqa: E402
+from deepasmr_jax import __version__, audio, batch, evaluate, files, input_pipeline, judges, shards, synthesis  # noqa: E402
 
 STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
@@ -86,7 +86,7 @@ class Known:
 
 def read_items(data: str, split: str, per_row: int) -> tuple[dict[str, list[Item]], Known]:
     """Items of each language: matrix sentences first; in Mandarin, whose judge hears anything, others too."""
-    records = input_pipeline.Records(
+    records = shards.Records(
         input_pipeline.Config(stage="vocoder", batch_size=1, data_dirs=(data,), split=split), FIELDS
     )
     pairs: dict[tuple, dict] = {}

@@ -20,7 +20,7 @@ import manifest  # noqa: E402
 import measure  # noqa: E402
 import tfds_files  # noqa: E402
 
-from deepasmr_jax import audio, checkpoint, config, data_check, input_pipeline, metrics, train  # noqa: E402
+from deepasmr_jax import audio, checkpoint, config, data_check, input_pipeline, metrics, shards, train  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,12 +50,26 @@ def records(folder: Path) -> dict[str, dict]:
     found = {}
     for split in build.SPLITS:
         if list(folder.glob(f"*-{split}.array*")):
-            rows = input_pipeline.Records(input_pipeline.Config("vocoder", 1, (str(folder),), split))
+            cfg = input_pipeline.Config("vocoder", 1, (str(folder),), split)
+            rows, index = shards.Records(cfg), index_without_reading(cfg)
             for i in range(len(rows)):
                 row = {k: v.decode() if isinstance(v, bytes) else v for k, v in rows[i].items()}
                 assert row["id"] not in found
+                assert (row["speaker"], len(row["audio"])) == (
+                    index.speakers[index.voice[i]], index.num_samples[i]
+                )  # fmt: skip
                 found[row["id"]] = row | {"split": split}
     return found
+
+
+def index_without_reading(cfg: input_pipeline.Config) -> shards.Index:
+    """The index that is joined of what the build kept of each shard."""
+    shards._index.cache_clear()
+    for path in Path(cfg.data_dirs[0]).glob(f"index_{cfg.split}_*"):
+        path.unlink()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shards, "_Source", None)
+        return shards.read_index(cfg)
 
 
 def report(folder: Path) -> dict[str, str]:
@@ -552,8 +566,12 @@ def test_the_measured_manifest_is_built_and_read(tmp_path, capsys):
     capsys.readouterr()
     measure.read(str(out))
     told, count = capsys.readouterr().out, counts["records"]["train"]
-    assert (
-        f"records ({count} of {count})" in told and "rows of batches (" in told and "plan of 2 epochs" in told
-    )
+    assert f"records ({count} of {count})" in told and "rows of batches (" in told
+    for stage in ("lm", "flow"):
+        folder = tmp_path / stage / "1.0.0"
+        measure.features(folder, stage, 200, shard=100)
+        measure.read(str(folder))
+        told = capsys.readouterr().out
+        assert "reading records" not in told and "plan of an epoch" in told and "rows of batches (" in told
     with pytest.raises(ValueError, match="give 1 to 1198000"):
         measure.make(tmp_path / "m", 2_000_000)

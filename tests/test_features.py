@@ -1,5 +1,6 @@
 """Features of a corpus: the tokens and embeddings that synthesis would take from the same clips."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,7 +14,16 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, checkpoint, clip, data_check, input_pipeline, speaker_campplus, synthesis
+from deepasmr_jax import (
+    audio,
+    checkpoint,
+    clip,
+    data_check,
+    input_pipeline,
+    shards,
+    speaker_campplus,
+    synthesis,
+)
 
 
 def with_campplus(folder):
@@ -79,7 +89,7 @@ class FakeExtractor:
     def __call__(self, wavs):
         return [
             {"speech_tokens": np.arange(len(w) // 640, dtype=np.int32), "speaker_embedding": w[:4],
-             "mel": np.full((2, 80), w[4], np.float16)}
+             "mel": np.full((len(w) // 320, 80), w[4], np.float16)}
             for w in wavs
         ]  # fmt: skip
 
@@ -88,7 +98,7 @@ def contents(folder):
     """Arrays and texts of every record of a feature folder, by split and in order."""
     found = []
     for split in ("train", "valid"):
-        rows = input_pipeline.Records(input_pipeline.Config("lm", 1, (str(folder),), split))
+        rows = shards.Records(input_pipeline.Config("lm", 1, (str(folder),), split))
         found += [
             {k: v.tolist() if hasattr(v, "tolist") else v for k, v in rows[i].items()}
             for i in range(len(rows))
@@ -161,3 +171,57 @@ def test_processes_share_a_pass_that_goes_on_after_a_kill_and_names_what_it_leav
     assert (shared / data_check.BUILD_REPORT).read_text() == (alone / data_check.BUILD_REPORT).read_text()
     assert tools.main([*options, str(shared), "--process", "3/3"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_folder_for_one_stage_gives_the_rows_of_a_full_one_and_is_refused_by_the_others(
+    tmp_path, monkeypatch, capsys
+):
+    tools = fixture_data.script("data/add_features.py")
+    model = str(tiny_model.shared())
+    assert tools.Extractor(model, "mini", 2, "flow")._embed is None
+    assert tools.Extractor(model, "mini", 2, "lm")._mel is None
+    monkeypatch.setattr(tools, "Extractor", FakeExtractor)
+    corpus = fixture_data.write(tmp_path, {"train": 16, "valid": 2}, has_features=False)
+    out = {name: tmp_path / name / "f" / "1.0.0" for name in ("all", "lm", "flow", "copied")}
+
+    def add(data, name, stage, *more):
+        return tools.main(["--data", str(data), "--out", str(out[name]), "--for", stage, *more])
+
+    for stage in ("all", "lm", "flow"):
+        assert add(corpus, stage, stage, "--model", model) == 0
+    assert add(out["all"], "copied", "lm") == 0  # without a model
+    [row, *_] = contents(out["lm"])
+    assert set(row) == set(tools.KEPT["lm"]) and contents(out["copied"]) == contents(out["lm"])
+    assert row["num_samples"] == len(contents(out["all"])[0]["audio"])
+
+    lm = input_pipeline.Config("lm", 4, (str(out["all"]),), num_tokens=192, align=True)
+    flow = input_pipeline.Config(
+        "flow", 4, (str(out["all"]),), num_tokens=64, min_prompt_tokens=8, max_prompt_tokens=20
+    )
+    for cfg, name in ((lm, "lm"), (lm, "copied"), (flow, "flow")):
+        lean = dataclasses.replace(cfg, data_dirs=(str(out[name]),))
+        for a, b in zip(*(input_pipeline.first_batches(c, 6) for c in (cfg, lean)), strict=True):
+            assert all(np.array_equal(a[k], b[k]) for k in a | b)
+
+    for stage, name, words in (
+        (
+            "flow",
+            "lm",
+            "for the stage lm alone and have no .'mel'.; give the stage flow a folder .* --for flow",
+        ),
+        ("lm", "flow", "for the stage flow alone and have no .*'text_ids'.; .* --for lm"),
+        ("vocoder", "lm", f"no .'audio'.; give the stage vocoder the records they were made of, {corpus}"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            input_pipeline.make(input_pipeline.Config(stage, 4, (str(out[name]),)))
+    for name, stage in (("lm", "flow"), ("all", "lm")):
+        capsys.readouterr()
+        assert add(corpus, name, stage, "--model", model) == 2
+        assert f"was begun with records for {name}, not {stage}" in capsys.readouterr().err
+        made = json.loads((out["all"] / "made_with.json").read_text())
+        made.pop("for", None)  # a pass of an older version
+        (out["all"] / "made_with.json").write_text(json.dumps(made))
+    assert add(out["lm"], "copied", "lm") == 2
+    assert "has no ['audio', 'mel'] to copy; give --model" in capsys.readouterr().err
+    assert add(out["lm"], "copied", "lm", "--model", model) == 2
+    assert "has no audio to make features of" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import fixture_data
 import numpy as np
 import pytest
 
-from deepasmr_jax import audio, config, input_pipeline, lm, text
+from deepasmr_jax import audio, config, input_pipeline, lm, shards, text
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_segment_is_start_texts_task_speech_with_targets_only_on_speech_and_en
 
 def test_no_segment_has_an_utterance_twice_where_a_style_is_heard_again_in_an_epoch(folder):
     cfg = make_config(folder, "lm", style_weights=(1.0, 30.0), num_tokens=512)
-    rows = input_pipeline._Lm(cfg, input_pipeline.read_index(cfg))
+    rows = input_pipeline._Lm(cfg, shards.read_index(cfg))
     for epoch in range(5):
         order, starts = rows.segments(epoch)
         parts = [part.tolist() for part in np.split(order, starts[1:-1])]
@@ -192,7 +192,7 @@ def test_aligned_positions_are_text_of_the_same_segment_wherever_speech_is_predi
 
 def test_every_utterance_is_in_the_epoch_once_and_each_segment_has_one_speaker_and_style(folder):
     cfg = make_config(folder, "lm")
-    index = equally_long(input_pipeline.read_index(cfg))
+    index = equally_long(shards.read_index(cfg))
     rows = input_pipeline._Lm(cfg, index)
     used, starts = rows.segments(0)
     segments = np.split(used, starts[1:-1])
@@ -216,7 +216,7 @@ def test_packing_keeps_every_item_once_and_never_overfills():
 @pytest.mark.parametrize("weights, share", [((1.0, 1.0), 0.5), ((3.0, 1.0), 0.25), ((1.0, 0.0), 0.0)])
 def test_styles_are_drawn_in_the_wanted_shares_of_the_hours(folder, weights, share):
     cfg = make_config(folder, "flow", style_weights=weights)
-    index = input_pipeline.read_index(cfg)
+    index = shards.read_index(cfg)
     samples = np.where(
         styles_of(index) == "asmr", 3 * index.num_samples, index.num_samples
     )  # whispers are slow
@@ -230,7 +230,7 @@ def test_styles_are_drawn_in_the_wanted_shares_of_the_hours(folder, weights, sha
 
 def test_shares_of_the_hours_are_of_what_the_rows_take(folder):
     cfg = make_config(folder, "speaker", num_samples=3200)  # one crop of each record, however long it is
-    index = input_pipeline.read_index(cfg)
+    index = shards.read_index(cfg)
     samples = np.where(styles_of(index) == "asmr", 3 * index.num_samples, index.num_samples)
     mixture = input_pipeline._Waves(cfg, dataclasses.replace(index, num_samples=samples)).mixture
     drawn = np.concatenate([mixture.order(epoch) for epoch in range(5)])
@@ -239,7 +239,7 @@ def test_shares_of_the_hours_are_of_what_the_rows_take(folder):
 
 def test_a_style_with_a_small_share_goes_on_in_the_next_epoch(folder):
     cfg = make_config(folder, "flow", style_weights=(3.0, 1.0))
-    index = equally_long(input_pipeline.read_index(cfg))
+    index = equally_long(shards.read_index(cfg))
     mixture = input_pipeline.Mixture(cfg, index, np.ones(len(index), bool))
     asmr = [i for epoch in range(2) for i in mixture.order(epoch) if styles_of(index)[i] == "asmr"]
     assert len(asmr) == len(set(asmr)) == 24
@@ -247,7 +247,7 @@ def test_a_style_with_a_small_share_goes_on_in_the_next_epoch(folder):
 
 def test_two_epochs_have_different_orders(folder):
     cfg = make_config(folder, "flow")
-    index = equally_long(input_pipeline.read_index(cfg))
+    index = equally_long(shards.read_index(cfg))
     mixture = input_pipeline.Mixture(cfg, index, np.ones(len(index), bool))
     assert sorted(mixture.order(0)) == sorted(mixture.order(1))
     assert mixture.order(0).tolist() != mixture.order(1).tolist()
@@ -255,7 +255,7 @@ def test_two_epochs_have_different_orders(folder):
 
 def test_a_flow_prompt_is_another_sentence_of_the_same_speaker_and_both_styles_occur(folder):
     cfg = make_config(folder, "flow", no_prompt_prob=0.0)
-    index = input_pipeline.read_index(cfg)
+    index = shards.read_index(cfg)
     rows, speakers = input_pipeline._Flow(cfg, index), index.speakers[index.voice]
     pairs = set()
     for target in range(len(index)):
@@ -282,7 +282,7 @@ def test_flow_rows_hold_the_prompt_first_and_two_frames_per_token(folder):
 
 def test_flow_tokens_and_mel_of_a_row_are_cut_at_the_same_place(folder):
     cfg = make_config(folder, "flow", num_tokens=24, no_prompt_prob=1.0)
-    records = input_pipeline.Records(cfg)
+    records = shards.Records(cfg)
     by_tokens = {}
     for i in range(len(records)):
         record = records[i]
@@ -299,7 +299,7 @@ def test_flow_tokens_and_mel_of_a_row_are_cut_at_the_same_place(folder):
 
 def test_labels_of_a_cropped_waveform_start_at_its_first_sample(folder):
     cfg = make_config(folder, "speech_tokenizer", num_samples=6400)
-    records = input_pipeline.Records(cfg)
+    records = shards.Records(cfg)
     waves = [records[i]["audio"].astype(np.float32) / 32768 for i in range(len(records))]
     starts = set()
     for row in rows_of(input_pipeline.first_batches(cfg, 5)):
@@ -322,7 +322,7 @@ def test_padding_of_labels_is_minus_one_and_of_waves_is_silence(folder):
 
 def test_a_row_for_the_text_loss_is_a_whole_utterance_with_the_sounds_of_its_text(folder, capsys):
     cfg = make_config(folder, "speech_tokenizer", labels="text", num_samples=19200)
-    index = input_pipeline.read_index(cfg)
+    index = shards.read_index(cfg)
     rows = input_pipeline._Waves(cfg, index)
     told = capsys.readouterr().out
     expected = text.MiniTokenizer().heard("the quiet rain falls", "en")
@@ -339,7 +339,7 @@ def test_a_row_for_the_text_loss_is_a_whole_utterance_with_the_sounds_of_its_tex
 
 def test_a_text_that_its_recording_cannot_hold_gives_no_loss_and_is_told(folder, capsys):
     cfg = make_config(folder, "speech_tokenizer", labels="text")
-    rows = input_pipeline._Waves(cfg, equally_long(input_pipeline.read_index(cfg)))
+    rows = input_pipeline._Waves(cfg, equally_long(shards.read_index(cfg)))
     texts = {"the quiet rain falls": "it needs 14 tokens, its recording has 13", "!": "has only punctuation"}
     for words, why in (texts | {"a <|laugh|>": "mark '<|laugh|>' is unknown"}).items():
         row = rows._text({"text": words, "language": "en"}, 8479)  # 52 frames
@@ -367,7 +367,7 @@ def test_a_text_that_its_recording_cannot_hold_gives_no_loss_and_is_told(folder,
 )
 def test_what_a_stage_leaves_out_is_counted_and_named(folder, capsys, stage, changes, fault, why):
     cfg = make_config(folder, stage, **changes)
-    index = equally_long(input_pipeline.read_index(cfg))
+    index = equally_long(shards.read_index(cfg))
     for name, value in fault.items():
         values = getattr(index, name).copy()
         values[[7, 20, 21, 40]] = value
@@ -395,7 +395,7 @@ def test_the_cheapest_way_is_that_of_librosa(shape):
 
 def test_waves_of_the_vocoder_are_at_the_rate_of_its_mel_profile(folder):
     cfg = make_config(folder, "vocoder", mel_profile="hifigan", num_samples=4410)
-    rows = input_pipeline._Waves(cfg, input_pipeline.read_index(cfg))
+    rows = input_pipeline._Waves(cfg, shards.read_index(cfg))
     row = rows.row(0, np.random.default_rng(0))
     samples = rows.records[int(rows.mixture.order(0)[0])]["audio"]
     start = np.random.default_rng(0).integers(len(samples) - 3200 + 1)  # 3200 samples at 16 kHz are 4410 here
@@ -426,11 +426,11 @@ def test_the_index_is_read_from_its_file_the_second_time_and_made_again_for_othe
     folder, tmp_path, monkeypatch
 ):
     cfg = make_config(folder, "lm")
-    first = input_pipeline.read_index(cfg)
-    input_pipeline._index.cache_clear()
+    first = shards.read_index(cfg)
+    shards._index.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr(input_pipeline, "_Source", None)
-        second = input_pipeline.read_index(cfg)
+        patched.setattr(shards, "_Source", None)
+        second = shards.read_index(cfg)
     sent = pickle.dumps(second)  # to a worker process
     for index in (second, pickle.loads(sent)):
         assert isinstance(index.num_samples, np.memmap)
@@ -441,18 +441,57 @@ def test_the_index_is_read_from_its_file_the_second_time_and_made_again_for_othe
     shard = next(Path(folder).glob("noise-train*"))
     shutil.copy2(shard, tmp_path / "shard")
     os.utime(shard, (0, 0))  # rewritten, if with as many bytes
-    input_pipeline._index.cache_clear()
-    assert input_pipeline.read_index(cfg).voice.filename != str(path)
+    shards._index.cache_clear()
+    assert shards.read_index(cfg).voice.filename != str(path)
     shutil.copystat(tmp_path / "shard", shard)
+
+
+def test_the_index_is_joined_of_what_the_writers_kept_and_other_shards_are_read(tmp_path, monkeypatch):
+    real, read = fixture_data.record, []
+    monkeypatch.setattr(
+        fixture_data, "record", lambda i, *rest: real(i, *rest) | ({"pair_id": ""} if i == 7 else {})
+    )
+    folder = fixture_data.write(tmp_path, {"train": 12})  # two shards of six
+
+    class Source(shards._Source):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    monkeypatch.setattr(shards, "_Source", Source)
+
+    def index():
+        shards._index.cache_clear()
+        [path.unlink() for path in Path(folder).glob("index_*")]
+        read.clear()
+        return shards.read_index(make_config(folder, "lm"))
+
+    def same_as(expected):
+        found = index()
+        return all(np.array_equal(getattr(found, k), v) for k, v in vars(expected).items())
+
+    first = index()
+    expected = {k: np.array(v) for k, v in vars(first).items()}
+    expected = shards.Index(**expected)
+    assert not read and len(expected) == 12 and expected.pair[7] == shards._pair(f"{folder}:7")
+    paths = sorted(Path(folder).glob("noise-train*"))
+    pieces = [shards.piece_path(path) for path in paths]
+    for piece, numbers in zip(pieces, (range(6), range(6, 12)), strict=True):
+        piece.unlink()
+        assert same_as(expected) and read == list(numbers)
+        assert same_as(expected) and not read  # it was kept
+    pieces[0].write_bytes(pieces[0].read_bytes()[:-99])
+    os.utime(paths[1], (0, 0))  # remade by something that keeps no piece
+    assert same_as(expected) and read == list(range(12))
+    shutil.rmtree(pieces[0].parent)  # a folder of an older version
+    assert same_as(expected) and read == list(range(12))
 
 
 def test_the_index_of_two_folders_is_that_of_both_one_after_the_other(folder, tmp_path):
     other = fixture_data.write(tmp_path, {"train": 20}, num_speakers=5)
-    both = input_pipeline.read_index(
-        dataclasses.replace(make_config(folder, "lm"), data_dirs=(folder, other))
-    )
+    both = shards.read_index(dataclasses.replace(make_config(folder, "lm"), data_dirs=(folder, other)))
     assert isinstance(both.num_samples, np.memmap)
-    parts = [input_pipeline.read_index(make_config(f, "lm")) for f in (folder, other)]
+    parts = [shards.read_index(make_config(f, "lm")) for f in (folder, other)]
     for name in ("pair", "num_samples", "num_tokens", "num_text"):
         assert np.array_equal(getattr(both, name), np.concatenate([getattr(p, name) for p in parts]))
     for name in ("speakers", "styles", "languages"):
@@ -463,10 +502,8 @@ def test_the_index_of_two_folders_is_that_of_both_one_after_the_other(folder, tm
 
 def test_an_index_that_cannot_be_kept_is_held_in_memory(tmp_path, monkeypatch, capsys):
     folder = fixture_data.write(tmp_path, {"train": 8})
-    monkeypatch.setattr(
-        input_pipeline.files, "write_text", lambda *a: (_ for _ in ()).throw(OSError("read-only"))
-    )
-    index = input_pipeline.read_index(make_config(folder, "lm"))
+    monkeypatch.setattr(shards.files, "write_text", lambda *a: (_ for _ in ()).throw(OSError("read-only")))
+    index = shards.read_index(make_config(folder, "lm"))
     assert len(index) == len(pickle.loads(pickle.dumps(index))) == 8
     assert "is not kept: read-only" in capsys.readouterr().out
 
@@ -493,16 +530,16 @@ def test_a_corpus_without_features_is_sent_to_add_features(tmp_path):
 
 def test_what_a_kill_left_beside_the_records_is_no_record(tmp_path):
     folder = fixture_data.write(tmp_path, {"train": 16})
-    before = input_pipeline.read_index(make_config(folder, "flow"))
+    before = shards.read_index(make_config(folder, "flow"))
     [index] = (tmp_path / "noise" / "1.0.0").glob("index_train_*.npy")
     (index.parent / ".0a1b2c3d.part.noise-train.array_record-00000-of-00002").write_bytes(b"half")
-    input_pipeline._index.cache_clear()
-    after = input_pipeline.read_index(make_config(folder, "flow"))
+    shards._index.cache_clear()
+    after = shards.read_index(make_config(folder, "flow"))
     assert np.array_equal(before.num_tokens, after.num_tokens)
     assert list(index.parent.glob("index_train_*.npy")) == [index]  # read again, not made again
 
 
-@pytest.mark.parametrize("name", [input_pipeline.MADE_WITH_FILE, input_pipeline.OLD_MADE_WITH_FILE])
+@pytest.mark.parametrize("name", [shards.MADE_WITH_FILE, shards.OLD_MADE_WITH_FILE])
 def test_features_of_another_mel_profile_are_refused_for_the_flow_only(tmp_path, name):
     folder = fixture_data.write(tmp_path, {"train": 16})  # 80 bands, as of mini, cv2 and hifigan
     made = {"name": "mini", "vocab_size": 313, "mel_profile": "mini"}

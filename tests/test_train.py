@@ -31,6 +31,7 @@ from deepasmr_jax import (
     input_pipeline,
     metrics,
     sharding,
+    shards,
     text,
     train,
     vocoder,
@@ -501,13 +502,11 @@ def test_features_of_two_tokenizers_or_mel_profiles_do_not_share_a_folder(tmp_pa
                 ValueError, match=f"begun with .* {made[key]}, not {value}; choose another --out"
             ):
                 tools._note_origin(tmp_path / "new", made | {key: value})
-    config.write_json(
-        tmp_path / "old" / input_pipeline.OLD_MADE_WITH_FILE, {"name": "mini", "vocab_size": 313}
-    )
+    config.write_json(tmp_path / "old" / shards.OLD_MADE_WITH_FILE, {"name": "mini", "vocab_size": 313})
     tools._note_origin(tmp_path / "old", made)
     with pytest.raises(ValueError, match="begun with a text vocabulary of size 313, not 151936"):
         tools._note_origin(tmp_path / "old", made | {"vocab_size": 151936})
-    assert not (tmp_path / "old" / input_pipeline.MADE_WITH_FILE).exists()
+    assert not (tmp_path / "old" / shards.MADE_WITH_FILE).exists()
     features, out = fixture_data.write(tmp_path, {"train": 4}, has_features=False), tmp_path / "f" / "1.0.0"
     tools._note_origin(out, made | {"vocab_size": text.MiniTokenizer().vocab_size})
     with pytest.raises(ValueError, match="begun with the speech tokenizer of sha256 0a, not [0-9a-f]{64}"):
