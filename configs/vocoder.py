@@ -8,12 +8,13 @@ Command: python -m deepasmr_jax.train --config=configs/vocoder.py --workdir=RUN 
 Differences from the paper: no weight norm in training, and no spectral norm on the first of the scale discriminators.
 Going on from public weights: --set=init_from=MODEL, with MODEL from `deepasmr convert file g_XXXXXXXX --out MODEL` and
   the same of do_XXXXXXXX, the discriminators; without the latter they start at random.
-Hardware and hours: 1 accelerator; hours unmeasured; not viable on a CPU (about 1,000 samples/s on two cores).
+Hardware and hours: written for 1 accelerator, starts on any number that divides 16 (mesh.slice=-1); hours unmeasured;
+  not viable on a CPU (about 1,000 samples/s on two cores).
 Number to see: unmeasured.
 """
 
 from deepasmr_jax import input_pipeline, vocoder
-from deepasmr_jax.train import Optim, TrainConfig
+from deepasmr_jax.train import Mesh, Optim, TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -34,6 +35,7 @@ def get_config() -> TrainConfig:
             clip_norm=None,
         ),
         steps=2_500_000,
+        mesh=Mesh(slice=-1),
         save_every=5000,
         keep_every=100_000,
         eval_every=5000,

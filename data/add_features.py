@@ -4,10 +4,10 @@
 MODEL is an exported folder with the component `speech_tokenizer` and, if embeddings are wanted, `speaker`.
 Records are sorted by length into few padded lengths, so that few programs are compiled. Every output shard is
 written under a temporary name and then renamed: started again, the pass goes on with the first shard that is
-absent. `--process I/N` makes every N-th shard, a process per accelerator or host; once all have ended, the command
-without it writes what makes the folder a dataset. A record that cannot be encoded is left out and named in
-OUT/report.jsonl. `--for lm` or `--for flow` keeps of each record what that stage of the training reads. Without
-`--model`, CORPUS is a folder of this pass with all features, of which the kept ones are copied.
+absent. A process uses all accelerators of its host; `--process I/N` makes every N-th shard, a process per host, and
+once all have ended, the command without it writes what makes the folder a dataset. A record that cannot be encoded is
+left out and named in OUT/report.jsonl. `--for lm` or `--for flow` keeps of each record what that stage of the training
+reads. Without `--model`, CORPUS is a folder of this pass with all features, of which the kept ones are copied.
 """
 
 import argparse
@@ -56,28 +56,37 @@ def padded_length(num_samples: int, step_s: float = 1.0) -> int:
 class Extractor:
     """Speech tokens and speaker embeddings of waveforms, in padded batches of few static shapes.
 
+    The rows of a batch are shared out among the devices, each with all weights; they become the mesh of this process.
+
     Args:
         model_folder: exported folder with `speech_tokenizer`, and `speaker` if embeddings are wanted.
         mel_profile: name of the mel recipe of the features.
-        batch_size: rows of one compiled call.
+        batch_size: rows of one compiled call; rounded up to a multiple of the devices.
         stage: mel or embedding are not made where `KEPT` has them not for it.
+        devices: that are used; all of this host if None.
     """
 
-    def __init__(self, model_folder: str, mel_profile: str, batch_size: int, stage: str = "all"):
-        sharding.ensure_mesh()
-        self.batch_size = batch_size
+    def __init__(
+        self, model_folder: str, mel_profile: str, batch_size: int, stage: str = "all", devices=None
+    ):
+        devices = jax.local_devices() if devices is None else devices
+        sharding.make_mesh(data=len(devices), devices=devices)
+        self.batch_size = input_pipeline.padded(batch_size, len(devices))
         self.profile = audio.mel_profile(mel_profile)
         components = checkpoint.read_config(model_folder)["components"]
         tokenizer, cfg = checkpoint.load_component(model_folder, "speech_tokenizer")
         file = checkpoint.model_file(components["speech_tokenizer"]["module"])
 
-        @jax.jit
+        def on_devices(function):
+            compiled = jax.jit(function)
+            return lambda wav, lengths: compiled(*sharding.put({"wav": wav, "lengths": lengths}).values())
+
         def encode(wav, lengths):
             mel = audio.s3_log_mel(wav, lengths)
             return file.encode(tokenizer, cfg, mel, lengths // audio.S3_HOP_SAMPLES)
 
-        self._encode = encode
-        self._s3_log_mel = jax.jit(audio.s3_log_mel)
+        self._encode = on_devices(encode)
+        self._s3_log_mel = on_devices(audio.s3_log_mel)
         self._encode_long = functools.partial(file.encode_long, tokenizer, cfg)
         self._window_samples = file.WINDOW_FRAMES * audio.S3_HOP_SAMPLES
         self._embed = None
@@ -87,16 +96,15 @@ class Extractor:
             speaker, speaker_cfg = checkpoint.load_component(model_folder, "speaker")
             speaker_file = checkpoint.model_file(components["speaker"]["module"])
 
-            @jax.jit
             def embed(wav, lengths):
                 return synthesis.embed_speaker(speaker_file, speaker, speaker_cfg, wav, lengths)
 
-            self._embed = embed
+            self._embed = on_devices(embed)
             row = jax.ShapeDtypeStruct((1, 2 * audio.SAMPLE_RATE), np.float32)
             self.embedding_size = jax.eval_shape(embed, row, jax.ShapeDtypeStruct((1,), np.int32)).shape[-1]
         self._mel = None
         if "mel" in kept:
-            self._mel = jax.jit(lambda wav, lengths: audio.log_mel(wav, lengths, self.profile))
+            self._mel = on_devices(lambda wav, lengths: audio.log_mel(wav, lengths, self.profile))
 
     def __call__(self, wavs: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
         """Features of each waveform (float32 [W] at 16 kHz), in the order given."""

@@ -78,6 +78,23 @@ def test_clips_beyond_the_window_of_the_tokenizer_get_all_their_tokens():
     assert len(found[1]["speech_tokens"]) == -(-150 // 4)
 
 
+def test_eight_devices_find_the_features_of_one():
+    folder, devices = str(tiny_model.shared()), jax.local_devices()
+    wavs = [tiny_model.buzz(1.0 + 0.1 * i, f0_hz=100.0 + 10 * i) for i in range(9)]  # 1 row of 1 s, 8 of 2 s
+    extract = fixture_data.script("data/add_features.py").Extractor
+    sizes, found = [], []
+    for used in (devices[:1], None):
+        make = extract(folder, "cv2", 7, used)
+        sizes.append((make.batch_size, jax.sharding.get_mesh().size))
+        found.append(make(wavs))
+    assert sizes == [(7, 1), (8, len(devices))] and len(devices) == 8
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(b["speech_tokens"], a["speech_tokens"])
+        np.testing.assert_array_equal(b["mel"], a["mel"])
+        # a CPU sums the products of one row and of seven in different orders
+        np.testing.assert_allclose(b["speaker_embedding"], a["speaker_embedding"], rtol=0, atol=1e-5)
+
+
 class FakeExtractor:
     """Features that are told from the waveform alone, without a model."""
 

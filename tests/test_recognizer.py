@@ -1,4 +1,4 @@
-"""The Mandarin judge's recogniser: padding, mesh, CTC, decoding, and that it can learn."""
+"""The Mandarin judge's recogniser: padding, CTC, decoding, and that it can learn."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from deepasmr_jax import nn, recognizer, sharding, text
+from deepasmr_jax import nn, recognizer, text
 
 TINY = recognizer.Config(width=32, num_heads=4, num_layers=2, mlp_width=64, kernel=5)
 NI_HAO = [text.PHONES.index(p) for p in ("zh_n", "zh_i", "zh_h", "zh_ao")]
@@ -87,18 +87,6 @@ def test_frame_labels_give_the_loss_of_the_sequence_they_spell():
     np.testing.assert_allclose(loss(model, TINY, given, None)[0], by_hand, rtol=1e-5)
     with pytest.raises(ValueError, match="no phones; give frame labels"):
         recognizer.loss(model, TINY, {k: given[k] for k in ("wav", "lengths")}, None)
-
-
-def test_loss_and_gradient_are_the_same_on_one_and_on_two_devices():
-    def run():
-        model = recognizer.init(TINY, jax.random.key(0))
-        value = jax.jit(jax.value_and_grad(lambda m, b: recognizer.loss(m, TINY, b, jax.random.key(3))[0]))
-        total, grads = value(model, sharding.put(batch()))
-        return np.asarray(total), np.asarray(optax.tree.norm(jax.device_get(grads)))
-
-    want = run()
-    sharding.make_mesh(1, 2, 1)  # eight lock each other in the FFTs of jax 0.11 on two cores
-    np.testing.assert_allclose(run(), want, rtol=2e-4)
 
 
 def test_the_tiny_recogniser_learns_to_read_one_batch():

@@ -1,4 +1,4 @@
-"""Speaker encoder: an independent forward's numbers, padding, calibration, the margin loss, meshes."""
+"""Speaker encoder: an independent forward's numbers, padding, calibration, the margin loss."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import optax
 import pytest
 from fill import fill
 
-from deepasmr_jax import sharding, speaker
+from deepasmr_jax import speaker
 
 GOLDEN = Path(__file__).parent / "golden" / "speaker.npz"
 CONFIGS = {  # as in make_speaker.py
@@ -149,32 +149,6 @@ def test_loss_is_the_softmax_of_angles_with_a_margin():
         by_hand += np.log(np.sum(np.exp(logits))) - logits[right]
     np.testing.assert_allclose(total, by_hand, rtol=1e-4)
     assert count == 3 and aux["accuracy"][0] == np.sum(cos.argmax(1) == batch["speaker_index"])
-
-
-def test_two_devices_give_the_loss_gradient_and_embeddings_of_one():
-    batch = voices(8, 0.4)
-
-    def on_mesh(data):
-        sharding.make_mesh(1, data, 1)
-        model, rows = init(TINY, jax.random.key(5)), sharding.put(batch)
-
-        @jax.jit
-        def run(model, rows):
-            def objective(model):
-                total, count, _ = speaker.loss(model, TINY, rows, None)
-                return total / count
-
-            value, gradient = jax.value_and_grad(objective)(model)
-            fbank, lengths = (
-                speaker.audio.fbank(rows["wav"], rows["lengths"]),
-                jnp.full_like(rows["lengths"], 38),
-            )
-            return value, optax.tree.norm(gradient), speaker.embed(model, TINY, fbank, lengths)
-
-        return jax.tree.map(np.asarray, jax.block_until_ready(run(model, rows)))
-
-    for a, b in zip(on_mesh(1), on_mesh(2), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)  # batch statistics summed in another order
 
 
 def test_wrong_inputs_are_refused_with_the_number_that_is_wrong():

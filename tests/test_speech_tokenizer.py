@@ -1,4 +1,4 @@
-"""Speech tokenizer: the public package's numbers, FSQ arithmetic, padding, long audio, losses, meshes."""
+"""Speech tokenizer: the public package's numbers, FSQ arithmetic, padding, long audio, losses."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import optax
 import pytest
 from fill import fill
 
-from deepasmr_jax import audio, sharding
+from deepasmr_jax import audio
 from deepasmr_jax import speech_tokenizer as st
 
 GOLDEN = Path(__file__).parent / "golden" / "speech_tokenizer.npz"
@@ -251,32 +251,6 @@ def test_without_f0_weight_no_style_label_reaches_the_encoder():
     off = dataclasses.replace(TINY, f0_weight=0.0)
     np.testing.assert_array_equal(encoder_gradient(off, batch), encoder_gradient(off, other))
     assert np.abs(encoder_gradient(TINY, batch) - encoder_gradient(TINY, other)).max() > 0
-
-
-def test_two_devices_give_the_loss_gradient_and_tokens_of_one():
-    batch = tones(8, 0.4)
-
-    def on_mesh(data):
-        sharding.make_mesh(1, data, 1)
-        model, rows = init(TINY, jax.random.key(7)), sharding.put(batch)
-
-        @jax.jit
-        def run(model, rows):
-            def objective(model):
-                total, count, aux = st.loss(model, TINY, rows, jax.random.key(8))
-                return total / count, aux
-
-            (value, aux), gradient = jax.value_and_grad(objective, has_aux=True)(model)
-            log_mel = st.audio.s3_log_mel(rows["wav"], rows["lengths"])
-            tokens = st.encode(model, TINY, log_mel, rows["lengths"] // 160)[0]
-            return value, aux["distinct_codes"][0], optax.tree.norm(gradient), tokens
-
-        return jax.tree.map(np.asarray, jax.block_until_ready(run(model, rows)))
-
-    one, eight = on_mesh(1), on_mesh(2)
-    for a, b in zip(one[:3], eight[:3], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4)  # sums over rows in another order
-    np.testing.assert_array_equal(one[3], eight[3])
 
 
 @pytest.mark.parametrize("cfg", [TINY, TEXT], ids=["frames", "text"])

@@ -1,4 +1,4 @@
-"""The inverse-STFT vocoder against PyTorch and NumPy, its masks, switches, mesh and training."""
+"""The inverse-STFT vocoder against PyTorch and NumPy, its masks, switches and training."""
 
 import dataclasses
 from pathlib import Path
@@ -287,22 +287,6 @@ def test_generator_update_of_the_two_player_step_is_the_gradient_of_the_whole_lo
     scale = max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(grads))
     for old, g, fresh in zip(*map(jax.tree.leaves, (model.generator, grads, got.generator)), strict=True):
         np.testing.assert_allclose(old - g, fresh, atol=1e-4 * scale)
-
-
-@pytest.mark.parametrize("cfg", [TINY_GAN, SPOILT], ids=["adversarial", "source"])
-def test_loss_does_not_depend_on_the_mesh(cfg):
-    wav = 0.1 * np.random.default_rng(0).standard_normal((8, 1600)).astype(np.float32)
-    totals = []
-    for sizes in ((1, 1, 1), (1, 2, 1)):  # eight devices on two cores lock each other in the FFTs of jax 0.11
-        sharding.make_mesh(*sizes)
-        model, tx = filled(vocoder_istft.init, cfg, 3), optax.sgd(1e-3)
-        state = vocoder_istft.init_opt(tx, model)
-        step = jax.jit(
-            lambda m, s, b, tx=tx: vocoder_istft.train_step(m, s, tx, cfg, b, jax.random.key(5), 0)
-        )
-        _, _, aux = jax.block_until_ready(step(model, state, sharding.put({"wav": wav})))
-        totals.append([float(x / n) for x, n in aux.values()])
-    np.testing.assert_allclose(totals[0], totals[1], rtol=1e-4)
 
 
 def test_presets_have_their_stated_sizes():
