@@ -84,7 +84,7 @@ def test_eight_devices_find_the_features_of_one():
     extract = fixture_data.script("data/add_features.py").Extractor
     sizes, found = [], []
     for used in (devices[:1], None):
-        make = extract(folder, "cv2", 7, used)
+        make = extract(folder, "cv2", 7, devices=used)
         sizes.append((make.batch_size, jax.sharding.get_mesh().size))
         found.append(make(wavs))
     assert sizes == [(7, 1), (8, len(devices))] and len(devices) == 8
