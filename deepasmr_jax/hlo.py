@@ -368,7 +368,8 @@ def _product_flops(x: _Instruction, operands: list[_Instruction]) -> float:
 def _kernel_flops(x: _Instruction, operands: list[_Instruction]) -> float:
     """FLOPs of a kernel: as it states itself, those of a library's product, or of JAX's splash attention.
 
-    Splash attention works on whole blocks; a causal one has a square grid of them, and skips those above the diagonal.
+    Splash attention works on whole blocks; a causal one, which is told the place of each query, skips those above the
+    diagonal.
     """
     if stated := re.search(r'"flops"\s*:\s*"?(\d+)', x.rest):
         return float(stated.group(1))
@@ -379,9 +380,10 @@ def _kernel_flops(x: _Instruction, operands: list[_Instruction]) -> float:
         return 0.0
     shapes = [o.shapes[0] for o in operands if o.shapes]
     queries, keys = [sizes for item, sizes, _ in shapes if item == "bf16" and len(sizes) > 2][:2]
-    grids = [sizes for item, sizes, _ in shapes if item == "s8" and len(sizes) == 3]
-    blocks = min(grids[0][-2:]) if grids else 1  # of keys: all at once without a causal mask
-    share = (blocks + 1) / (2 * blocks)
+    share = 1.0
+    if any(item == "s32" and len(sizes) == 2 for item, sizes, _ in shapes):  # places [N, 128] or [8, N]
+        blocks = next(min(sizes[-2:]) for item, sizes, _ in shapes if item == "s8" and len(sizes) == 3)
+        share = (blocks + 1) / (2 * blocks)
     # a fused backward pass also gives parts of the gradient of the queries; every backward makes the scores anew
     is_fused = any(len(sizes) > len(queries) for _, sizes, _ in x.shapes)
     products = {"fwd": 2, "dq": 3, "dkv": 5 if is_fused else 4}[found.group(1)]

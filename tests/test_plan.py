@@ -132,9 +132,11 @@ def test_an_attention_kernel_counts_its_blocks_up_to_the_diagonal():
         "grid": "s8[1,4,4]{2,1,0}",
         "q": "bf16[8,14,2048,64]{3,2,1,0}",
         "k": "bf16[8,2,2048,64]{3,2,1,0}",
+        "ids": "s32[8,8,2048]{2,1,0}",
+        "places": "s32[2048,128]{1,0}",
     }
     lines = [f"  %{name} = {shape} parameter({i})" for i, (name, shape) in enumerate(shapes.items())]
-    call = "custom-call(%grid, %q, %k), custom_call_target={}"
+    call = "custom-call(%grid, %q, %k, %ids, %places), custom_call_target={}"
     lines += [f"  %splash_mha_fwd_segmented.1 = {shapes['q']} {call}"]
     one = (
         2 * 8 * 14 * 2048 * 64 * 2048 * 10 / 16
@@ -145,12 +147,12 @@ def test_an_attention_kernel_counts_its_blocks_up_to_the_diagonal():
         return hlo.count("\n".join(["ENTRY %main () -> bf16[] {", *lines, *rest, "}"])).flops / one
 
     assert products(("dq", shapes["q"]), ("dkv", f"({shapes['k']}, {shapes['k']})")) == 2 + 3 + 4
-    every = {"grid": "s8[1,4,1]{2,1,0}"}  # no causal mask: all keys for each block of queries
-    lines[0] = f"  %grid = {every['grid']} parameter(0)"
-    assert products(("dq", shapes["q"])) == (2 + 3) * 16 / 10
-    lines[0] = f"  %grid = {shapes['grid']} parameter(0)"
     parts = "bf16[8,4,14,2048,64]{4,3,2,1,0}"
     assert products(("dkv", f"({parts}, {shapes['k']}, {shapes['k']})")) == 2 + 5
+    call, lines[-1] = (x.replace(", %places", "") for x in (call, lines[-1]))  # no causal mask
+    for grid in ("s8[1,4,1]{2,1,0}", shapes["grid"]):  # all keys at once, or in blocks
+        lines[0] = f"  %grid = {grid} parameter(0)"
+        assert products(("dq", shapes["q"])) == (2 + 3) * 16 / 10
 
 
 def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
