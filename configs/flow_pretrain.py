@@ -5,7 +5,8 @@ What: 24 layers of width 1024, 337 M parameters, mel profile cv2 (24 kHz, 50 fra
   accumulation 2 are 240 rows of 767 tokens (1534 frames).
 Command: python -m deepasmr_jax.train --config=configs/flow_pretrain.py --workdir=RUN
   --set=data.data_dirs=FEATURES where FEATURES was made with `data/add_features.py --mel-profile cv2`.
-  The records are at 16 kHz as everywhere here and are resampled; the mel of cv2 ends at 8 kHz.
+  Records at 16 kHz, the default of data/build.py, lower that mel towards its end at 8 kHz; the mel f5 goes to 12 kHz.
+  `data/build.py build ... --record-rate 24000` keeps both (data/README.md).
 Hardware and hours: written for 8 accelerators, starts on any number (mesh.slice=-1); hours unmeasured.
 Number to see: unmeasured.
 """

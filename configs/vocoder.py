@@ -4,7 +4,8 @@ What: 13.9 M parameters of the generator, mel profile hifigan (22.05 kHz, hop 25
   crops of 8192 samples, AdamW 2e-4, betas (0.8, 0.99) (HiFi-GAN, Kong et al., 2020; there the rate falls by
   0.999 an epoch, which over as many steps is the same exponential down to 0.047 of it on LJSpeech).
 Command: python -m deepasmr_jax.train --config=configs/vocoder.py --workdir=RUN --set=data.data_dirs=CORPUS
-  The records are at 16 kHz as everywhere here and are resampled: nothing above 8 kHz is learned.
+  where CORPUS was built with `data/build.py build ... --record-rate 22050` or more: of records at 16 kHz, the
+  default there, nothing above 8 kHz is learned. The mel ends at 8 kHz; what is above, the generator makes of that.
 Differences from the paper: no weight norm in training, and no spectral norm on the first of the scale discriminators.
 Going on from public weights: --set=init_from=MODEL, with MODEL from `deepasmr convert file g_XXXXXXXX --out MODEL` and
   the same of do_XXXXXXXX, the discriminators; without the latter they start at random.

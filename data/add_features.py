@@ -106,31 +106,34 @@ class Extractor:
         if "mel" in kept:
             self._mel = on_devices(lambda wav, lengths: audio.log_mel(wav, lengths, self.profile))
 
-    def __call__(self, wavs: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        """Features of each waveform (float32 [W] at 16 kHz), in the order given."""
+    def __call__(self, wavs: list[np.ndarray], rates: list[int]) -> list[dict[str, np.ndarray]]:
+        """Features of each waveform (float32 [W] at its rate in Hz), in the order given."""
         out: list[dict[str, np.ndarray]] = [{} for _ in wavs]
-        order = sorted(range(len(wavs)), key=lambda i: len(wavs[i]))
+        heard = [-(-len(wav) * audio.SAMPLE_RATE // rate) for wav, rate in zip(wavs, rates, strict=True)]
+        order = sorted(range(len(wavs)), key=lambda i: heard[i])
         while order:
-            width = padded_length(len(wavs[order[0]]))
-            rows = [i for i in order if padded_length(len(wavs[i])) == width][: self.batch_size]
+            width = padded_length(heard[order[0]])
+            rows = [i for i in order if padded_length(heard[i]) == width][: self.batch_size]
             order = [i for i in order if i not in set(rows)]
-            wav, lengths = _pad([wavs[i] for i in rows], width, self.batch_size)
+            pieces = [audio.resample(wavs[i], rates[i], audio.SAMPLE_RATE) for i in rows]
+            wav, lengths = _pad(pieces, width, self.batch_size)
             for i, tokens in zip(rows, self._tokens(wav, lengths, len(rows)), strict=True):
                 out[i]["speech_tokens"] = tokens
             if self._mel is not None:
-                for i, mel in zip(rows, self._mels([wavs[i] for i in rows], wav, lengths), strict=True):
+                to = self.profile.sample_rate
+                if to != audio.SAMPLE_RATE:  # not by way of 16 kHz: the record may have more
+                    pieces = [audio.resample(wavs[i], rates[i], to) for i in rows]
+                for i, mel in zip(rows, self._mels(pieces, width), strict=True):
                     out[i]["mel"] = mel
             if self._embed is not None:
                 for i, embedding in zip(rows, np.asarray(self._embed(wav, lengths)), strict=False):
                     out[i]["speaker_embedding"] = np.asarray(embedding, np.float32)
         return out
 
-    def _mels(self, wavs: list[np.ndarray], wav: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-        """Mel of the first rows of a batch, which hold `wavs`."""
-        rate = self.profile.sample_rate
-        if rate != audio.SAMPLE_RATE:
-            pieces = [audio.resample(x, audio.SAMPLE_RATE, rate) for x in wavs]
-            wav, lengths = _pad(pieces, -(-wav.shape[1] * rate // audio.SAMPLE_RATE), self.batch_size)
+    def _mels(self, wavs: list[np.ndarray], width: int) -> list[np.ndarray]:
+        """Mel of waveforms at the rate of the profile, padded to what `width` samples at 16 kHz last."""
+        width = -(-width * self.profile.sample_rate // audio.SAMPLE_RATE)
+        wav, lengths = _pad(wavs, width, self.batch_size)
         mel = np.asarray(self._mel(wav, lengths))
         frames = [int(audio.num_frames(int(n), self.profile)) for n in lengths[: len(wavs)]]
         return [np.asarray(mel[row, :count], np.float16) for row, count in enumerate(frames)]
@@ -182,7 +185,8 @@ def add_features(
     """Writes the feature dataset of every split of a corpus; goes on where an interrupted pass ended.
 
     Args:
-        data: TFDS version folder of the corpus (16 kHz records).
+        data: TFDS version folder of the corpus. Tokens and embeddings are made of its audio at 16 kHz, the mel at the
+            rate of its profile.
         model: exported model folder; None: `data` is what this function wrote for all stages, of the same corpus, and
             the next three arguments are as they were then.
         out: version folder to write, e.g. `FEATURES/1.0.0`.
@@ -256,7 +260,7 @@ def add_features(
             places = range(shard * shard_size, info.num_examples)[:shard_size]
             rows, problems = with_features(_plain(records[i]) for i in places)
             files.write_text(_problems_file(path), "".join(problems))
-            rows = (row | {"num_samples": len(row["audio"])} for row in rows)
+            rows = (row | {"num_samples": shards.num_samples(row)} for row in rows)
             tfds_files.write_shard(path, features, ({name: row[name] for name in features} for row in rows))
             print(f"{split}: shard {shard + 1} of {num_shards}", flush=True)
     absent = [path.name for of_split in paths.values() for path in of_split if not path.exists()]
@@ -297,7 +301,8 @@ def _origin_of_features(data: str, known: Container[str]) -> dict:
 def _with_features(rows: Iterable[dict], tokenizer, extract: Extractor) -> tuple[list[dict], list[str]]:
     """The records that can have features, with them; and a line of the report for each other."""
     rows, problems = _fit(rows, tokenizer)
-    found = extract([row["audio"].astype(np.float32) / 32768.0 for row in rows])
+    wavs = [row["audio"].astype(np.float32) / 32768.0 for row in rows]
+    found = extract(wavs, [shards.sample_rate(row) for row in rows])
     return [row | more for row, more in zip(rows, found, strict=True)], problems
 
 
@@ -306,9 +311,9 @@ def _fit(rows: Iterable[dict], tokenizer) -> tuple[list[dict], list[str]]:
     fit, problems = [], []
     for row in rows:
         try:
-            if len(row["audio"]) < audio.TOKEN_SAMPLES:
+            if (count := shards.num_samples(row)) < audio.TOKEN_SAMPLES:
                 raise ValueError(
-                    f"it has {len(row['audio'])} samples, fewer than a token, {audio.TOKEN_SAMPLES}"
+                    f"it has {count} samples at 16 kHz, fewer than a token, {audio.TOKEN_SAMPLES}"
                 )
             ids = tokenizer.encode(row["text"], row["language"])
         except ValueError as error:
@@ -318,7 +323,7 @@ def _fit(rows: Iterable[dict], tokenizer) -> tuple[list[dict], list[str]]:
                 )  # refuses if a package or a file is missing, not the text
             problems.append(data_check.Problem(row["id"], row["id"], "no_features", str(error)).line())
             continue
-        fit.append(row | {"text_ids": ids, "duration_s": len(row["audio"]) / audio.SAMPLE_RATE})
+        fit.append(row | {"text_ids": ids, "duration_s": len(row["audio"]) / shards.sample_rate(row)})
     return fit, problems
 
 

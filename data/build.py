@@ -8,7 +8,8 @@ that can be read alone; consecutive units make a shard. A shard that is finished
 a build that was stopped goes on, and makes a shard again whose recordings, lists or archives have changed; processes of
 one build (--process I/N) share nothing but OUT. The last step joins the shards, takes duplicates out and writes
 OUT/report.jsonl with every utterance that was left out, and why.
-Records: id, pair_id, text, language, speaker, style and audio, int16 [W], 16 kHz.
+Records: id, pair_id, text, language, speaker, style and audio, int16 [W], 16 kHz or at the field sample_rate, which
+records of another --record-rate have.
 """
 
 import argparse
@@ -211,14 +212,17 @@ def build(
 
 def _note_plan(out: Path, layout: str, source: str | Path, options: Options, units: list[tuple]) -> None:
     """Keeps what a build was begun with, or compares it with what is there."""
-    mark = hashlib.sha256(
-        json.dumps([units, dataclasses.asdict(options)], sort_keys=True).encode()
-    ).hexdigest()
-    plan = {"layout": layout, "source": str(source), "mark": mark}
+    given = dataclasses.asdict(options)
+    rate = given["rules"].pop("record_rate")  # has its own place: the mark is that of older versions
+    mark = hashlib.sha256(json.dumps([units, given], sort_keys=True).encode()).hexdigest()
+    plan = {"layout": layout, "source": str(source), "mark": mark, "record_rate": rate}
     path = out / tfds_files.PARTS / "plan.json"
-    if path.exists() and (found := json.loads(path.read_text())) != plan:
+    found = {"record_rate": audio.SAMPLE_RATE} | (json.loads(path.read_text()) if path.exists() else plan)
+    if found != plan:
         same = all(found.get(key) == plan[key] for key in ("layout", "source"))
         told = "another source or other options" if same else f"{found.get('layout')} {found.get('source')}"
+        if found["record_rate"] != rate:
+            told = f"records of {found['record_rate']} Hz, not {rate}"
         raise ValueError(f"{out} was begun with {told}; go on with those, or give another --out")
     files.write_text(path, json.dumps(plan))
 
@@ -250,12 +254,15 @@ def _is_made(out: Path, shard: int) -> bool:
 
 
 @functools.cache
-def _features():
+def _features(record_rate: int = audio.SAMPLE_RATE):
     import tensorflow_datasets as tfds
 
     names = ("id", "pair_id", "text", "language", "speaker", "style")
     sound = tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes")
-    return tfds.features.FeaturesDict({name: tfds.features.Text() for name in names} | {"audio": sound})
+    known = {name: tfds.features.Text() for name in names} | {"audio": sound}
+    if record_rate != audio.SAMPLE_RATE:
+        known["sample_rate"] = tfds.features.Scalar(np.int32)
+    return tfds.features.FeaturesDict(known)
 
 
 def _write_shard(job: tuple) -> int:
@@ -268,7 +275,8 @@ def _write_shard(job: tuple) -> int:
         writers = {
             split: stack.enter_context(
                 tfds_files.open_shard(
-                    out / tfds_files.shard_name(out.parent.name, split, shard, num_shards), _features()
+                    out / tfds_files.shard_name(out.parent.name, split, shard, num_shards),
+                    _features(options.rules.record_rate),
                 )
             )
             for split in SPLITS
@@ -297,7 +305,8 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
     """Takes duplicates out, writes the report, then what makes the folder a dataset. A stopped one is called again."""
     seen, kinds, left_out = data_check.Seen(), Counter(), 0
     lengths, samples = {s: [] for s in SPLITS}, Counter()
-    keep = "duplicate" in options.rules.keep
+    keep, rate = "duplicate" in options.rules.keep, options.rules.record_rate
+    features = _features(rate)
     counts = {s: Counter() for s in SPLITS}
     for shard in range(num_shards):
         for split, rows in json.loads(_part(out, shard).read_text("utf-8"))["held"].items():
@@ -315,7 +324,7 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
         for shard in range(num_shards):
             part = json.loads(_part(out, shard).read_text("utf-8"))
             if moved is not None:
-                _move(out, shard, num_shards, part["held"], *moved)
+                _move(out, shard, num_shards, features, part["held"], *moved)
             problems = [data_check.Problem(**p) for p in part["problems"]]
             num_records = 0
             for split in SPLITS:
@@ -331,7 +340,7 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
                     else:
                         twice.add(row)
                 path = out / tfds_files.shard_name(out.parent.name, split, shard, num_shards)
-                _without(path, len(part["held"][split]), twice)
+                _without(path, features, len(part["held"][split]), twice)
                 lengths[split].append(len(part["held"][split]) - len(twice))
                 num_records += lengths[split][-1]
             left_out += part["items"] - num_records
@@ -346,37 +355,39 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
             tfds_files.remove_shard(path)
         del lengths[split]
     tfds_files.write_metadata(
-        out, _features(), lengths, f"Built by data/build.py; see {data_check.BUILD_REPORT}."
+        out, features, lengths, f"Built by data/build.py; see {data_check.BUILD_REPORT}."
     )
     shutil.rmtree(out / tfds_files.PARTS)
     tfds_files.remove_left_overs(out)
     tfds_files.write_index(out, lengths)
-    hours = {s: round(samples[s] / audio.SAMPLE_RATE / 3600, 4) for s in lengths}
+    hours = {s: round(samples[s] / rate / 3600, 4) for s in lengths}
     return {"records": {s: sum(n) for s, n in lengths.items()}, "hours": hours, "left_out": left_out} | dict(
         kinds
     )
 
 
-def _move(out: Path, shard: int, num_shards: int, held: dict, giver: str, taker: str, key: str) -> None:
+def _move(
+    out: Path, shard: int, num_shards: int, features, held: dict, giver: str, taker: str, key: str
+) -> None:
     """Moves the records of a key from a split of a shard to the other, which is empty, in files and in `held`."""
     old = held[giver]
     rows = {i for i, row in enumerate(old) if row[4:] == [key]}
     path, other = (out / tfds_files.shard_name(out.parent.name, s, shard, num_shards) for s in (giver, taker))
     if rows and tfds_files.num_records(path) == len(old):  # else a stopped call has done it
-        with tfds_files.open_shard(other, _features()) as made:
+        with tfds_files.open_shard(other, features) as made:
             for i, data in enumerate(tfds_files.read_shard(path)):
                 if i in rows:
                     made.write_raw(data)
-        _without(path, len(old), rows)
+        _without(path, features, len(old), rows)
     held[taker] = [old[i] for i in sorted(rows)]
     held[giver] = [row for i, row in enumerate(old) if i not in rows]
 
 
-def _without(path: Path, count: int, rows: set[int]) -> None:
+def _without(path: Path, features, count: int, rows: set[int]) -> None:
     """Takes rows out of a shard of `count` records, unless that is done already."""
     if not rows or tfds_files.num_records(path) == count - len(rows):
         return
-    with tfds_files.open_shard(path, _features()) as shard:
+    with tfds_files.open_shard(path, features) as shard:
         for row, data in enumerate(tfds_files.read_shard(path)):
             if row not in rows:
                 shard.write_raw(data)
@@ -395,7 +406,7 @@ def _options(args) -> Options:
         for line in Path(args.texts).read_text("utf-8").splitlines():
             name, _, text = line.strip().partition("\t" if "\t" in line else " ")
             texts[name] = text.strip()
-    rules = data_check.Rules(args.rate, args.max_seconds, tuple(args.keep))
+    rules = data_check.Rules(args.rate, args.max_seconds, tuple(args.keep), record_rate=args.record_rate)
     valid = tuple(filter(None, args.valid_speakers.split(",")))
     fields = dict(pair.split("=", 1) for pair in args.field)
     return Options(labels, fields, texts, rules, args.valid_share, valid, args.split_by, args.shards)
@@ -417,8 +428,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--texts", help="list of texts, `NAME TEXT` a line, for chains and whisper40")
     parser.add_argument(
-        "--rate", type=int, default=0, help="Hz that every file must have (default: 16000 or more)"
+        "--rate", type=int, default=0, help="Hz that every file must have (default: --record-rate or more)"
     )
+    parser.add_argument(
+        "--record-rate", type=int, default=audio.SAMPLE_RATE,
+        help=f"Hz of the records (default 16000): {', '.join(map(str, data_check.RECORD_RATES))}",
+    )  # fmt: skip
     parser.add_argument("--max-seconds", type=float, default=data_check.MAX_SECONDS)
     parser.add_argument("--keep", action="append", default=[], help="a kind of problem that is only reported")
     parser.add_argument("--valid-share", type=float, default=0.05, help="of the speakers (default 0.05)")

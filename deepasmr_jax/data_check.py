@@ -28,7 +28,7 @@ from deepasmr_jax import text as text_lib
 # kind of problem -> what it means; those of KEPT are reported and stay, those of FIRM cannot be kept
 KINDS = {
     "unreadable": "missing, damaged or no audio",
-    "wrong_rate": "sampled at less than 16 kHz, or not at the rate that was asked for",
+    "wrong_rate": "sampled below the rate of the records (16 kHz), or not at the rate that was asked for",
     "silent": "no sound at all (peak below -80 dB of full scale)",
     "clipped": "samples in a row at full scale",
     "too_short": "shorter than any front end can use",
@@ -44,6 +44,7 @@ FIRM = ("unreadable", "too_short", "bad_label", "not_listed", "no_features")
 REPORT = "data_check.jsonl"  # beside what was checked
 BUILD_REPORT = "report.jsonl"  # in what a build or a second pass made
 END_S = 0.01  # that `to_s` may lie beyond the end: manifests round it
+RECORD_RATES = (16000, 22050, 24000, 32000, 44100, 48000)  # Hz; 20 ms are whole samples of each
 MAX_SECONDS = 30.0  # of the speech tokenizer's window, and of Emilia's longest pieces
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab")  # of a transcript beside the audio, first found
@@ -68,12 +69,13 @@ class Item:
 
     Attributes:
         id: its name, unique in the corpus.
-        audio: a file, the bytes of a file, or int16 [W] at 16 kHz.
+        audio: a file, the bytes of a file, or int16 [W].
         where: place for the report: a file, a line, a member of an archive.
         text, speaker, language, style: as the corpus says them; "" where it does not.
         pair_id: shared by readings of one sentence by one speaker; "" is the id.
         split: "train" or "valid" where the corpus decides; "" elsewhere.
         from_s, to_s: part of the audio in seconds; to_s 0 is its end.
+        sample_rate: Hz of an array; files say theirs.
     """
 
     id: str
@@ -87,6 +89,7 @@ class Item:
     split: str = ""
     from_s: float = 0.0
     to_s: float = 0.0
+    sample_rate: int = audio.SAMPLE_RATE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,19 +120,22 @@ class Rules:
     """What counts as a problem.
 
     Attributes:
-        rate: Hz that every file must have; 0: any of at least 16,000.
+        rate: Hz that every file must have; 0: any of at least `record_rate`.
         max_seconds: longest utterance.
         keep: kinds of problem that are reported only, beside `KEPT`.
         needs_labels: speaker, language and style must be there (they are in a record); an unknown one is always wrong.
+        record_rate: Hz of the records that files become, of `RECORD_RATES`.
 
     Raises:
-        ValueError: on a kind that is unknown or cannot be kept, or a limit that is not positive.
+        ValueError: on a kind that is unknown or cannot be kept, a limit that is not positive, or a rate that records
+            cannot have.
     """
 
     rate: int = 0
     max_seconds: float = MAX_SECONDS
     keep: tuple[str, ...] = ()
     needs_labels: bool = True
+    record_rate: int = audio.SAMPLE_RATE
 
     def __post_init__(self):
         able = [kind for kind in KINDS if kind not in FIRM]
@@ -141,9 +147,13 @@ class Rules:
                 f"{self.max_seconds:g} s are no limit of length; give one of {audio.MIN_DURATION_S:g} to "
                 f"{audio.MAX_DURATION_S:g}"
             )
-        if self.rate and self.rate < audio.SAMPLE_RATE:
+        if self.record_rate not in RECORD_RATES:
             raise ValueError(
-                f"rate {self.rate} Hz is below that of records, {audio.SAMPLE_RATE}; give 0 or more"
+                f"records cannot have {self.record_rate} Hz; give one of {', '.join(map(str, RECORD_RATES))}"
+            )
+        if self.rate and self.rate < self.record_rate:
+            raise ValueError(
+                f"rate {self.rate} Hz is below that of records, {self.record_rate}; give 0 or more"
             )
 
 
@@ -158,8 +168,8 @@ def examine(item: Item, rules: Rules) -> tuple[dict | None, list[Problem]]:
         rules: what is wrong.
 
     Returns:
-        (id, pair_id, text, language, speaker, style and audio, int16 [W], 16 kHz mono; None if it is to be left out,
-        the problems). Duplicates are for `Seen` to find.
+        (id, pair_id, text, language, speaker, style, audio, int16 [W] mono, and sample_rate unless that is 16 kHz;
+        None if it is to be left out, the problems). The rate of an array is kept. Duplicates are for `Seen` to find.
     """
     problems = []
 
@@ -173,11 +183,13 @@ def examine(item: Item, rules: Rules) -> tuple[dict | None, list[Problem]]:
         "".join((item.id, item.pair_id, item.text, *labels.values())).encode()
     except UnicodeEncodeError as error:
         add("bad_label", f"its name or text is no valid Unicode ({error.reason}); write it in UTF-8")
-    pcm = _read(item, rules, add)
+    rate = item.sample_rate if isinstance(item.audio, np.ndarray) else rules.record_rate
+    pcm = _read(item, rate, rules, add)
     if pcm is None or any(not p.kept for p in problems):
         return None, problems
     pair = item.pair_id or item.id
-    return {"id": item.id, "pair_id": pair, "text": item.text.strip(), **labels, "audio": pcm}, problems
+    record = {"id": item.id, "pair_id": pair, "text": item.text.strip(), **labels, "audio": pcm}
+    return record | ({} if rate == audio.SAMPLE_RATE else {"sample_rate": rate}), problems
 
 
 def digest(pcm: np.ndarray) -> bytes:
@@ -204,10 +216,11 @@ def _labels(item: Item, rules: Rules, add: Callable) -> dict[str, str]:
     return labels
 
 
-def _read(item: Item, rules: Rules, add: Callable) -> np.ndarray | None:
-    """int16 [W] at 16 kHz; None if it cannot be read or need not be, since it is left out."""
+def _read(item: Item, record_rate: int, rules: Rules, add: Callable) -> np.ndarray | None:
+    """int16 [W] at `record_rate`; None if it cannot be read or need not be, since it is left out."""
     if isinstance(item.audio, np.ndarray):
-        wav, rate = item.audio, audio.SAMPLE_RATE
+        wav, rate = item.audio, record_rate
+        _check_rate(rate, rules, add)
         duration_s = len(wav) / rate
         if duration_s > rules.max_seconds:
             add("too_long", f"it lasts {duration_s:.1f} s, the limit is {rules.max_seconds:g} s")
@@ -226,7 +239,7 @@ def _read(item: Item, rules: Rules, add: Callable) -> np.ndarray | None:
     notes = []
     try:
         wav = audio.load(
-            wav, audio.SAMPLE_RATE, rate, allow_silence=True, max_duration_s=duration_s + 1, notes=notes
+            wav, record_rate, rate, allow_silence=True, max_duration_s=duration_s + 1, notes=notes
         )
     except ValueError as error:  # NaN, another unit
         add("unreadable", str(error))
@@ -241,6 +254,12 @@ def _read(item: Item, rules: Rules, add: Callable) -> np.ndarray | None:
     return np.clip(np.round(wav * 32768.0), -32768, 32767).astype(np.int16)
 
 
+def _check_rate(rate: int, rules: Rules, add: Callable) -> None:
+    if rate < rules.record_rate or rules.rate not in (0, rate):
+        wanted = f"{rules.rate}" if rules.rate else f"at least {rules.record_rate}"
+        add("wrong_rate", f"it has {rate} Hz, wanted are {wanted}")
+
+
 def _read_file(item: Item, rules: Rules, add: Callable) -> tuple[np.ndarray | None, int]:
     """(samples of the wanted part, Hz); None for what is too long and left out: it is not decoded."""
     import soundfile
@@ -252,9 +271,7 @@ def _read_file(item: Item, rules: Rules, add: Callable) -> tuple[np.ndarray | No
         raise ValueError(f"{source} does not exist; correct the path")
     with soundfile.SoundFile(source if isinstance(source, io.BytesIO) else str(source)) as file:
         rate = file.samplerate
-        if rate < audio.SAMPLE_RATE or rules.rate not in (0, rate):
-            wanted = f"{rules.rate}" if rules.rate else f"at least {audio.SAMPLE_RATE}"
-            add("wrong_rate", f"it has {rate} Hz, wanted are {wanted}")
+        _check_rate(rate, rules, add)
         first = round(item.from_s * rate)
         stop = round(item.to_s * rate) if item.to_s else file.frames
         if file.frames < stop <= file.frames + END_S * rate:
@@ -516,7 +533,7 @@ def check(
     Returns:
         {"files", "left_out", "hours" of the rest, and the number of each kind that was found}.
     """
-    seen, found, num_files, left_out, samples = Seen(), Counter(), 0, 0, 0
+    seen, found, num_files, left_out, seconds = Seen(), Counter(), 0, 0, 0.0
     start = said = time.perf_counter()
     with (
         files.atomic_path(report) as part,
@@ -535,7 +552,7 @@ def check(
             if record is None:
                 left_out += 1
             else:
-                samples += len(record["audio"])
+                seconds += len(record["audio"]) / shards.sample_rate(record)
             for problem in problems:
                 found[problem.problem] += 1
                 lines.write(problem.line())
@@ -544,7 +561,7 @@ def check(
                 progress(
                     f"{num_files} files, {num_files / (said - start):.0f} a second, {left_out} with a fault"
                 )
-    hours = round(samples / audio.SAMPLE_RATE / 3600, 4)
+    hours = round(seconds / 3600, 4)
     return {"files": num_files, "left_out": left_out, "hours": hours} | {
         k: found[k] for k in KINDS if found[k]
     }

@@ -3,8 +3,9 @@
 One chain per stage: example number -> random choices of that number -> rows of this process -> batch
 -> prefetch. An example number names an epoch and a place in its order, so that a saved position is one
 integer and two hosts together read what one host would. Records are TFDS features: text, speaker, style,
-language, audio int16 [W] at 16 kHz, phones and f0_class int32 [W // 320]; data/add_features.py adds
-speech_tokens [N], mel float16 [T, M] and text_ids, and may leave out what a stage does not read.
+language, audio int16 [W] at 16 kHz or, where records have it, at their `sample_rate`, phones and f0_class
+int32, one each 20 ms; data/add_features.py adds speech_tokens [N], mel float16 [T, M] and text_ids, and may
+leave out what a stage does not read.
 Batches, B rows each, all lengths static:
   lm: tokens, kinds, segment_ids, positions, targets, each [B, N] int32; kinds as in lm.py;
     segment_ids 0 = padding; targets -1 = ignored. A segment is 1..k utterances of one speaker and one style:
@@ -617,18 +618,18 @@ class _Waves:
         self._rate = (
             audio.mel_profile(cfg.mel_profile).sample_rate if cfg.stage == "vocoder" else audio.SAMPLE_RATE
         )
-        self._length = -(-cfg.num_samples * audio.SAMPLE_RATE // self._rate)  # of a piece in the record
-        least = self._length if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
+        length = self._length(audio.SAMPLE_RATE)
+        least = length if cfg.stage == "vocoder" else 2 * LABEL_SAMPLES
         faults = {f"are shorter than {least / audio.SAMPLE_RATE:g} s": index.num_samples < least}
         if "text" in self._labels:  # belongs to all of its utterance, so there are no crops
-            longest = f"are longer than a row of {self._length / audio.SAMPLE_RATE:g} s"
-            faults[longest] = index.num_samples > self._length
+            longest = f"are longer than a row of {length / audio.SAMPLE_RATE:g} s"
+            faults[longest] = index.num_samples > length
             is_read = np.isin(index.languages, text.LANGUAGES)
             faults["are neither English nor Mandarin"] = ~is_read[index.voice]
             self._reader = text.MiniTokenizer()
             if "zh" in index.languages[np.unique(index.voice[_wanted(cfg, index)])]:
                 text.pinyin("你")  # refuses a machine without pypinyin here, and not record by record
-        taken = np.minimum(index.num_samples, self._length)
+        taken = np.minimum(index.num_samples, length)
         self.mixture = Mixture(cfg, index, _usable(cfg, index, faults), taken)
         self.num_rows = len(self.mixture)
         self._speakers = {name: i for i, name in enumerate(speakers(cfg))} if cfg.stage == "speaker" else {}
@@ -638,11 +639,12 @@ class _Waves:
         epoch, place = divmod(example, self.num_rows)
         i = int(self.mixture.order(epoch)[place])
         record = self.records[i]
-        samples = np.asarray(record["audio"])
-        unit = LABEL_SAMPLES if cfg.stage == "speech_tokenizer" else 1
-        start = unit * int(rng.integers(max(len(samples) - self._length, 0) // unit + 1))
-        piece = samples[start : start + self._length].astype(np.float32) / 32768.0
-        piece = audio.resample(piece, audio.SAMPLE_RATE, self._rate)[: cfg.num_samples]
+        samples, rate = np.asarray(record["audio"]), shards.sample_rate(record)
+        length = self._length(rate)
+        unit = LABEL_SAMPLES * rate // audio.SAMPLE_RATE if cfg.stage == "speech_tokenizer" else 1
+        start = unit * int(rng.integers(max(len(samples) - length, 0) // unit + 1))
+        piece = samples[start : start + length].astype(np.float32) / 32768.0
+        piece = audio.resample(piece, rate, self._rate)[: cfg.num_samples]
         wav = np.zeros(cfg.num_samples, np.float32)
         wav[: len(piece)] = piece
         if cfg.stage == "vocoder":
@@ -654,10 +656,14 @@ class _Waves:
         if self._reader is not None:
             return out | self._text(record, len(piece))
         for name in self._labels:
-            found = np.asarray(record[name], np.int32)[start // unit :][: len(piece) // unit]
-            out[name] = np.full(cfg.num_samples // unit, IGNORED, np.int32)
+            found = np.asarray(record[name], np.int32)[start // unit :][: len(piece) // LABEL_SAMPLES]
+            out[name] = np.full(cfg.num_samples // LABEL_SAMPLES, IGNORED, np.int32)
             out[name][: len(found)] = found
         return out
+
+    def _length(self, rate: int) -> int:
+        """Samples of a record at `rate` that fill a row."""
+        return -(-self.cfg.num_samples * rate // self._rate)
 
     def _text(self, record: dict, num_samples: int) -> dict[str, np.ndarray]:
         """text_ids and text_lengths of an utterance; no text, and so no loss, where it cannot be its utterance's.

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from deepasmr_jax import files
+from deepasmr_jax import audio, files
 
 FEATURES = {"speech_tokens", "mel", "text_ids"}  # fields that data/add_features.py makes
 # beside them, what made them: {"name": "mini" or "qwen", "vocab_size", "speech_tokenizer": sha256, "mel_profile",
@@ -58,7 +58,7 @@ class Index:
 
     voice: np.ndarray  # [records] int32: place in the three below
     pair: np.ndarray  # [records] uint64: hash of the name that the records of one sentence share
-    num_samples: np.ndarray  # [records] int32, as the next two
+    num_samples: np.ndarray  # [records] int32, as the next two; at 16 kHz, whatever the rate of the record
     num_tokens: np.ndarray  # 0 where the corpus has no features yet
     num_text: np.ndarray
     speakers: np.ndarray  # [voices] names
@@ -86,7 +86,7 @@ class Records:
 
     Args:
         cfg: names the folders and the split.
-        fields: names of the features to decode; None: all.
+        fields: names of the features to decode; None: all. With "audio" also `sample_rate`, where records have it.
 
     Raises:
         ValueError: if a folder is no TFDS dataset, or lacks the split or a field.
@@ -174,7 +174,9 @@ class _Source:
 
         found = builder(folder)
         features = found.info.features
-        self._features = tfds.features.FeaturesDict({name: features[name] for name in fields or features})
+        names = {*(fields or features)}
+        names |= {"sample_rate"} & {*features} if "audio" in names else set()
+        self._features = tfds.features.FeaturesDict({name: features[name] for name in names})
         self._raw = found.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 
     def __getitem__(self, i: int) -> dict:
@@ -241,7 +243,9 @@ class ShardIndex:
     It is kept as `index/SHARD.npz` beside the shard with the shard's size and time, and counts for no other file.
     """
 
-    fields = ("speaker", "style", "language", "pair_id", "audio", "num_samples", "speech_tokens", "text_ids")
+    fields = (
+        "speaker", "style", "language", "pair_id", "audio", "sample_rate", "num_samples", "speech_tokens", "text_ids"
+    )  # fmt: skip
 
     def __init__(self):
         self._rows, self._voices = bytearray(), {}
@@ -253,7 +257,7 @@ class ShardIndex:
         self._rows += _PACKED.pack(
             _pair(pair) if pair else 0,
             self._voices.setdefault(voice, len(self._voices)),
-            record["num_samples"] if "num_samples" in record else len(record["audio"]),
+            record["num_samples"] if "num_samples" in record else num_samples(record),
             len(record.get("speech_tokens", ())),
             len(record.get("text_ids", ())),
         )
@@ -326,6 +330,16 @@ def _joined(parts: Iterable[tuple[np.ndarray, list]], count: int) -> tuple[np.nd
     numbers[[places[voice] for voice in order]] = np.arange(len(order))
     rows["voice"] = numbers[rows["voice"]]
     return rows, [list(voice) for voice in order]
+
+
+def sample_rate(record: dict) -> int:
+    """Hz of the audio of a record: its field `sample_rate`, which records of 16 kHz do not have."""
+    return int(record.get("sample_rate", audio.SAMPLE_RATE))
+
+
+def num_samples(record: dict) -> int:
+    """Whole samples at 16 kHz that the audio of a record lasts."""
+    return len(record["audio"]) * audio.SAMPLE_RATE // sample_rate(record)
 
 
 def decoded(value) -> str:

@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 
 import tfds_files  # noqa: E402
 
+from deepasmr_jax import audio  # noqa: E402
+
 
 def script(path: str):
     """A script beside the package as a module, such as "launch/table.py"; executed once."""
@@ -21,8 +23,13 @@ def script(path: str):
     return sys.modules[name]
 
 
-def record(i: int, split: str, num_speakers: int, has_features: bool, seconds: float = 1.2) -> dict:
-    """Record i: speakers in turn, normal and ASMR alternating in pairs, noise of half to one and a half `seconds`."""
+def record(
+    i: int, split: str, num_speakers: int, has_features: bool, seconds: float = 1.2, sample_rate: int = 16000
+) -> dict:
+    """Record i: speakers in turn, normal and ASMR alternating in pairs, noise of half to one and a half `seconds`.
+
+    At another rate it has the same sound, and `sample_rate`.
+    """
     rng = np.random.default_rng([i, len(split)])
     samples = int(rng.integers(round(8000 * seconds), round(24000 * seconds)))
     frames = samples // 320
@@ -39,6 +46,9 @@ def record(i: int, split: str, num_speakers: int, has_features: bool, seconds: f
         "phones": rng.integers(0, 30, frames).astype(np.int32),
         "f0_class": rng.integers(0, 6, frames).astype(np.int32),
     }
+    if sample_rate != 16000:
+        wav = audio.resample(out["audio"].astype(np.float32), 16000, sample_rate)
+        out |= {"audio": np.round(wav).astype(np.int16), "sample_rate": sample_rate}
     if has_features:
         num_tokens = -(-(samples // 160) // 4)
         out |= {
@@ -57,6 +67,7 @@ def write(
     has_features: bool = True,
     has_labels: bool = True,
     seconds: float = 1.2,
+    sample_rate: int = 16000,
 ) -> str:
     """Writes the dataset into `folder/noise/1.0.0` and returns that path; two shards per split."""
     import tensorflow_datasets as tfds
@@ -65,6 +76,8 @@ def write(
     names = ("id", "pair_id", "text", "language", "speaker", "style", "engine", "kind")
     features = {name: tfds.features.Text() for name in names}
     features["audio"] = tensor(shape=(None,), dtype=np.int16, encoding="bytes")
+    if sample_rate != 16000:
+        features["sample_rate"] = tfds.features.Scalar(np.int32)
     labels = ("phones", "f0_class") if has_labels else ()
     features |= {name: tensor(shape=(None,), dtype=np.int32) for name in labels}
     if has_features:
@@ -74,7 +87,7 @@ def write(
     features = tfds.features.FeaturesDict(features)
     root, lengths = Path(folder) / "noise" / "1.0.0", {}
     for split, count in (counts or {"train": 48, "valid": 12}).items():
-        rows = [record(i, split, num_speakers, has_features, seconds) for i in range(count)]
+        rows = [record(i, split, num_speakers, has_features, seconds, sample_rate) for i in range(count)]
         rows = [{k: v for k, v in row.items() if k in features} for row in rows]
         halves = [rows[: count // 2], rows[count // 2 :]]
         lengths[split] = [len(h) for h in halves]

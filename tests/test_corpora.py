@@ -55,7 +55,7 @@ def records(folder: Path) -> dict[str, dict]:
             for i in range(len(rows)):
                 row = {k: v.decode() if isinstance(v, bytes) else v for k, v in rows[i].items()}
                 assert row["id"] not in found
-                assert (row["speaker"], len(row["audio"])) == (
+                assert (row["speaker"], shards.num_samples(row)) == (
                     index.speakers[index.voice[i]], index.num_samples[i]
                 )  # fmt: skip
                 found[row["id"]] = row | {"split": split}
@@ -164,6 +164,82 @@ def test_kept_kinds_stay_and_are_reported(tmp_path):
     assert len(found["c"]["audio"]) == RATE // 2
     with pytest.raises(ValueError, match="'unreadable' cannot be kept; choose of wrong_rate"):
         data_check.Rules(keep=("unreadable",))
+
+
+def test_records_of_24_khz_keep_what_lies_above_8_khz_and_are_the_same_below(tmp_path, capsys):
+    t = np.arange(12000) / 24000
+    for i in range(4):
+        wav = 0.3 * np.sin(2 * np.pi * (300 + 100 * i) * t) + 0.1 * np.sin(2 * np.pi * 10000 * t)
+        audio.save(tmp_path / f"{i}.wav", wav, 24000)
+    audio.save(tmp_path / "same.wav", wav, 24000)
+    audio.save(tmp_path / "old.wav", wav[:9000], 16000)
+    said = {"text": "Good night.", "style": "normal"}
+    names = ["0", "1", "2", "3", "old", "same"]
+    rows = [{"audio": f"{n}.wav", "id": n, "speaker": f"s{i % 2}", **said} for i, n in enumerate(names)]
+    source = str(put(tmp_path / "m.jsonl", lines(*rows)))
+    out = {rate: tmp_path / f"of_{rate}" / "1.0.0" for rate in (16000, 24000)}
+
+    def run(rate, *more):
+        arguments = ["build", "manifest", source, "--out", str(out[rate]), "--valid-share", "0.001", *more]
+        return build.main(arguments)
+
+    assert run(24000, "--record-rate", "23000") == 2  # the smallest share: a speaker is moved
+    assert "records cannot have 23000 Hz; give one of 16000, 22050" in capsys.readouterr().err
+    assert run(24000, "--record-rate", "24000", "--rate", "22050") == 2
+    assert "rate 22050 Hz is below that of records, 24000" in capsys.readouterr().err
+    assert run(24000, "--record-rate", "24000", "--process", "0/2") == 0
+    assert run(24000) == 2
+    err = capsys.readouterr().err
+    assert "was begun with records of 24000 Hz, not 16000; go on with those" in err and err.count("\n") == 1
+    assert run(24000, "--record-rate", "24000") == 1
+    told = capsys.readouterr().out
+    assert "hours: {'train': 0.0003, 'valid': 0.0003}" in told and "wrong_rate: 1" in told
+    assert run(16000, "--process", "0/2") == 0
+    plan = out[16000] / tfds_files.PARTS / "plan.json"
+    began = json.loads(plan.read_text())
+    assert began.pop("record_rate") == 16000
+    plan.write_text(json.dumps(began))  # by an older version
+    assert run(16000, "--keep", "duplicate") == 2 and run(16000) == 1
+    assert "hours: {'train': 0.0004, 'valid': 0.0003}" in capsys.readouterr().out
+
+    found, old = records(out[24000]), records(out[16000])
+    assert set(found) == {"0", "1", "2", "3"} and set(old) == {*found, "old"}
+    assert report(out[24000]) == {"same": "duplicate", "old": "wrong_rate"}
+    for name, row in found.items():
+        pcm, _ = soundfile.read(tmp_path / f"{name}.wav", dtype="int16")
+        np.testing.assert_array_equal(row["audio"], pcm)
+        assert row["sample_rate"] == 24000
+        assert "sample_rate" not in old[name] and len(old[name]["audio"]) == 8000
+    assert {row["split"] for row in found.values()} == {"train", "valid"}
+    for folder, hours in ((out[24000], 0.0006), (out[16000], 0.0007)):
+        counts = data_check.check(data_check.find(folder), tmp_path / "r.jsonl", data_check.Rules())
+        assert counts["hours"] == hours and counts["left_out"] == 0
+    rules = data_check.Rules(rate=24000)
+    assert data_check.check(data_check.find(out[24000]), tmp_path / "r.jsonl", rules)["left_out"] == 0
+    assert data_check.check(data_check.find(out[16000]), tmp_path / "r.jsonl", rules)["wrong_rate"] == 5
+
+    def rows_of(stage, *rates, **sizes):
+        folders = tuple(str(out[rate]) for rate in rates)
+        cfg = input_pipeline.Config(stage, 8, folders, style_weights=(1.0, 0.0), **sizes)
+        return np.concatenate([b["wav"] for b in input_pipeline.first_batches(cfg, 2)])
+
+    def high_share(wavs):  # of the energy at 10 kHz, of tones of 0.3 and 0.1: a tenth
+        power = np.abs(np.fft.rfft(wavs * np.hanning(wavs.shape[1]))) ** 2
+        hz = np.fft.rfftfreq(wavs.shape[1], 1 / 24000)
+        return power[:, hz > 9000].sum(1) / power.sum(1)
+
+    sizes = dict(num_samples=4800, mel_profile="f5")
+    np.testing.assert_allclose(high_share(rows_of("vocoder", 24000, **sizes)), 0.1, atol=0.01)
+    assert np.all(high_share(rows_of("vocoder", 16000, **sizes)) < 1e-3)
+    shares = high_share(rows_of("vocoder", 16000, 24000, **sizes))
+    assert np.all((abs(shares - 0.1) < 0.01) | (shares < 1e-3)) and {*np.round(shares, 1)} == {0.0, 0.1}
+    cfg = input_pipeline.Config("speaker", 1, (str(out[24000]),), num_samples=9600)
+    heard = input_pipeline._Waves(dataclasses.replace(cfg, style_weights=(1.0, 0.0)), shards.read_index(cfg))
+    record = shards.Records(cfg)[int(heard.mixture.order(0)[0])]
+    row = heard.row(0, np.random.default_rng(0))
+    assert row["lengths"] == 8000 and not row["wav"][8000:].any()
+    expected = old[shards.decoded(record["id"])]["audio"] / 32768
+    np.testing.assert_allclose(row["wav"][:8000], expected, atol=2 / 32768)
 
 
 def parquet(path: Path, columns: dict, **options) -> None:

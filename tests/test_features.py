@@ -49,7 +49,9 @@ def test_features_and_synthesis_hear_a_clip_alike(tmp_path, encoder):
     wav = wav[: len(wav) // audio.TOKEN_SAMPLES * audio.TOKEN_SAMPLES]
     made = synthesis.Synthesizer(folder) if encoder == "campplus" else tiny_model.synthesizer()
     heard = made.read_clip(wav, tiny_model.RATE)
-    [found] = fixture_data.script("data/add_features.py").Extractor(str(folder), "mini", 2)([wav])
+    [found] = fixture_data.script("data/add_features.py").Extractor(str(folder), "mini", 2)(
+        [wav], [tiny_model.RATE]
+    )
     np.testing.assert_array_equal(found["speech_tokens"], heard.tokens)
     np.testing.assert_allclose(found["mel"], heard.mel, atol=1e-2)  # float16
     scale = np.abs(heard.embedding).max()
@@ -66,7 +68,7 @@ def test_clips_beyond_the_window_of_the_tokenizer_get_all_their_tokens():
     tools = fixture_data.script("data/add_features.py")
     wav = np.concatenate([tiny_model.hiss(4.0, seed=i) for i in range(9)])  # 36 s
     short = tiny_model.buzz(1.5)
-    found = tools.Extractor(folder, "mini", 2)([wav, short])
+    found = tools.Extractor(folder, "mini", 2)([wav, short], 2 * [tiny_model.RATE])
     tokenizer, cfg = checkpoint.load_component(folder, "speech_tokenizer")
     file = checkpoint.model_file("speech_tokenizer")
     log_mel = np.asarray(audio.s3_log_mel(wav[None]))[0]
@@ -86,13 +88,27 @@ def test_eight_devices_find_the_features_of_one():
     for used in (devices[:1], None):
         make = extract(folder, "cv2", 7, devices=used)
         sizes.append((make.batch_size, jax.sharding.get_mesh().size))
-        found.append(make(wavs))
+        found.append(make(wavs, [audio.SAMPLE_RATE] * len(wavs)))
     assert sizes == [(7, 1), (8, len(devices))] and len(devices) == 8
     for a, b in zip(*found, strict=True):
         np.testing.assert_array_equal(b["speech_tokens"], a["speech_tokens"])
         np.testing.assert_array_equal(b["mel"], a["mel"])
         # a CPU sums the products of one row and of seven in different orders
         np.testing.assert_allclose(b["speaker_embedding"], a["speaker_embedding"], rtol=0, atol=1e-5)
+
+
+def test_the_mel_is_made_of_the_record_and_the_tokens_of_its_16_khz():
+    tools = fixture_data.script("data/add_features.py")
+    extract = tools.Extractor(str(tiny_model.shared()), "f5", 2, "flow")
+    full = 0.1 * np.random.default_rng(0).standard_normal(12000).astype(np.float32)
+    low = audio.resample(full, 24000, 16000)
+    high, without = extract([full, low], [24000, 16000])
+    np.testing.assert_array_equal(high["speech_tokens"], without["speech_tokens"])
+    assert high["mel"].shape == without["mel"].shape == (47, 100)
+    centres = audio.mel_filters(24000, 1024, 100, 0.0, 12000.0, "htk").argmax(0) * 24000 / 1024
+    above, below = centres > 9500, centres < 6000  # the resampling filter begins to fall there
+    assert np.all(high["mel"][2:-2, above] > without["mel"][2:-2, above] + 3)  # nats
+    np.testing.assert_allclose(high["mel"][2:-2, below], without["mel"][2:-2, below], atol=0.1)
 
 
 class FakeExtractor:
@@ -103,7 +119,7 @@ class FakeExtractor:
     def __init__(self, *arguments):
         pass
 
-    def __call__(self, wavs):
+    def __call__(self, wavs, rates):
         return [
             {"speech_tokens": np.arange(len(w) // 640, dtype=np.int32), "speaker_embedding": w[:4],
              "mel": np.full((len(w) // 320, 80), w[4], np.float16)}

@@ -403,6 +403,15 @@ def test_waves_of_the_vocoder_are_at_the_rate_of_its_mel_profile(folder):
     np.testing.assert_array_equal(row["wav"], audio.resample(piece, 16000, 22050))
 
 
+def test_frame_labels_of_records_of_another_rate_are_those_of_their_piece(folder, tmp_path):
+    own = fixture_data.write(tmp_path, sample_rate=44100)
+    pair = [make_config(f, "speech_tokenizer", num_samples=12800) for f in (folder, own)]
+    assert np.array_equal(*(shards.read_index(cfg).voice for cfg in pair))
+    for a, b in zip(*(rows_of(input_pipeline.first_batches(cfg, 4)) for cfg in pair), strict=True):
+        assert np.array_equal(a["phones"], b["phones"]) and np.array_equal(a["f0_class"], b["f0_class"])
+        assert abs(a["lengths"] - b["lengths"]) <= 1 and np.corrcoef(a["wav"], b["wav"])[0, 1] > 0.98
+
+
 def test_speaker_labels_follow_the_sorted_names_of_the_training_split(folder):
     cfg = make_config(folder, "speaker")
     assert input_pipeline.speakers(cfg) == ["speaker_0", "speaker_1", "speaker_2"]

@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
     {"files", "weight_tensors", "hlo"},
-    {"config", "audio", "shards", "text_normalize", "weight_torch", "weight_onnx", "public_names"},
-    {"sharding", "metrics", "text", "page", "clip", "weight_files", "public_cosyvoice2", "public_models"},
+    {"config", "audio", "text_normalize", "weight_torch", "weight_onnx", "public_names"},
+    {"sharding", "metrics", "shards", "text", "page", "clip", "weight_files"}
+    | {"public_cosyvoice2", "public_models"},
     {"request", "nn", "pitch"},
     {"ode", "vocoder_parts"},
     {"speech_tokenizer", "lm", "flow", "flow_cosyvoice2", "vocoder", "vocoder_istft", "vocoder_hift"}
