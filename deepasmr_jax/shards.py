@@ -174,8 +174,9 @@ class _Source:
 
         found = builder(folder)
         features = found.info.features
-        names = {*(fields or features)}
-        names |= {"sample_rate"} & {*features} if "audio" in names else set()
+        names = tuple(fields or features)
+        if "audio" in names and "sample_rate" in features:
+            names += ("sample_rate",)
         self._features = tfds.features.FeaturesDict({name: features[name] for name in names})
         self._raw = found.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
 

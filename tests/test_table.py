@@ -149,7 +149,7 @@ def records(matrix: int, others: int, languages: str = "en en zh") -> list[dict]
 
 @pytest.mark.parametrize("others", [0, 3, 9])
 def test_no_english_target_is_known_to_the_judges_and_none_is_its_own_clip(table, monkeypatch, others):
-    monkeypatch.setattr(table.input_pipeline, "Records", lambda *_: records(14, others))
+    monkeypatch.setattr(table.shards, "Records", lambda *_: records(14, others))
     items, known = table.read_items("x", "test", 1000)
     names = lambda wavs: {float(w[0]) for w in wavs}
     targets = names(i.target[style] for i in items["en"] for style in i.target)
