@@ -169,7 +169,10 @@ class Sampling:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
 @dataclasses.dataclass
 class Cache:
-    """Keys (after rotary) and values of all positions so far; entry s of a row is its position s.
+    """Keys (after rotary) and values of positions, of those before the new tokens or of the new ones.
+
+    The two are kept apart, so that what came before is only read, and a new token of every row goes into one column,
+    whatever the length of what came before it: with a place of its own for each row, XLA writes row after row on a TPU.
 
     keys, values: one [B, K, E, S] float32 array per layer. Separate arrays, because a slice of one stacked
     array would be copied at every token; positions last, because XLA's CPU products want them there and would
@@ -179,15 +182,26 @@ class Cache:
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
 
+    @property
+    def size(self) -> int:
+        return self.keys[0].shape[3]
 
-def grow(cache: Cache, size: int) -> Cache:
-    """A cache with room for `size` positions of keys and values as a pass over whole rows gives them, [B, N, K, E]."""
+    def of_layer(self, index: int) -> tuple[jax.Array, jax.Array]:
+        return self.keys[index], self.values[index]
+
+
+def filled(kept: Cache) -> Cache:
+    """The cache of keys and values as a pass over whole rows gives them, [B, N, K, E]."""
+    return jax.tree.map(lambda x: jnp.transpose(x, (0, 2, 3, 1)), kept)
+
+
+def empty(past: Cache, size: int) -> Cache:
+    """A cache for `size` new tokens after those of `past`."""
 
     def one(x: jax.Array) -> jax.Array:
-        x = jnp.transpose(x, (0, 2, 3, 1))
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3])))
+        return jnp.zeros((*x.shape[:3], size), x.dtype, out_sharding=PartitionSpec(*nn.axes_of(x)))
 
-    return jax.tree.map(one, cache)
+    return jax.tree.map(one, past)
 
 
 class Attention(nnx.Module):
@@ -658,9 +672,9 @@ def _without_data(x: jax.Array, first: int) -> PartitionSpec:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _layer(
-    w: dict[str, jax.Array], cfg: Config, x: jax.Array, positions: jax.Array, mask: jax.Array, cache=None
+    w: dict[str, jax.Array], cfg: Config, x: jax.Array, positions: jax.Array, mask: jax.Array, past=None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One layer on the fused weights: x [B, N, D] to (x, its keys and values), see `layers`.
+    """One layer on the fused weights: x [B, N, D] to (x, its keys and values); `past` as in `layers`, of one layer.
 
     Under jit, so that a program of all layers is traced from one, and one program can serve all layers.
     """
@@ -674,14 +688,15 @@ def _layer(
     qkv = qkv.reshape((*lead, cfg.num_kv_heads, group + 2, size), out_sharding=grouped)
     q = qkv[:, :, :, :group].reshape((*lead, cfg.num_heads, size), out_sharding=heads)
     q = nn.rotary(q, positions, cfg.rope_base)
-    seen = kept = nn.rotary(qkv[:, :, :, group], positions, cfg.rope_base), qkv[:, :, :, group + 1]
-    if cache is not None:
-        write = jax.vmap(
-            lambda rows, new, at: jax.lax.dynamic_update_slice(rows, new[0, :, :, None], (0, 0, at))
-        )
-        kept = tuple(write(old, new, positions[:, 0]) for old, new in zip(cache, kept, strict=True))
-        seen = tuple(jnp.transpose(x, (0, 3, 1, 2)) for x in kept)
-    y = nn.attention(q, *seen, mask)
+    kept = nn.rotary(qkv[:, :, :, group], positions, cfg.rope_base), qkv[:, :, :, group + 1]
+    if past is None:
+        y = nn.attention(q, *kept, mask)
+    else:
+        before, new, step = past
+        columns = (jnp.transpose(x, (0, 2, 3, 1)) for x in kept)
+        at = (0, 0, 0, step)
+        kept = tuple(jax.lax.dynamic_update_slice(x, y, at) for x, y in zip(new, columns, strict=True))
+        y = _look_back(q, *zip(before, kept, strict=True), mask)
     x = x + _product(nn.merge_heads(y), w["o"], cfg, whole)
     y = nn.rms_norm(x, w["mlp_norm"], cfg.norm_eps)
     y = _product(y, w["gate_up"], cfg, split)
@@ -691,13 +706,29 @@ def _layer(
     return x + _product(y, w["down"], cfg, whole), kept
 
 
+def _look_back(
+    q: jax.Array, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], mask: jax.Array
+) -> jax.Array:
+    """Attention of one position a row, [B, 1, H, E], to caches [B, K, E, S] side by side; mask [B, 1, all S]."""
+    rows, _, heads, _ = nn.axes_of(q)
+    split = PartitionSpec(rows, heads, None, None)
+    group = q.shape[2] // keys[0].shape[1]
+    q = q[:, 0].reshape(q.shape[0], -1, group, q.shape[3], out_sharding=split) * q.shape[3] ** -0.5
+    scores = [nn.product("bkge,bkes->bkgs", q, x, "float32", split) for x in keys]
+    scores = jnp.where(mask[:, None], jnp.concatenate(scores, axis=-1), nn.MASKED)
+    weights = jnp.split(jax.nn.softmax(scores, axis=-1), [keys[0].shape[3]], axis=-1)
+    parts = zip(weights, values, strict=True)
+    y = sum(nn.product("bkgs,bkes->bkge", w, x, "float32", split) for w, x in parts)
+    return y.reshape(y.shape[0], 1, -1, y.shape[3], out_sharding=PartitionSpec(rows, None, heads, None))
+
+
 def layers(
     weights: DecodeWeights,
     cfg: Config,
     x: jax.Array,
     positions: jax.Array,
     mask: jax.Array,
-    cache: Cache | None = None,
+    past: tuple[Cache, Cache, jax.Array] | None = None,
 ) -> tuple[jax.Array, Cache]:
     """All layers, unrolled, on the fused weights; outside of jit they are one program that runs once a layer.
 
@@ -707,16 +738,16 @@ def layers(
         x: [B, N, D] float32 input vectors.
         positions: [B or 1, N] int32.
         mask: [B or 1, N, S] bool, True where attention is allowed.
-        cache: with it N is 1: keys and values go into the cache at `positions`, and the whole cache is looked at.
-            None: S is N, and x looks at itself.
+        past: (cache of what came before the new tokens, cache of these, the column in it that x is written to); N is
+            then 1, and x looks at both, S columns in all. None: S is N, and x looks at itself.
 
     Returns:
-        ([B, N, D] float32 before the final norm, the cache; without one the keys and values of x, [B, N, K, E], for
-        `grow`).
+        ([B, N, D] float32 before the final norm, the cache of the new tokens; without `past` the keys and values of
+        x, [B, N, K, E], for `filled`).
     """
     kept = []
     for index, w in enumerate(weights.layers):
-        own = None if cache is None else (cache.keys[index], cache.values[index])
+        own = None if past is None else (past[0].of_layer(index), past[1].of_layer(index), past[2])
         x, own = _layer(w, cfg, x, positions, mask, own)
         kept.append(own)
         if jax.default_backend() == "cpu" and not isinstance(x, jax.core.Tracer):
@@ -725,9 +756,9 @@ def layers(
 
 
 def prefill(
-    weights: DecodeWeights, cfg: Config, tokens: jax.Array, kinds: jax.Array, lengths: jax.Array, size: int
+    weights: DecodeWeights, cfg: Config, tokens: jax.Array, kinds: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    """Runs the sequence so far and fills the cache.
+    """Runs the sequence so far.
 
     Args:
         weights: from `unstack`.
@@ -735,13 +766,12 @@ def prefill(
         tokens: [B, N] int32, each row's sequence at the left.
         kinds: [B, N] int32, PAD after the end of a row.
         lengths: [B] int32, number of valid positions, at least 1.
-        size: positions of the cache, at least N.
 
     Returns:
-        (logits [B, V] float32 after the last valid position of each row, the cache).
+        (logits [B, V] float32 after the last valid position of each row, its cache).
     """
-    x, cache = layers(weights, cfg, embed(weights, tokens, kinds), *_causal(tokens.shape[1]))
-    return _last_scores(weights, cfg, x, lengths), grow(cache, size)
+    x, kept = layers(weights, cfg, embed(weights, tokens, kinds), *_causal(tokens.shape[1]))
+    return _last_scores(weights, cfg, x, lengths), filled(kept)
 
 
 def _causal(num: int) -> tuple[jax.Array, jax.Array]:
@@ -757,7 +787,13 @@ def _last_scores(weights: DecodeWeights, cfg: Config, x: jax.Array, lengths: jax
 
 
 def decode_step(
-    weights: DecodeWeights, cfg: Config, tokens: jax.Array, positions: jax.Array, cache: Cache
+    weights: DecodeWeights,
+    cfg: Config,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    before: Cache,
+    new: Cache,
+    step: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """One speech token per row through the model.
 
@@ -765,17 +801,20 @@ def decode_step(
         weights: from `unstack`.
         cfg: settings of the model.
         tokens: [B] int32 speech ids.
-        positions: [B] int32, place of each token in its row; below the cache size.
-        cache: state before this token; it is replaced by the result.
+        lengths: [B] int32, valid positions of each row before the new tokens.
+        before: their cache.
+        new: cache of the new tokens before this one, from `empty`; it is replaced by the result.
+        step: int32 scalar, number of these.
 
     Returns:
-        (logits [B, V] float32 for the next token, cache).
+        (logits [B, V] float32 for the next token, cache of the new tokens).
     """
     kinds = jnp.full_like(tokens, SPEECH)
-    mask = jnp.arange(cache.keys[0].shape[3]) <= positions[:, None, None]
+    column = jnp.arange(before.size + new.size)
+    mask = (column < lengths[:, None]) | ((column >= before.size) & (column <= before.size + step))
     x = embed(weights, tokens[:, None], kinds[:, None])
-    x, cache = layers(weights, cfg, x, positions[:, None], mask, cache)
-    return _head(weights, cfg, x[:, 0]), cache
+    x, new = layers(weights, cfg, x, (lengths + step)[:, None], mask[:, None], (before, new, step))
+    return _head(weights, cfg, x[:, 0]), new
 
 
 def _head(weights: DecodeWeights, cfg: Config, x: jax.Array) -> jax.Array:
@@ -862,7 +901,7 @@ class State:
     is_done: [B] bool, the row met its end token or its limit.
     recent: [B, window] int32, ring of the last drawn tokens, -1 where empty.
     scores: [B, V] float32, logits for the next token.
-    cache: keys and values of all positions so far.
+    cache: keys and values of the tokens drawn so far.
     """
 
     step: jax.Array
@@ -931,9 +970,9 @@ def generate(
     weights = model if isinstance(model, DecodeWeights) else unstack(model, cfg)
     ends = dataclasses.replace(weights, layers=())
     x, lengths, *where = _begin(ends, cfg, text_ids, text_lengths, prompt_tokens, prompt_lengths)
-    x, cache = layers(weights, cfg, x, *where)
+    x, kept = layers(weights, cfg, x, *where)
     limits = min_lengths, max_lengths, keys
-    return _continue(weights, cfg, sampling, x, lengths, cache, *limits, max_new)
+    return _continue(weights, cfg, sampling, x, lengths, kept, *limits, max_new)
 
 
 def _place(x: jax.Array) -> jax.Array:
@@ -965,7 +1004,7 @@ def _continue(
     sampling: Sampling,
     x: jax.Array,
     lengths: jax.Array,
-    cache: Cache,
+    kept: Cache,
     min_lengths: jax.Array,
     max_lengths: jax.Array,
     keys: jax.Array,
@@ -975,7 +1014,7 @@ def _continue(
     num_rows = x.shape[0]
     keys, min_lengths = _place(keys), _place(min_lengths)
     max_lengths = jnp.minimum(_place(max_lengths), max_new)
-    scores, cache = _last_scores(weights, cfg, x, lengths), grow(cache, x.shape[1] + max_new)
+    scores, before = _last_scores(weights, cfg, x, lengths), filled(kept)
     is_stop = jnp.arange(cfg.num_speech_rows) >= cfg.num_codes
 
     def draw(scores, recent, key, least, step):
@@ -990,7 +1029,7 @@ def _continue(
         token = jnp.where(is_done, 0, token)
         new_lengths = jnp.where(is_done, state.lengths, step + 1)
         place_in_ring = step % sampling.window
-        scores, cache = decode_step(weights, cfg, token, lengths + step, state.cache)
+        scores, cache = decode_step(weights, cfg, token, lengths, before, state.cache, step)
         return State(
             step=step + 1,
             tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, step)),
@@ -1008,7 +1047,7 @@ def _continue(
         is_done=max_lengths <= 0,
         recent=_place(jnp.full((num_rows, sampling.window), -1, jnp.int32)),
         scores=scores,
-        cache=cache,
+        cache=empty(before, max_new),
     )
     end = jax.lax.while_loop(lambda s: (s.step < max_new) & jnp.any(~s.is_done), body, start)
     return end.tokens, end.lengths

@@ -273,7 +273,7 @@ def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
     model = jax.jit(lm.init, static_argnums=0)(cfg, jax.random.key(0))
     weights = {v: lm.unstack(model, dataclasses.replace(cfg, dtype=v)) for v in DTYPES.values()}
     del model
-    prefill = jax.jit(lm.prefill, static_argnums=(1, 5))
+    prefill = jax.jit(lm.prefill, static_argnums=1)
     put = lambda *arrays: sharding.put({i: np.int32(x) for i, x in enumerate(arrays)}).values()
 
     def generate(rows: int):
@@ -283,7 +283,7 @@ def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
         return lambda c: lm.generate(weights[c.dtype], c, lm.Sampling(), *arrays, keys=keys, max_new=NUM_NEW)
 
     one = put(rng.integers(0, cfg.num_codes, (1, PREFILL)), np.full((1, PREFILL), lm.SPEECH), [PREFILL])
-    first = lambda c: prefill(weights[c.dtype], c, *one, size)
+    first = lambda c: prefill(weights[c.dtype], c, *one)
     work = (generate(n) if num_new else first for n, num_new in LM_WORK)
     ours = dict(zip(ROWS["lm"], work, strict=True))
 

@@ -112,8 +112,8 @@ def test_packed_forward_and_fused_decode_weights_equal_the_qwen2_reference():
     data, cfg, model, batch = golden()
     np.testing.assert_allclose(logits(model, cfg, batch), data["logits"], atol=5e-5)
     num = data["logits"].shape[1]
-    scores, _ = jax.jit(lm.prefill, static_argnums=(1, 5))(
-        lm.unstack(model, cfg), cfg, batch["tokens"], batch["kinds"], np.array([num, num - 4]), num
+    scores, _ = jax.jit(lm.prefill, static_argnums=1)(
+        lm.unstack(model, cfg), cfg, batch["tokens"], batch["kinds"], np.array([num, num - 4])
     )
     np.testing.assert_allclose(scores, [data["logits"][0, -1], data["logits"][1, -5]], atol=5e-5)
 
@@ -400,13 +400,14 @@ def test_cached_logits_equal_the_full_forward(model, dtype, num_rows, mesh, atol
     start, row = np.array([6, 8])[:num_rows], np.arange(num_rows)  # rows are at different places
     inside = np.arange(14) < start[:, None]
     put = lambda *arrays: sharding.put(dict(enumerate(arrays))).values()
-    scores, cache = jax.jit(lm.prefill, static_argnums=(1, 5))(
-        weights, cfg, *put(batch["tokens"], batch["kinds"] * inside, start), 20
+    [length] = put(start)
+    scores, before = jax.jit(lm.prefill, static_argnums=1)(
+        weights, cfg, *put(batch["tokens"], batch["kinds"] * inside), length
     )
-    step = jax.jit(lm.decode_step, static_argnums=1)
+    step, new = jax.jit(lm.decode_step, static_argnums=1), lm.empty(before, 6)
     for i in range(6):
         np.testing.assert_allclose(scores, full[row, start + i - 1], atol=atol)
-        scores, cache = step(weights, cfg, *put(batch["tokens"][row, start + i], start + i), cache)
+        scores, new = step(weights, cfg, *put(batch["tokens"][row, start + i]), length, before, new, i)
     np.testing.assert_allclose(scores, full[row, start + 5], atol=atol)
 
 
