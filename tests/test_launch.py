@@ -238,7 +238,7 @@ printf '%s\\n' '| row | words |' '|---|---|' '| text to N2A | 5 |' '' note >"$ou
         subprocess.run(command, env=ENVIRONMENT | {k: str(v) for k, v in names.items()}, check=True)
     lines = (tmp_path / "log").read_text().splitlines()
     runs = [x for x in lines if "deepasmr_jax.train" in x]
-    assert len(lines) == 10 and len(runs) == 6
+    assert len(lines) == 9 and len(runs) == 6
     value = lambda option, line: re.search(rf"--{option}=(\S+)", line)[1]
     for network in ("flow", "lm"):
         own = {
@@ -246,10 +246,10 @@ printf '%s\\n' '| row | words |' '|---|---|' '| text to N2A | 5 |' '' note >"$ou
         }
         styles = {name: value("set=data.styles", x) for name, x in own.items()}
         assert styles == {"stage_one": "normal", "asmr_only": "asmr", "mixture": "normal,asmr"}
-        starts = [value("set=init_from", x) for x in own.values()]
-        assert starts == [str(tmp_path / "model"), *[str(tmp_path / "out/models/stage_one")] * 2]
+        starts = [re.findall(r"init_from=(\S+)", x) for x in own.values()]
+        assert starts == [[], *[[str(tmp_path / "out/models/stage_one")]] * 2]
         same = lambda x: re.sub(r"--(workdir|export|set=(init_from|data\.style(s|_weights)))=\S+", "", x)
         assert same(own["asmr_only"]) == same(own["mixture"]) and "--set=steps=1 " in own["mixture"]
     rows = [x.split(" | ")[0] for x in (tmp_path / "out" / "table.md").read_text().splitlines()]
-    models = ("start", "stage one", "asmr only", "mixture")
+    models = ("stage one", "asmr only", "mixture")
     assert rows == ["| row", "|---|---|", *(f"| {name}, N2A" for name in models), "", "note"]
