@@ -54,7 +54,7 @@ def padded_length(num_samples: int, step_s: float = 1.0) -> int:
 
 
 class Extractor:
-    """Speech tokens and speaker embeddings of waveforms, in padded batches of few static shapes.
+    """Speech tokens, mel and speaker embeddings of waveforms, in padded batches of few static shapes.
 
     The rows of a batch are shared out among the devices, each with all weights; they become the mesh of this process.
 

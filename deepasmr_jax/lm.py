@@ -184,19 +184,21 @@ class Cache:
 
     @property
     def size(self) -> int:
+        """S, the positions that there is room for."""
         return self.keys[0].shape[3]
 
     def of_layer(self, index: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of one layer, [B, K, E, S] each."""
         return self.keys[index], self.values[index]
 
 
 def filled(kept: Cache) -> Cache:
-    """The cache of keys and values as a pass over whole rows gives them, [B, N, K, E]."""
+    """The cache, [B, K, E, N], of keys and values as `layers` gives them for whole rows, [B, N, K, E]."""
     return jax.tree.map(lambda x: jnp.transpose(x, (0, 2, 3, 1)), kept)
 
 
 def empty(past: Cache, size: int) -> Cache:
-    """A cache for `size` new tokens after those of `past`."""
+    """A cache of zeros, [B, K, E, size], for new tokens after the positions of `past`."""
 
     def one(x: jax.Array) -> jax.Array:
         return jnp.zeros((*x.shape[:3], size), x.dtype, out_sharding=PartitionSpec(*nn.axes_of(x)))
@@ -707,9 +709,12 @@ def _layer(
 
 
 def _look_back(
-    q: jax.Array, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], mask: jax.Array
+    q: jax.Array,
+    keys: tuple[jax.Array, jax.Array],
+    values: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
 ) -> jax.Array:
-    """Attention of one position a row, [B, 1, H, E], to caches [B, K, E, S] side by side; mask [B, 1, all S]."""
+    """Attention of one position a row, [B, 1, H, E], to two caches [B, K, E, S] side by side; mask [B, 1, both S]."""
     rows, _, heads, _ = nn.axes_of(q)
     split = PartitionSpec(rows, heads, None, None)
     group = q.shape[2] // keys[0].shape[1]

@@ -185,7 +185,9 @@ class _Source:
 
 
 def read_index(cfg: Wanted) -> Index:
-    """The index of the split, mapped from the file beside the (first) dataset, or made by one pass and kept there.
+    """The index of the split, mapped from the file beside the (first) dataset.
+
+    Where there is none it is joined of what the writers of the shards kept, the other shards are read, and it is kept.
 
     Raises:
         ValueError: if no folder is given, one is no TFDS dataset, or lacks the split.
@@ -197,6 +199,7 @@ def read_index(cfg: Wanted) -> Index:
 
 @functools.lru_cache(maxsize=16)
 def _index(folders: tuple[str, ...], split: str) -> Index:
+    """The index of one folder, or of several joined, opened once a process."""
     rows, voices = _kept(folders, split)
     speakers, styles, languages = np.array(voices, np.str_).reshape(-1, 3).T
     return Index(

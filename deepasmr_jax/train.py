@@ -556,9 +556,7 @@ def check_text_ids(cfg: TrainConfig) -> None:
         "make them again with data/add_features.py --text-tokenizer (mini, or the folder of a Qwen tokenizer)"
     )
     for folder in cfg.data.data_dirs:
-        path = shards.made_with_file(folder)
-        if path.exists():
-            made = json.loads(path.read_text())
+        if made := shards.made_with(folder):
             if made["vocab_size"] != rows:
                 raise ValueError(
                     f"text ids of {folder} are of the tokenizer {made['name']!r} with {made['vocab_size']} symbols, "
