@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import audio, nn, ode, sharding
+from deepasmr_jax import audio, nn, ode, programs, sharding
 from deepasmr_jax.sharding import spec, split_rows
 
 TIME_FEATURES = 256  # sinusoids of the flow time, E2 TTS
@@ -509,7 +509,7 @@ def sample(
     return _sample(model, cfg, inputs, grid, jnp.float32(guidance), ode.is_guided(guidance), method)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "is_guided", "method"))
+@programs.kept("cfg", "is_guided", "method")
 def _sample(model, cfg, inputs, grid, guidance, is_guided, method):
     speech_tokens, num_tokens, prompt_mel, prompt_frames, keys = map(split_rows, inputs)
     length = prompt_mel.shape[1]

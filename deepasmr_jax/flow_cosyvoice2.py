@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import audio, nn, ode, sharding, weight_files
+from deepasmr_jax import audio, nn, ode, programs, sharding, weight_files
 from deepasmr_jax.sharding import spec, split_rows
 
 FRAMES_PER_TOKEN = 2
@@ -707,7 +707,7 @@ def sample(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "is_guided", "method"))
+@programs.kept("cfg", "is_guided", "method")
 def _sample(model, cfg, inputs, keys, noise, grid, guidance, is_guided, method):
     speech_tokens, num_tokens, prompt_mel, prompt_frames, speaker = map(split_rows, inputs)
     length = prompt_mel.shape[1]

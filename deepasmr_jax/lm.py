@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import audio, nn, sharding
+from deepasmr_jax import audio, nn, programs, sharding
 from deepasmr_jax.sharding import spec
 
 # queries per part of the training attention; on CPU 512 positions take 0.6 of the time of one part
@@ -600,7 +600,7 @@ def unstack(model: SpeechLM, cfg: Config) -> DecodeWeights:
     return DecodeWeights(*tables, layers=layers, norm=norm, head=head, head_bias=head_bias)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@programs.kept("cfg")
 def _unstack_layer(layers: Block, index: jax.Array, cfg: Config) -> dict[str, jax.Array]:
     """The weights of one layer, as an entry of `DecodeWeights.layers`."""
 
@@ -630,7 +630,7 @@ def _unstack_layer(layers: Block, index: jax.Array, cfg: Config) -> dict[str, ja
     }
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@programs.kept("cfg")
 def _unstack_ends(model: SpeechLM, cfg: Config):
     """((text, marker and speech table), norm, head, bias of the head), as in `DecodeWeights`."""
 
@@ -672,7 +672,7 @@ def _without_data(x: jax.Array, first: int) -> PartitionSpec:
     return PartitionSpec(*("model" if axis == "model" else None for axis in nn.axes_of(x)[first:]))
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@programs.kept("cfg")
 def _layer(
     w: dict[str, jax.Array], cfg: Config, x: jax.Array, positions: jax.Array, mask: jax.Array, past=None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -987,7 +987,7 @@ def _place(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*split, *(None,) * (x.ndim - 1)))
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@programs.kept("cfg")
 def _begin(
     weights: DecodeWeights,
     cfg: Config,
@@ -1002,7 +1002,7 @@ def _begin(
     return embed(weights, tokens, kinds), lengths, *_causal(tokens.shape[1])
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "sampling", "max_new"))
+@programs.kept("cfg", "sampling", "max_new")
 def _continue(
     weights: DecodeWeights,
     cfg: Config,

@@ -23,7 +23,7 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from deepasmr_jax import audio, checkpoint, files, lm, page, pool, sharding, weight_files
+from deepasmr_jax import audio, checkpoint, files, lm, page, pool, programs, sharding, weight_files
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import config as config_lib
 from deepasmr_jax import text as text_lib
@@ -305,8 +305,7 @@ class Synthesizer:
         else:  # a model without a pool still clones within a style, and can build its pool
             self.pool = pool.Pool((), self.mel_config.name, config.get("name", folder.name))
         self.pool.check_fits(self.mel_config.name, self._parts["speaker"].config.embedding_size)
-        self._analyse = jax.jit(self._analyse_batch)
-        self._vocode = jax.jit(self._parts["vocoder"].file.apply, static_argnums=1)
+        self._vocode = functools.partial(_vocode, self._parts["vocoder"].file)
 
     def __call__(self, text: str, voice, style: str = "asmr", **options) -> Result:
         """Speaks a text in the voice of a clip.
@@ -410,8 +409,10 @@ class Synthesizer:
             "wav": _pad(levelled, size * per_token)[None].repeat(rows, 0),
             "num_tokens": np.full(rows, num_tokens, np.int32),
         }
-        models = {n: self._parts[n].module for n in ("speech_tokenizer", "speaker")}
-        tokens, mel, embedding = jax.device_get(self._analyse(models, sharding.put(batch)))
+        heard = [self._parts[name] for name in ("speech_tokenizer", "speaker")]
+        models, settings = [x.module for x in heard], tuple((x.file, x.config) for x in heard)
+        found = _analyse(models, sharding.put(batch), settings, self.mel_config)
+        tokens, mel, embedding = jax.device_get(found)
         if not np.isfinite(embedding[0]).all():
             raise ValueError("the speaker encoder gave no finite embedding for this clip; record it again")
         transcript, language = "", ""
@@ -877,18 +878,6 @@ class Synthesizer:
             timings=job.timings,
         )
 
-    def _analyse_batch(self, models: dict, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tokens [B, N], mel [B, T, M] and speaker embedding [B, E] of padded clips."""
-        tokenizer, speaker = self._parts["speech_tokenizer"], self._parts["speaker"]
-        num = batch["num_tokens"]
-        samples16 = num * audio.TOKEN_SAMPLES
-        log_mel = audio.s3_log_mel(batch["wav16"], samples16)
-        frames = num * audio.S3_FRAMES_PER_TOKEN
-        tokens, _ = tokenizer.file.encode(models["speech_tokenizer"], tokenizer.config, log_mel, frames)
-        mel = audio.log_mel(batch["wav"], num * (self.sample_rate // audio.TOKEN_RATE), self.mel_config)
-        embedding = embed_speaker(speaker.file, models["speaker"], speaker.config, batch["wav16"], samples16)
-        return tokens, mel, embedding
-
     def _fixed_noise(self, setting) -> np.ndarray | None:
         """[T, M] noise that every utterance starts from, by `sampling.flow.noise`; None: drawn from the seed."""
         if setting is None:
@@ -972,7 +961,30 @@ class _Part:
             self.module = self.file.stacked(self.module)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@programs.kept("settings", "mel_config")
+def _analyse(
+    models: list, batch: dict, settings: tuple, mel_config
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens [B, N], mel [B, T, M] and speaker embedding [B, E] of padded clips.
+
+    models and settings: weights, and file and Config, of the speech tokenizer and of the speaker encoder.
+    """
+    (tokenizer, tokenizer_config), (speaker, speaker_config) = settings
+    num = batch["num_tokens"]
+    samples16 = num * audio.TOKEN_SAMPLES
+    log_mel = audio.s3_log_mel(batch["wav16"], samples16)
+    tokens, _ = tokenizer.encode(models[0], tokenizer_config, log_mel, num * audio.S3_FRAMES_PER_TOKEN)
+    mel = audio.log_mel(batch["wav"], num * (mel_config.sample_rate // audio.TOKEN_RATE), mel_config)
+    return tokens, mel, embed_speaker(speaker, models[1], speaker_config, batch["wav16"], samples16)
+
+
+@programs.kept("file", "cfg")
+def _vocode(file, module, cfg, mel: jax.Array, lengths: jax.Array) -> jax.Array:
+    """The `apply` of a vocoder's file: mel [B, T, M] and frames [B] to [B, W]."""
+    return file.apply(module, cfg, mel, lengths)
+
+
+@programs.kept("stage")
 def _keys(seeds: jax.Array, chunks: jax.Array, stage: int) -> jax.Array:
     """[B] keys from each request's seed, the number of the chunk, and the stage; never from the place."""
 
@@ -1018,6 +1030,7 @@ def _use_compilation_cache() -> None:
     if place == "off" or jax.config.jax_compilation_cache_dir:
         return
     folder = Path(place).expanduser()
+    programs.keep_in(folder / "programs")
     with contextlib.suppress(OSError):  # a home that cannot be written is no reason to fail
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -1031,7 +1044,8 @@ def _clock(timings: dict[str, float], name: str):
     spans: list[tuple[float, float]] = []
 
     def on_event(event: str, seconds: float, **_):
-        if event.startswith("/jax/core/compile/"):  # tracing, lowering, compiling (or reading it from disk)
+        # tracing, lowering, compiling, or reading it from disk
+        if event.startswith("/jax/core/compile/") or event == programs.READ_EVENT:
             now = time.perf_counter()
             spans.append((now - seconds, now))
 

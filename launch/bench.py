@@ -40,7 +40,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-from deepasmr_jax import config, files, flow, lm, metrics, sharding, vocoder, vocoder_istft  # noqa: E402
+from deepasmr_jax import config, files, flow, lm, metrics, programs, sharding, vocoder, vocoder_istft  # noqa: E402
 from deepasmr_jax import speech_tokenizer as s3  # noqa: E402
 
 PARTS = ("say", "programs", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train", "step", "loader")
@@ -470,7 +470,7 @@ def measure_say(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def own_cache() -> Iterator[None]:
-    """Lets a Synthesizer keep compiled programs in a temporary folder; afterwards JAX's cache is as it was."""
+    """Lets a Synthesizer keep programs in a temporary folder; afterwards nothing is kept but in JAX's cache."""
     names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")
     names = [f"jax_{name}" for name in (*names, "persistent_cache_min_entry_size_bytes")]
     before, switch = {name: getattr(jax.config, name) for name in names}, os.environ["DEEPASMR_CACHE"]
@@ -480,6 +480,7 @@ def own_cache() -> Iterator[None]:
         with tempfile.TemporaryDirectory() as os.environ["DEEPASMR_CACHE"]:
             yield
     finally:
+        programs.keep_in(None)
         os.environ["DEEPASMR_CACHE"] = switch
         for name, value in before.items():
             jax.config.update(name, value)
@@ -518,9 +519,10 @@ def measure_programs(bench: Bench) -> None:
     (clip, _), spans, found = built_in_clip(), [], []
 
     def on_event(event: str, seconds: float, fun_name: str = "", **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            now = time.perf_counter()
-            spans.append((now - seconds, now, event.endswith("backend_compile_duration"), fun_name))
+        is_read, now = event == programs.READ_EVENT, time.perf_counter()
+        if event.startswith("/jax/core/compile/") or is_read:
+            name = fun_name.removeprefix("jit(").removesuffix(")")
+            spans.append((now - seconds, now, is_read or event.endswith("backend_compile_duration"), name))
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
     try:
@@ -530,6 +532,7 @@ def measure_programs(bench: Bench) -> None:
             for _ in range(2):
                 spans.clear()
                 jax.clear_caches()
+                programs.forget()
                 synthesizer("Hi.", clip, voice_style="normal")
                 found.append(by_program(spans))
     finally:

@@ -29,7 +29,7 @@ read -r -a extra_table <<<"${EXTRA_TABLE:-}"
 python="${PYTHON:-python}"
 # stage two at a constant rate, as in the paper; its 1e-5 is for a network 60 times as large and many more steps
 rate=(--set=optim.lr=5e-4 --set=optim.schedule=constant --set=optim.warmup_steps=50)
-declare -A steps=([stage_one_flow]=2500 [asmr_only_flow]=800 [mixture_flow]=800 [stage_one_lm]=1500 [asmr_only_lm]=500 [mixture_lm]=500)
+declare -A steps=([stage_one_flow]=2500 [asmr_only_flow]=800 [mixture_flow]=800 [stage_one_lm]=1000 [asmr_only_lm]=300 [mixture_lm]=300)
 declare -A heard=([stage_one]=normal [asmr_only]=asmr [mixture]=normal,asmr)
 declare -A weights=([stage_one]=1 [asmr_only]=1 [mixture]=1,1)
 mkdir -p "$out/runs" "$out/models"

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "deepasmr_jax"
 LAYERS = [
     {"files", "weight_tensors", "hlo"},
-    {"config", "audio", "text_normalize", "weight_torch", "weight_onnx", "public_names"},
+    {"config", "audio", "programs", "text_normalize", "weight_torch", "weight_onnx", "public_names"},
     {"sharding", "metrics", "shards", "text", "page", "clip", "weight_files"}
     | {"public_cosyvoice2", "public_models"},
     {"request", "nn", "pitch"},

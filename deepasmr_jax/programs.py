@@ -1,0 +1,223 @@
+"""Compiled programs kept whole on disk: the next process reads them and neither traces, lowers nor compiles.
+
+JAX's own cache keeps what XLA made, but a program must be traced and lowered in Python to find it there, which is
+most of a start (docs/speed.md, "Programs of a request"). Here the key is what decides a program without tracing it:
+code of this package, versions, machine, JAX's settings, the function, its static arguments, and the structure, types
+and layouts of the others. A file holds machine code, and JAX's form of it is a pickle
+(`jax.experimental.serialize_executable`): a folder that others may write to is not used.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import stat
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
+
+from deepasmr_jax import files
+
+READ_EVENT = "/deepasmr/programs/read"  # jax.monitoring: seconds spent on reading one, fun_name
+KEPT_VERSIONS = 3  # folders of other code, machines or settings that stay beside the one in use
+
+_all: "weakref.WeakSet[Program]" = weakref.WeakSet()
+_folder: Path | None = None
+
+
+def keep_in(folder: str | os.PathLike | None) -> None:
+    """From now on programs are read from `folder` and written to it; None: they are compiled in each process.
+
+    Made if it is missing, for its owner alone. If it cannot be made, or belongs to or can be written by others,
+    nothing is kept.
+    """
+    global _folder
+    _folder = None
+    forget()
+    if folder is None:
+        return
+    folder = Path(folder)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError:  # a home that cannot be written is no reason to fail
+        return
+    if not hasattr(os, "getuid") or (
+        found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    ):
+        _folder = folder
+
+
+def forget() -> None:
+    """Drops the programs in memory, not those on disk."""
+    for program in list(_all):
+        program.loaded.clear()
+
+
+def kept(*static: str) -> Callable[[Callable], "Program"]:
+    """`jax.jit` for a function of the module level, with the arguments of these names static: see `Program`."""
+    return lambda fun: Program(fun, static)
+
+
+class Program:
+    """A function under `jax.jit` whose compiled forms are kept on disk, where `keep_in` named a folder.
+
+    Inside another program, in a job of several processes and without a folder it is `jax.jit` and nothing else.
+
+    Args:
+        fun: of the module level (its name is part of the key), a function of its arguments alone. What it returns is
+            arrays in tuples and dicts; another result, or constants that are arrays of JAX, are compiled and not kept.
+        static: names of the arguments that are part of the program: hashable, with a `repr` that says all of them.
+    """
+
+    def __init__(self, fun: Callable, static: tuple[str, ...] = ()):
+        functools.update_wrapper(self, fun)
+        self.loaded: dict = {}
+        self._static, self._signature = static, inspect.signature(fun)
+        self._jit = jax.jit(fun, static_argnames=static)
+        _all.add(self)
+
+    def __call__(self, *args, **kwargs):
+        if _folder is None or jax.process_count() > 1:
+            return self._jit(*args, **kwargs)
+        given = self._signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        static = {name: given.arguments.pop(name) for name in self._static}
+        leaves, tree = jax.tree.flatten(dict(given.arguments))
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return self._jit(*args, **kwargs)
+        # settings that code may change for a while, for itself alone
+        passing = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
+        key = tree, tuple(map(jax.typeof, leaves)), tuple(static.items()), passing, jax.sharding.get_mesh()
+        if key not in self.loaded:
+            self.loaded[key] = self._found(key, leaves, tree, static)
+        return self.loaded[key](*leaves)
+
+    def _found(self, key: tuple, leaves: list, tree, static: dict) -> Callable:
+        """The compiled program, from the disk or made and written there."""
+        *told, mesh = key
+        devices = jax.devices()[:1] if mesh.empty else list(mesh.devices.flat)
+        name, places = f"{self.__module__}.{self.__qualname__}", [device.id for device in devices]
+        told += [name, mesh.shape_tuple, mesh.axis_types, places]
+        digest = hashlib.sha256(repr(told).encode()).hexdigest()
+        path = _folder / _mark() / f"{self.__name__.strip('_')}-{digest[:32]}"
+        start = time.perf_counter()
+        program = _read(path, jax.tree.structure((tuple(leaves), {})), devices)
+        if program is not None:
+            seconds = time.perf_counter() - start
+            jax.monitoring.record_event_duration_secs(READ_EVENT, seconds, fun_name=self.__name__)
+            return program
+
+        def run(*leaves):
+            return self.__wrapped__(**jax.tree.unflatten(tree, leaves), **static)
+
+        run.__name__ = run.__qualname__ = self.__name__
+        with _without_the_cache_of_jax():
+            program = jax.jit(run).lower(*leaves).compile()
+        _write(path, program)
+        return program
+
+
+@contextlib.contextmanager
+def _without_the_cache_of_jax() -> Iterator[None]:
+    """A program that comes from there cannot be written again: in jax 0.11 it then lacks functions when it runs."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _write(path: Path, program: jax.stages.Compiled) -> None:
+    """Line 1: sha256 of the rest. Line 2: structure of the result, places numbered, tuples as lists. Then the code."""
+    result = program.out_tree
+    outline = json.dumps(jax.tree.unflatten(result, range(result.num_leaves)), default=str)
+    try:
+        if jax.tree.structure(_tuples(json.loads(outline))) != result:
+            return  # neither tuples nor dicts of names
+        code, _, _ = serialize_executable.serialize(program)
+    except (ValueError, NotImplementedError):  # constants, or a device whose programs cannot be kept
+        return
+    body = outline.encode() + b"\n" + code
+    try:
+        if not path.parent.exists():
+            path.parent.mkdir(mode=0o700)
+            _drop_others(path.parent)
+        with files.atomic_path(path) as part:
+            part.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+    except OSError:  # a full disk: the next process compiles again
+        return
+
+
+def _read(path: Path, inputs: jax.tree_util.PyTreeDef, devices: list) -> jax.stages.Compiled | None:
+    """The program of a whole file; None if there is none, or if JAX refuses it."""
+    try:
+        digest, _, body = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        return None
+    outline, _, code = body.partition(b"\n")
+    try:
+        result = jax.tree.structure(_tuples(json.loads(outline)))
+        return serialize_executable.deserialize_and_load(code, inputs, result, execution_devices=devices)
+    except Exception:  # whatever is wrong with it, it can be made anew
+        return None
+
+
+def _tuples(x):
+    if isinstance(x, list):
+        return tuple(map(_tuples, x))
+    return {k: _tuples(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def _drop_others(folder: Path) -> None:
+    """Leaves the newest folders beside a new one: each change of the code makes one."""
+    others = sorted((x for x in folder.parent.iterdir() if x != folder), key=lambda x: x.stat().st_mtime)
+    for old in others[:-KEPT_VERSIONS]:
+        for path in old.iterdir():
+            path.unlink(missing_ok=True)
+        old.rmdir()
+
+
+def _mark() -> str:
+    """What decides a program apart from the call: code, versions, machine and settings; 16 hexadecimal digits."""
+    # caches decide nothing, and their settings are made while a program starts
+    settings = sorted((name, repr(x)) for name, x in jax.config.values.items() if "cache" not in name)
+    return hashlib.sha256(repr((_surroundings(), settings)).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _surroundings() -> str:
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.name.encode() + path.read_bytes())
+    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")]
+    device = jax.devices()[0]
+    chip = device.platform, device.device_kind, device.client.platform_version
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+    told = code.hexdigest(), sys.version, versions, chip, platform.machine(), _instructions(), cores, flags
+    return repr(told)
+
+
+def _instructions() -> str:
+    """Model and instruction set of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({x for x in lines if x.startswith(("model", "flags", "Features", "CPU "))}))
