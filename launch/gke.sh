@@ -6,10 +6,11 @@
 #   bash launch/gke.sh [--dry-run] run NAME ARGUMENTS      python -m deepasmr_jax.train ARGUMENTS on every host
 #   bash launch/gke.sh [--dry-run] list
 #   bash launch/gke.sh [--dry-run] logs NAME               follows the first host, which alone prints steps
-#   bash launch/gke.sh [--dry-run] collect NAME FOLDER     every host's log, as files
+#   bash launch/gke.sh [--dry-run] collect NAME FOLDER     logs as files: of the pods there are, and of every attempt of every
+#                                                          host, which the bucket keeps in logs/NAME
 #   bash launch/gke.sh [--dry-run] delete NAME
 #
-# IMAGE (such as europe-docker.pkg.dev/PROJECT/REPOSITORY/deepasmr:1) has to be set; for `run` also BUCKET (mounted at
+# IMAGE (such as europe-docker.pkg.dev/PROJECT/REPOSITORY/deepasmr:1) has to be set; for `run` and `collect` BUCKET (mounted at
 # /bucket; give --workdir and data.data_dirs there), ACCELERATOR (such as tpu-v5-lite-podslice) and TOPOLOGY (such as
 # 4x4). CHIPS (of a host, default 4), SLICES (default 1), ACCOUNT (default "default") and RESTARTS (default 100) may be.
 # All recipes of full size but vocoder.py take what chips there are. A cluster, for example:
@@ -19,7 +20,7 @@ cd "$(dirname "$0")/.."
 source launch/environment.sh
 
 usage() {
-  sed -n '2,16p' "$0" >&2
+  sed -n '2,17p' "$0" >&2
   exit 2
 }
 
@@ -79,6 +80,7 @@ case "$what" in
     ;;
   collect)
     folder="${3:?name a folder for the logs}"
+    : "${BUCKET:?set BUCKET, which keeps the logs of earlier attempts}"
     do_it mkdir -p "$folder"
     if [ -n "$dry" ]; then
       pods="POD_OF_EVERY_HOST"
@@ -88,6 +90,7 @@ case "$what" in
     for pod in $pods; do
       do_it sh -c "kubectl logs --container=train $pod >$(printf '%q' "$folder")/${pod##*/}.log"
     done
+    do_it gcloud storage rsync --recursive "gs://$BUCKET/logs/$name" "$folder/attempts"
     ;;
   delete) do_it kubectl delete jobset "$name" ;;
 esac

@@ -8,7 +8,8 @@
 #   bash launch/tpu_vm.sh [--dry-run] run NAME ARGUMENTS    python -m deepasmr_jax.train ARGUMENTS on every worker; again
 #                                                           after a failure, unless it would come again (exit code 2)
 #   bash launch/tpu_vm.sh [--dry-run] logs NAME             follows the first worker, which alone prints steps
-#   bash launch/tpu_vm.sh [--dry-run] collect NAME FOLDER   every worker's log, as files
+#   bash launch/tpu_vm.sh [--dry-run] collect NAME FOLDER   every worker's log, of all runs on this machine, as files; before
+#                                                           it is deleted
 #   bash launch/tpu_vm.sh [--dry-run] stop NAME             SIGTERM: all workers save and end
 #   bash launch/tpu_vm.sh [--dry-run] delete NAME
 #
@@ -26,7 +27,7 @@ if [ "${1:-}" = "--dry-run" ]; then
   shift
 fi
 if [ $# -lt 2 ]; then
-  sed -n '2,18p' "$0" >&2
+  sed -n '2,19p' "$0" >&2
   exit 2
 fi
 what="$1" name="$2"
@@ -69,10 +70,10 @@ case "$what" in
     fi
     arguments="$(printf '%q ' "$@")"
     # where one worker fails the others end too, after JAX's heartbeat, and all join again. `stop` ends the loop
-    loop='for try in $(seq 100); do "$@" && exit; [ $? = 2 ] && exit 2; sleep 30; done'
+    loop='for try in $(seq 100); do echo "attempt $try of this run began $(date -u +%FT%TZ)"; "$@" && exit; [ $? = 2 ] && exit 2; sleep 30; done'
     # the address makes the program join the workers (sharding.start_hosts); JAX asks the VM for the rest
     on_all "cd deepasmr && JAX_COORDINATOR_ADDRESS=$first:8476 JAX_COMPILATION_CACHE_DIR=\$HOME/xla \
-nohup bash -c '$loop' train .venv/bin/python -m deepasmr_jax.train $arguments >train.log 2>&1 </dev/null &"
+nohup bash -c '$loop' train .venv/bin/python -m deepasmr_jax.train $arguments >>train.log 2>&1 </dev/null &"
     ;;
   logs) tpu ssh "$name" --worker=0 --command="tail -n 50 -f deepasmr/train.log" ;;
   collect)

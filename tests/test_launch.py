@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_a_gke_run_is_a_job_set_with_a_pod_for_each_host():
     pod = inner["template"]["spec"]
     [container] = pod["containers"]
     assert container["args"] == ARGUMENTS and container["command"][-1] == "--stopped-exit=75"
+    assert container["command"][:3] == ["bash", "launch/keep_log.sh", "/bucket/logs/asmr"]
     assert container["resources"]["limits"]["google.com/tpu"] == 4
     values = {x["name"]: x["value"] for x in container["env"]}
     assert values["JAX_COMPILATION_CACHE_DIR"].startswith(container["volumeMounts"][0]["mountPath"])
@@ -73,6 +75,7 @@ def test_a_gke_run_that_cannot_be_says_what_to_set(changes, words):
         (["list"], "kubectl get jobsets"),
         (["logs", "asmr"], "jobset-name=asmr"),
         (["collect", "asmr", "folder"], "folder/POD_OF_EVERY_HOST.log"),
+        (["collect", "asmr", "folder"], "rsync --recursive gs://bucket/logs/asmr folder/attempts"),
         (["delete", "asmr"], "kubectl delete jobset asmr"),
     ],
 )
@@ -126,13 +129,17 @@ def test_a_run_is_started_again_where_that_can_help(tmp_path, code, tries, queue
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"#!/bin/bash\n{programs[path.name]}\n")
         path.chmod(0o755)
+    (tmp_path / "deepasmr" / "train.log").write_text("an earlier run's\n")
     own = ENVIRONMENT | {
         "PATH": f"{tmp_path / 'bin'}:{ENVIRONMENT['PATH']}",
         "HOME": str(tmp_path),
         "ZONE": "z",
     }
     own |= {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    done = subprocess.run(["bash", str(LAUNCH / "slurm.sbatch"), *ARGUMENTS], env=own, cwd=tmp_path)
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sbatch"), *ARGUMENTS],
+        env=own, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert done.returncode == code and "--stopped-exit=75 --config" in (tmp_path / "srun").read_text()
     assert ((tmp_path / "scontrol").read_text().strip() if queued else "") == queued
     subprocess.run(
@@ -140,6 +147,40 @@ def test_a_run_is_started_again_where_that_can_help(tmp_path, code, tries, queue
     )
     lines = (tmp_path / "deepasmr" / "log").read_text().splitlines()
     assert len(lines) == tries and lines[0].endswith(" ".join(ARGUMENTS))
+    begun = f"attempt {{}} of this run began {datetime.now(UTC):%Y}"
+    kept = ["an earlier run's", *(begun.format(n + 1) for n in range(tries))]
+    log = (tmp_path / "deepasmr" / "train.log").read_text().splitlines()
+    assert len(log) == len(kept) and all(map(str.startswith, log, kept))
+    assert "attempt 0 of this job began" in done.stdout
+
+
+def test_the_log_of_each_attempt_is_kept_while_it_runs_and_after_a_signal(tmp_path):
+    """With a stand-in for the training that ends at SIGTERM with a code of its own, and leaves a process behind."""
+    training = tmp_path / "training"
+    training.write_text(
+        "trap 'echo saved; echo why >&2; kill $left; exit 75' TERM; sleep 60 & left=$!; echo \"$*\"; wait; wait"
+    )
+    folder, script = tmp_path / "bucket" / "logs", str(LAUNCH / "keep_log.sh")
+    run = subprocess.Popen(
+        ["bash", script, str(folder), "bash", str(training), *ARGUMENTS],
+        env=ENVIRONMENT | {"KEEP_SECONDS": "0.1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    began, said = run.stdout.readline(), run.stdout.readline()
+    assert began.startswith("attempt on ") and said == " ".join(ARGUMENTS) + "\n"
+    while not any(said in p.read_text() for p in folder.glob("*.log")):  # kept before it ends: a host may die
+        assert run.poll() is None
+    run.terminate()
+    rest = run.communicate(timeout=60)[0]
+    [log] = folder.glob("*.log")
+    assert run.returncode == 75 and log.read_text() == began + said + rest and "saved\nwhy" in rest
+    log.rename(folder / "first.log")  # names have seconds
+    for code in (0, 2):
+        (tmp_path / f"logs{code}").touch()  # a place that cannot keep anything stops nothing
+        for place in (folder, tmp_path / f"logs{code}"):
+            command = ["bash", script, str(place), "bash", "-c", f"exit {code}"]
+            done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+            assert done.returncode == code and ("could not be kept" in done.stderr) == (place != folder)
+    assert (folder / "first.log").read_text() == began + said + rest
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch")))

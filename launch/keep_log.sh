@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Runs a command and keeps what it prints in a folder too, a file for each attempt: FOLDER/HOST-TIME.log. gke.sh uses it, as
+# pods of before a restart are gone, and their logs with them. A mounted bucket takes whole files: the log is copied each
+# minute (KEEP_SECONDS) and at the end. SIGTERM is handed on to the command, whose exit code is this script's.
+#
+#   bash launch/keep_log.sh FOLDER COMMAND ...
+set -uo pipefail
+if [ $# -lt 2 ]; then
+  sed -n '2,6p' "$0" >&2
+  exit 2
+fi
+folder="$1"
+shift
+log="$(mktemp)" kept="$folder/$HOSTNAME-$(date -u +%Y%m%dT%H%M%SZ).log" stopped=""
+
+keep() { mkdir -p "$folder" && cp "$log" "$kept"; }
+
+exec 3> >(trap '' TERM INT && exec tee "$log") # a signal to all must not end it before the command
+tee=$!
+echo "attempt on $HOSTNAME began $(date -u +%FT%TZ)" >&3
+"$@" >&3 2>&1 3>&- &
+command=$!
+trap 'stopped=1; kill -TERM "$command"' TERM
+exec 3>&-
+while sleep "${KEEP_SECONDS:-60}"; do keep; done >/dev/null 2>&1 &
+copies=$!
+wait "$command"
+code=$?
+if [ -n "$stopped" ]; then # the signal ended the wait, not the command
+  wait "$command"
+  code=$?
+fi
+for _ in $(seq 50); do # what the command has left running may hold the log open
+  kill -0 "$tee" 2>/dev/null || break
+  sleep 0.1
+done
+kill "$copies" 2>/dev/null
+keep || echo "the log could not be kept in $folder" >&2
+exit "$code"
