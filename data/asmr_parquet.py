@@ -3,7 +3,8 @@
 Parquet: `audio` is a struct of `bytes` and `path`, or plain bytes; the other columns as in `data_check.ALIASES`. The
 published sister set of the same laboratory has `audio_id`, `caption` and `creator_id`; the speech set is said to follow
 it, but its column names are not published: name other columns with --field. Also reads CosyVoice's Parquet rows (`utt`,
-`audio_data`, `text`, `spk`). A file is read in batches of a few rows.
+`audio_data`, `text`, `spk`). A file is read in batches of a few rows. Where there is one, lists and audio beside are
+not read, and told (`data_check.Rest`).
 """
 
 from collections.abc import Iterator

@@ -129,6 +129,18 @@ def units_of(layout: str, source: str | Path, options: Options) -> list[tuple]:
     return units
 
 
+def rest_of(layout: str, source: str | Path, units: list[tuple]) -> dict:
+    """Arguments of `data_check.Rest`: the source, and the lists, archives and tables that its units are read from."""
+    paths = dict.fromkeys(path for unit in units for path in _lists(layout, unit))
+    return {"root": source, "lists": [path for path in paths if os.path.isfile(path)]}
+
+
+def _lists(layout: str, unit: tuple) -> list[str]:
+    """What a unit is read from, beside the recordings that it names: a list, an archive or a folder."""
+    lists = getattr(LAYOUTS[layout][0], "lists", None)
+    return lists(unit) if lists else [unit[0]]
+
+
 def items(layout: str, unit: tuple, options: Options) -> Iterator[data_check.Item | data_check.Problem]:
     """The utterances of a unit with their labels; what stops its reading is a problem too."""
     module, defaults = LAYOUTS[layout]
@@ -207,7 +219,7 @@ def build(
             flush=True,
         )
         return None
-    return _join(out, num_shards, options)
+    return _join(out, num_shards, options, data_check.Rest(**rest_of(layout, source, units)))
 
 
 def _note_plan(out: Path, layout: str, source: str | Path, options: Options, units: list[tuple]) -> None:
@@ -269,8 +281,7 @@ def _write_shard(job: tuple) -> int:
     """Writes one shard of each split, then what it holds and what it left out. Returns the number of utterances."""
     out, layout, options, units, shard, num_shards = job
     problems, num_items, held = [], 0, {s: [] for s in SPLITS}
-    lists_of = getattr(LAYOUTS[layout][0], "lists", lambda unit: unit[:1])  # a list, an archive or a folder
-    stamps = {path: _stamp(path) for unit in units for path in lists_of(unit)}
+    stamps = {path: _stamp(path) for unit in units for path in _lists(layout, unit)}
     with contextlib.ExitStack() as stack:
         writers = {
             split: stack.enter_context(
@@ -301,13 +312,14 @@ def _write_shard(job: tuple) -> int:
     return num_items
 
 
-def _join(out: Path, num_shards: int, options: Options) -> dict:
+def _join(out: Path, num_shards: int, options: Options, rest: data_check.Rest) -> dict:
     """Takes duplicates out, writes the report, then what makes the folder a dataset. A stopped one is called again."""
     seen, kinds, left_out = data_check.Seen(), Counter(), 0
     lengths, samples = {s: [] for s in SPLITS}, Counter()
     keep, rate = "duplicate" in options.rules.keep, options.rules.record_rate
     features = _features(rate)
     counts = {s: Counter() for s in SPLITS}
+    knows_files = True
     for shard in range(num_shards):
         for split, rows in json.loads(_part(out, shard).read_text("utf-8"))["held"].items():
             counts[split].update("".join(row[4:]) for row in rows)  # a build of an older version has no key
@@ -346,6 +358,13 @@ def _join(out: Path, num_shards: int, options: Options) -> dict:
             left_out += part["items"] - num_records
             kinds.update(p.problem for p in problems)
             report.writelines(p.line() for p in problems)
+            knows_files &= "files" in part  # not in a build of an older version
+            for path in (*part.get("files", ()), *(p["where"] for p in part["problems"])):
+                rest.take(path)
+        for problem in rest.problems() if knows_files else ():
+            left_out += 1
+            kinds[problem.problem] += 1
+            report.write(problem.line())
     if not sum(map(sum, lengths.values())):
         raise ValueError(
             f"no utterance is fit, see {out / data_check.BUILD_REPORT}; --keep KIND keeps some kinds of problem"
@@ -448,6 +467,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "check":
             units = units_of(args.layout, args.source, options)
             found = (item for unit in units for item in items(args.layout, unit, options))
+            found = data_check.with_rest(found, **rest_of(args.layout, args.source, units))
             counts = data_check.check(found, args.out, options.rules, functools.partial(print, flush=True))
         else:
             counts = build(args.layout, args.source, args.out, options, args.process, args.workers)

@@ -1,7 +1,7 @@
 """Layout `emilia`: JSON lines with `wav` beside MP3 files (the older form), or tar files of <id>.mp3 and <id>.json.
 
 Fields: id, wav, text, duration, speaker, language, dnsmos. Tar files (WebDataset, also .tar.gz) are read as a stream
-and never unpacked.
+and never unpacked; where there is one, lists and MP3 files beside are not read, and told (`data_check.Rest`).
 """
 
 import json

@@ -10,6 +10,7 @@ Letters: W samples.
 
 import codecs
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -36,7 +37,7 @@ KINDS = {
     "no_text": "text missing or empty",
     "bad_label": "speaker, language or style missing or unknown",
     "duplicate": "the same sound, sample by sample, as an earlier one",
-    "not_listed": "audio that no line names, or of a style that the layout does not use",
+    "not_listed": "audio that no line names, or another file of speech that the layout does not read",
     "no_features": "the second pass cannot read its sound or text",
 }
 KEPT = ("clipped",)
@@ -47,6 +48,26 @@ END_S = 0.01  # that `to_s` may lie beyond the end: manifests round it
 RECORD_RATES = (16000, 22050, 24000, 32000, 44100, 48000)  # Hz; 20 ms are whole samples of each
 MAX_SECONDS = 30.0  # of the speech tokenizer's window, and of Emilia's longest pieces
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+# other files that may hold speech: what they are -> (their suffixes, the way out)
+OTHER_FILES = {
+    "audio or video that is not looked for": (
+        ".aac .ac3 .aif .aifc .aiff .amr .ape .au .avi .caf .flv .m4a .m4b .m4v .mka .mkv .mov .mp2 .mp4 .oga .pcm "
+        ".raw .snd .sph .spx .w64 .webm .wma .wv",
+        f"make one of {', '.join(AUDIO_SUFFIXES)} of it",
+    ),
+    "an archive": (
+        ".7z .bz2 .gz .rar .tar .tgz .xz .zip .zst",
+        "unpack it; the layout emilia reads a .tar alone",
+    ),
+    "a table": (
+        ".arrow .feather .h5 .hdf5 .parquet .tfrecord",
+        "write its audio to files; the layout asmr reads a .parquet alone",
+    ),
+    "a list": (
+        ".jsonl .ndjson",
+        "name its lines in one that is read; the layout manifest reads a .jsonl alone",
+    ),
+}
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab")  # of a transcript beside the audio, first found
 # names that manifests and tables use for one field, first found
 ALIASES = {
@@ -484,9 +505,9 @@ def find(folder: str | os.PathLike) -> Iterator[Item | Problem]:
     if (root / "dataset_info.json").is_file():
         return read_records(root)
     if paths := manifests(root):
-        return _listed(root, paths)
+        return with_rest((item for path in paths for item in read_manifest(path)), root, paths)
     if next(audio_folders(root), None) is not None:
-        return (item for inner in audio_folders(root) for item in read_folder(inner, root))
+        return with_rest((item for inner in audio_folders(root) for item in read_folder(inner, root)), root)
     packed = next((p for p in root.rglob("*") if p.suffix in (".tar", ".parquet")), None)
     way_out = (
         "check it with `python data/build.py check LAYOUT DIR`, which reads the layouts of data/README.md"
@@ -496,21 +517,102 @@ def find(folder: str | os.PathLike) -> Iterator[Item | Problem]:
     raise ValueError(f"{root} holds no records, no *.jsonl and no audio files; {way_out}")
 
 
-def _listed(root: Path, paths: list[Path]) -> Iterator[Item | Problem]:
-    """Items of manifests on top of a folder; audio below it that none of their lines names is a problem."""
-    mark = lambda path: hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=16).digest()
-    named = Seen()
-    for path in paths:
-        for item in read_manifest(path):
-            if isinstance(item, Item) and isinstance(item.audio, str | os.PathLike):
-                named.add(mark(item.audio), item.where)
-            yield item
-    for folder in audio_folders(root):
-        for path in sorted(folder.iterdir()):
-            is_audio = path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith(".")
-            if is_audio and named.add(mark(path), str(path)) is None:
-                why = f"no line of {', '.join(p.name for p in paths)} names it"
-                yield Problem(str(path), path.stem, "not_listed", why)
+# ---------------------------------------------------------------- what no reader took
+
+
+class Rest:
+    """Files below a folder that may hold speech and that no reader took: audio, and `OTHER_FILES`.
+
+    Texts, tables without sound (.csv, .tsv, .json), what is hidden or empty, and what these tools write are none.
+    """
+
+    def __init__(self, root: str | os.PathLike, lists: Iterable[str | os.PathLike] = ()):
+        """Nothing is taken yet but the lists.
+
+        Args:
+            root: the corpus; one file has no rest.
+            lists: the lists, archives and tables that are read of it.
+        """
+        self._root, self._taken, names = root, Seen(), []
+        for path in lists:
+            self.take(path)
+            names.append(os.path.basename(path))
+        lines = [name for name in names if name.endswith((".jsonl", "wav.scp"))]
+        self._has_lines = bool(lines)
+        names = lines or names
+        told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        self._why = (
+            f"no line of {told} names it" if lines else f"of this folder {told} is read; give one of both"
+        )
+
+    def take(self, path: str | os.PathLike) -> None:
+        """Notes a file that was read, or of which a problem is told."""
+        try:
+            self._taken.add(_mark(path), "")
+        except ValueError:  # a name that no file can have
+            pass
+
+    def problems(self) -> Iterator[Problem]:
+        """A problem for each file that was not taken, and for each folder that cannot be looked into."""
+        failed = []
+        for folder, below, names in os.walk(self._root, onerror=failed.append):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            for path in (Path(folder, name) for name in below if not self._has_lines):
+                if path.is_symlink():
+                    why = "a link to a folder, which is not followed; give that folder itself"
+                    yield Problem(str(path), path.name, "not_listed", why)
+            for path in (Path(folder, name) for name in sorted(names) if not name.startswith(".")):
+                why = self._reason(path)
+                if why and self._taken.add(_mark(path), "") is None and not _is_report(path):
+                    yield Problem(str(path), path.stem, "not_listed", why)
+        for error in failed:
+            if error.filename != os.fspath(self._root):  # which may be one file, or gone since
+                yield Problem(
+                    str(error.filename), "", "unreadable", f"no folder to look into ({error.strerror})"
+                )
+
+    def _reason(self, path: Path) -> str | None:
+        """Why a file counts that no reader took; None if it holds no speech."""
+        suffix = path.suffix.lower().split("-")[0]  # of a.tfrecord-00000-of-00002 too
+        if suffix in AUDIO_SUFFIXES:
+            return self._why
+        return next(
+            (f"{kind}; {way}" for kind, (known, way) in OTHER_FILES.items() if suffix in known.split()), None
+        )
+
+
+def with_rest(
+    items: Iterable[Item | Problem], root: str | os.PathLike, lists: Iterable[str | os.PathLike] = ()
+) -> Iterator[Item | Problem]:
+    """Items, then a problem for each file of their corpus of which none came; arguments as of `Rest`."""
+    rest = Rest(root, lists)
+    for item in items:
+        place = item.where if isinstance(item, Problem) else item.audio
+        if isinstance(place, str | os.PathLike):
+            rest.take(place)
+        yield item
+    yield from rest.problems()
+
+
+def _mark(path: str | os.PathLike) -> bytes:
+    """16 bytes that name a file, whichever way its folder is written."""
+    folder, name = os.path.split(os.path.join(os.getcwd(), path))
+    return hashlib.blake2b(os.fsencode(os.path.join(_real(folder), name)), digest_size=16).digest()
+
+
+@functools.lru_cache(1024)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a list is empty or a report, by its name or as `Problem.line` writes it."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    if path.name in (REPORT, BUILD_REPORT):
+        return True
+    with path.open("rb") as file:
+        return file.read(9) in (b"", b'{"where":')
 
 
 # ---------------------------------------------------------------- the check

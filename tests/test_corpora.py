@@ -359,6 +359,40 @@ def test_reports_and_hidden_files_beside_a_manifest_are_none(tmp_path, layout):
     assert sum(1 for _ in data_check.find(source)) == 40
 
 
+def test_of_two_layouts_in_one_folder_the_one_that_is_not_read_is_told_by_check_and_build(tmp_path):
+    mp3, said = wave(1, 0.5, 24000, "MP3"), {"text": "Hi.", "speaker": "s", "language": "en"}
+    tar(tmp_path / "emilia" / "EN" / "x.tar", {"a.mp3": mp3, "a.json": json.dumps(said).encode()})
+    parquet(
+        tmp_path / "asmr" / "x.parquet", {"id": ["a"], "audio": [mp3]} | {k: [v] for k, v in said.items()}
+    )
+    put(tmp_path / "manifest" / "top.jsonl", lines(said | {"audio": "a.mp3", "id": "a", "style": "asmr"}))
+    put(tmp_path / "manifest" / "a.mp3", mp3)
+    put(tmp_path / "folders" / "s" / "a.mp3", mp3)
+    put(tmp_path / "folders" / "s" / "a.txt", "Hi.")
+    others = {"b.m4a", "c.aiff", "f.zip", "sub/more.jsonl", "sub/d.opus"}
+    why = {}
+    for layout in ("emilia", "asmr", "manifest", "folders"):
+        source = tmp_path / layout
+        put(source / "sub" / "more.jsonl", lines({"audio": "d.opus"} | said))
+        expected = others if layout != "folders" else others - {"sub/d.opus"}
+        for name in expected - {"sub/more.jsonl"}:
+            put(source / name, b"x")
+        for command, out in (("check", "r.jsonl"), ("build", f"{layout}_out/1.0.0")):
+            assert build.main([command, layout, str(source), "--out", str(tmp_path / out)]) == 1
+            report = tmp_path / out if command == "check" else tmp_path / out / data_check.BUILD_REPORT
+            rows = [json.loads(line) for line in report.read_text().splitlines()]
+            assert {row["where"] for row in rows} == {str(source / name) for name in expected}, (
+                layout,
+                command,
+            )
+            assert {(row["problem"], row["kept"]) for row in rows} == {("not_listed", False)}
+        assert set(records(tmp_path / out)) == {"a" if layout != "folders" else "s_a"}
+        why[layout] = {Path(row["where"]).name: row["why"] for row in rows}
+    assert why["emilia"]["d.opus"] == "of this folder x.tar is read; give one of both"
+    assert why["asmr"]["more.jsonl"].startswith("a list; ")
+    assert why["manifest"]["d.opus"] == "no line of top.jsonl names it"
+
+
 def test_chains_and_whisper40_are_pairs_by_speaker_and_text(tmp_path):
     for n, style in enumerate(("solo", "whsp", "fast")):
         for k, name in enumerate(("s01", "s02")):

@@ -1,6 +1,7 @@
 """`deepasmr data check`: what it says of records, manifests and folders of audio."""
 
 import json
+import os
 import tracemalloc
 
 import fixture_data
@@ -51,6 +52,54 @@ def test_audio_that_no_line_of_a_manifest_names_is_told(tmp_path, capsys):
     assert "3 files, 1 unfit" in capsys.readouterr().out
     [row] = lines(tmp_path / data_check.REPORT)
     assert (row["problem"], row["id"], row["why"]) == ("not_listed", "c", "no line of m.jsonl names it")
+
+
+def test_files_of_speech_that_no_reader_looks_for_are_told_and_what_is_no_data_is_not(
+    tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "in"
+    for name in ("a.wav", "d.wav", "locked/x.wav"):
+        audio.save(folder / name, sounds.hiss(0.6, ord(name[0])), RATE)
+        (folder / name).with_suffix(".txt").write_text("Good night.")
+    other = "b.m4a c.AIFF e.tar e.tar.gz f.parquet sub/list.jsonl g.tfrecord-00000-of-00002".split()
+    none = "b.txt README.md LICENSE e.tar.md5 meta.json speakers.tsv .hidden.m4a .git/h.mp4".split()
+    for name in other + none:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "empty.jsonl.txt").touch()
+    (folder / "sub" / "empty.jsonl").touch()
+    (folder / "linked").symlink_to(tmp_path)
+    (tmp_path / "c.wav").write_text("x")
+
+    def scan(path, real=os.scandir):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    for report in (
+        folder / "sub" / "r.jsonl",
+        tmp_path / "r.jsonl",
+    ):  # the first is no list of the second check
+        assert run("data", "check", folder, "--out", report) == 1
+        assert f"{2 + len(other) + 2} files, {len(other) + 2} unfit" in capsys.readouterr().out
+    found = {row["where"]: (row["problem"], row["why"]) for row in lines(tmp_path / "r.jsonl")}
+    assert set(found) == {str(folder / name) for name in (*other, "linked", "locked")}
+    assert found.pop(str(folder / "locked")) == ("unreadable", "no folder to look into (Permission denied)")
+    assert {kind for kind, _ in found.values()} == {"not_listed"}
+    assert (
+        "make one of .wav" in found[str(folder / "b.m4a")][1] and "unpack" in found[str(folder / "e.tar")][1]
+    )
+    # beside lists the same, and a name that no file can have stops nothing
+    (folder / "top.jsonl").write_text(
+        '{"audio": "d.wav", "text": "Hi."}\n{"audio": "\\u0000", "text": "Hi."}\n'
+    )
+    run("data", "check", folder, "--out", tmp_path / "r.jsonl")
+    found = {
+        row["where"]: row["why"] for row in lines(tmp_path / "r.jsonl") if row["problem"] == "not_listed"
+    }
+    assert set(found) == {str(folder / name) for name in (*other, "a.wav")}
+    assert found[str(folder / "a.wav")] == "no line of top.jsonl names it"
 
 
 def test_every_fault_of_a_folder_is_named_and_a_breath_is_none(tmp_path, capsys):
