@@ -81,7 +81,9 @@ case "$what" in
   collect)
     folder="${3:?name a folder for the logs}"
     : "${BUCKET:?set BUCKET, which keeps the logs of earlier attempts}"
-    do_it mkdir -p "$folder"
+    do_it mkdir -p "$folder/attempts"
+    do_it gcloud storage rsync --recursive "gs://$BUCKET/logs/$name" "$folder/attempts" ||
+      echo "no logs of attempts were found in gs://$BUCKET/logs/$name" >&2
     if [ -n "$dry" ]; then
       pods="POD_OF_EVERY_HOST"
     else
@@ -90,7 +92,6 @@ case "$what" in
     for pod in $pods; do
       do_it sh -c "kubectl logs --container=train $pod >$(printf '%q' "$folder")/${pod##*/}.log"
     done
-    do_it gcloud storage rsync --recursive "gs://$BUCKET/logs/$name" "$folder/attempts"
     ;;
   delete) do_it kubectl delete jobset "$name" ;;
 esac

@@ -22,7 +22,7 @@ echo "attempt on $HOSTNAME began $(date -u +%FT%TZ)" >&3
 command=$!
 trap 'stopped=1; kill -TERM "$command"' TERM
 exec 3>&-
-while sleep "${KEEP_SECONDS:-60}"; do keep; done >/dev/null 2>&1 &
+(trap exit TERM; while sleep "${KEEP_SECONDS:-60}" & wait $!; do keep; done) >/dev/null 2>&1 &
 copies=$!
 wait "$command"
 code=$?
@@ -34,6 +34,6 @@ for _ in $(seq 50); do # what the command has left running may hold the log open
   kill -0 "$tee" 2>/dev/null || break
   sleep 0.1
 done
-kill "$copies" 2>/dev/null
+kill "$copies" && wait "$copies" # a copy that is under way ends first, so that the last is the whole log
 keep || echo "the log could not be kept in $folder" >&2
 exit "$code"
