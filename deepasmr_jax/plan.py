@@ -500,7 +500,8 @@ def sweep(
         rows: rows of a chip; None for the config's batch.
         sample: plan sampling in place of training.
         overrides: of the configs, such as `model.remat=dots`.
-        out: folder for programs/, what is compiled, rows.jsonl, plan.md and plan.svg; None writes nothing.
+        out: folder for programs/, what is compiled, rows.jsonl, plan.md and plan.svg; None writes nothing. Rows that
+            are there already stay, but for those that are made again.
         say: called with a line per row.
         accumulation: parts of a batch of a train step.
 
@@ -514,7 +515,13 @@ def sweep(
     wanted = [(path, target(name), n) for path in configs for name in targets for n in rows]
     made = []
     for path, where, n in wanted:
-        row = {"program": Path(path).stem + " sampling" * sample, "changes": " ".join(overrides)}
+        name, _, stage = Path(path).name.partition(":")
+        program = " ".join([Path(name).stem, *filter(None, [stage]), *["sampling"] * sample])
+        row = {
+            "program": program,
+            "changes": " ".join(overrides),
+            "accumulation": 1 if sample else accumulation,
+        }
         try:
             row |= make(loaded[path], where, n, sample, out, accumulation)
         except ValueError as error:
@@ -524,10 +531,18 @@ def sweep(
         made.append(row)
         say(sentence(row))
     if out is not None:
-        files.write_text(Path(out) / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in made))
-        files.write_text(Path(out) / "plan.md", table(made) + "\n")
-        files.write_text(Path(out) / "plan.svg", plot(made))
+        rows_file = Path(out) / "rows.jsonl"
+        before = map(json.loads, rows_file.read_text("utf-8").splitlines()) if rows_file.exists() else ()
+        every = [row for row in before if _asked(row) not in map(_asked, made)] + made
+        files.write_text(rows_file, "".join(json.dumps(row) + "\n" for row in every))
+        files.write_text(Path(out) / "plan.md", table(every) + "\n")
+        files.write_text(Path(out) / "plan.svg", plot(every))
     return made
+
+
+def _asked(row: dict) -> tuple:
+    """What a row answers: two rows alike in it are one."""
+    return tuple(row.get(name) for name in ("program", "changes", "accumulation", "target", "rows"))
 
 
 # ---------------------------------------------------------------- what is printed

@@ -320,6 +320,15 @@ def test_a_sweep_goes_on_where_it_was_and_writes_table_and_picture(tmp_path, mon
     assert rows[0]["flops"] > 0 and rows[1]["error"] == "no room for 24 rows; use 8"
     text = (tmp_path / "plan.md").read_text()
     assert text.count("\n") == 4 and "no room for 24 rows" in text
+
+    def refuse(*_):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(plan, "_lower", refuse)
+    others = ["--rows", "3,4", "--set=model.num_layers=2"]  # another question: its rows join the first
+    assert cli.main([*arguments[:2], *others, "--out", str(tmp_path)]) == 1
+    joined = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert joined[:2] == rows and len(joined) == 4 and {x["program"] for x in joined} == {"tiny lm"}
     assert "not measurements" in capsys.readouterr().out
     assert (tmp_path / "plan.svg").read_text().startswith("<svg")
 
