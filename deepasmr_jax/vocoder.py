@@ -451,7 +451,8 @@ def train_step(
 
     Returns:
         (model, opt_state, aux): aux as in `loss`, and "adversarial", "feature", "discriminator" if
-        cfg.adversarial, each (sum, count).
+        cfg.adversarial, each (sum, count); "generator_grad_norm" and "discriminators_grad_norm" (norm, 1), before
+        clipping.
     """
     wav, mel = _inputs(cfg, batch)
     count = jnp.float32(wav.shape[0])
@@ -466,13 +467,14 @@ def train_step(
 
     # the waveform is made once; both players read it, and the generator's gradient is pulled back from it
     fake, pull_back = jax.vjp(synthesize, model.generator)
-    terms = {}
+    terms, norms = {}, {}
     if cfg.adversarial:
 
         def judge(d):
             return discriminator_loss(d(cfg, wav), d(cfg, fake))
 
         terms["discriminator"], grads = jax.value_and_grad(judge)(discriminators)
+        norms["discriminators_grad_norm"] = (optax.tree.norm(grads), jnp.float32(1.0))
         discriminators, state = update(grads, state, discriminators)
         real = discriminators(cfg, wav)
 
@@ -487,6 +489,7 @@ def train_step(
 
     grad, parts = jax.grad(total, has_aux=True)(fake)
     (grads,) = pull_back(grad)
+    norms["generator_grad_norm"] = (optax.tree.norm(grads), jnp.float32(1.0))
     generator, generator_state = update(grads, opt_state["generator"], model.generator)
-    aux = {name: (value * count, count) for name, value in (terms | parts).items()}
+    aux = norms | {name: (value * count, count) for name, value in (terms | parts).items()}
     return Gan(generator, discriminators), {"generator": generator_state, "discriminators": state}, aux

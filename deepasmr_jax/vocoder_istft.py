@@ -622,7 +622,8 @@ def train_step(
 
     Returns:
         (model, opt_state, aux): aux as in `loss`, and "adversarial", "feature", "discriminator" if
-        cfg.adversarial, each (sum, count).
+        cfg.adversarial, each (sum, count); "generator_grad_norm" and "discriminators_grad_norm" (norm, 1), before
+        clipping.
     """
     wav, mel = _inputs(cfg, batch, key)
     count = jnp.float32(wav.shape[0])
@@ -643,14 +644,15 @@ def train_step(
 
     def without_adversary(discriminators, state):
         grad, aux = jax.grad(spectral, has_aux=True)(fake)
-        zero = (jnp.float32(0.0), count)
-        return grad, aux | dict(adversarial=zero, feature=zero, discriminator=zero), discriminators, state
+        names = ("adversarial", "feature", "discriminator", "discriminators_grad_norm")
+        return grad, aux | dict.fromkeys(names, (jnp.float32(0.0), count)), discriminators, state
 
     def with_adversary(discriminators, state):
         def judge(d):
             return _discriminator_loss(d(cfg, wav), d(cfg, fake))
 
         value, grads = jax.value_and_grad(judge)(discriminators)
+        norm = (optax.tree.norm(grads), jnp.float32(1.0))
         discriminators, state = update(grads, state, discriminators)
         real = discriminators(cfg, wav)
 
@@ -659,6 +661,7 @@ def train_step(
             adversarial, feature = _generator_losses(real, discriminators(cfg, fake))
             mean = mean + cfg.adversarial_weight * adversarial + cfg.feature_weight * feature
             aux = aux | {"loss": (mean * count, count), "adversarial": (adversarial * count, count)}
+            aux["discriminators_grad_norm"] = norm
             return mean, aux | {"feature": (feature * count, count), "discriminator": (value * count, count)}
 
         grad, aux = jax.grad(total, has_aux=True)(fake)
@@ -681,6 +684,7 @@ def train_step(
             "pitch": (sum_pitch, count),
             "loss": (aux["loss"][0] + cfg.pitch_weight * sum_pitch, count),
         }
+    aux = aux | {"generator_grad_norm": (optax.tree.norm(grads), jnp.float32(1.0))}
     generator, generator_state = update(grads, opt_state["generator"], model.generator)
     opt_state = {"generator": generator_state, "discriminators": state}
     return Gan(generator, discriminators), opt_state, aux

@@ -18,6 +18,7 @@ import fixture_data
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import test_recognizer
 import test_vocoder
@@ -248,6 +249,8 @@ def test_a_step_has_loss_and_gradients_of_one_device_on_every_mesh(folder, fouri
         values = {name: float(x) for name, x in out.items()}
         results.append((len(batch["wav"]), values, jax.device_get(jax.tree.leaves(new.opt_state))))
     (rows, values, grads), *others = results
+    norms = [value for name, value in values.items() if name.endswith("grad_norm")]  # of each player
+    assert np.hypot.reduce(norms) == pytest.approx(np.sqrt(sum(np.sum(g**2) for g in grads)), rel=1e-4)
     assert rows == cfg.data.batch_size and values["loss"] > 0 and values.get("rows_used", 1) > 0.5
     for rows, found, other in others:
         assert rows == 8 and found == pytest.approx(values, rel=1e-5)
@@ -306,6 +309,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         train.train(cfg, tmp_path)
     assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 3
     assert [x["step"] for x in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_weights_that_are_not_finite_stop_the_run_in_the_step_that_made_them(folder, tmp_path, monkeypatch):
+    data = dict(mel_profile="hifigan", num_samples=2048)
+    cfg = tiny(folder, "vocoder", save_every=1, eval_batches=0, keep=9)
+    cfg = dataclasses.replace(
+        cfg, model=test_vocoder.TINY, data=dataclasses.replace(cfg.data, batch_size=2, **data)
+    )
+    make = train.make_optimizer
+
+    def poisoned(*arguments):
+        """Of finite gradients, at the third step no finite update of the generator: its loss does not tell."""
+        tx = make(*arguments)
+
+        def update(grads, state, params):
+            updates, new = tx.update(grads, state, params)
+            is_bad = (state[-1].count == 2) & isinstance(params, vocoder.Generator)
+            return jax.tree.map(lambda x: jnp.where(is_bad, jnp.nan, x), updates), new
+
+        return optax.GradientTransformation(tx.init, update)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_optimizer", poisoned)
+        with pytest.raises(FloatingPointError, match=r"step 3: loss \d.*weight_norm nan.*of step 2 is kept"):
+            train.train(cfg, tmp_path)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1, 2]
+    state = train.train(cfg, tmp_path)  # the cause is gone
+    assert int(state.step) == 4 and all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.model))
+    lines = [x for x in metrics.read(tmp_path / "metrics.jsonl") if "train/loss" in x]
+    assert [x["step"] for x in lines] == [1, 2, 3, 4]
 
 
 def test_sigterm_ends_a_run_with_a_checkpoint_that_the_next_run_continues(folder, tmp_path):
