@@ -214,9 +214,13 @@ PARTS = {
     "speech_tokenizer": ("speech_tokenizer", None, {"batch_size": 7}),
     "speech_tokenizer_text": ("speech_tokenizer_text", None, {"batch_size": 7, "num_samples": 32000}),
     "recognizer": ("speech_tokenizer", test_recognizer.TINY, {"batch_size": 7}),
-    "speaker": ("speaker", None, {}),
-    "vocoder_istft": ("vocoder", SOURCE_GAN, {"num_samples": 1600}),
-    "hifigan": ("vocoder", test_vocoder.TINY, {"mel_profile": "hifigan", "num_samples": 2048}),
+    "speaker": ("speaker", None, {"batch_size": 7}),
+    "vocoder_istft": ("vocoder", SOURCE_GAN, {"batch_size": 7, "num_samples": 1600}),
+    "hifigan": (
+        "vocoder",
+        test_vocoder.TINY,
+        {"batch_size": 7, "mel_profile": "hifigan", "num_samples": 2048},
+    ),
 }
 
 
@@ -260,7 +264,7 @@ def test_a_step_has_loss_and_gradients_of_one_device_on_every_mesh(folder, fouri
 
 @pytest.mark.parametrize("devices", [1, 4, 12, 64, 256])
 @pytest.mark.parametrize("name", ["lm_pretrain", "flow_pretrain", "speech_tokenizer", "speaker", "vocoder"])
-def test_the_full_size_recipes_fit_any_number_of_chips_as_they_are(name, devices):
+def test_the_full_size_recipes_fit_any_number_of_chips_as_they_are(folder, name, devices):
     cfg = config.load(str(ROOT / "configs" / f"{name}.py"))
     fit = train.fitted(cfg, devices)
     assert fit.mesh.slice * fit.mesh.data * fit.mesh.model == devices and cfg.mesh.data % fit.mesh.data == 0
@@ -268,6 +272,11 @@ def test_the_full_size_recipes_fit_any_number_of_chips_as_they_are(name, devices
     shares = train.row_shares(fit)
     rows = input_pipeline.padded(fit.data.batch_size, shares)
     assert rows % shares == 0 and rows - fit.data.batch_size < shares
+    if devices == 12:  # and the loader makes so many, here shorter ones
+        short = dict(num_tokens=128, num_samples=min(cfg.data.num_samples, 32000))
+        data = dataclasses.replace(fit.data, data_dirs=(folder,), **short)
+        [batch] = input_pipeline.first_batches(data, 1, multiple=shares)
+        assert {len(x) for x in batch.values()} == {rows}
     if devices < 128:
         assert rows <= 264 and fit.accumulation == cfg.accumulation
     slices = train.fitted_mesh(cfg.mesh, 2 * devices, num_slices=2)
@@ -280,9 +289,6 @@ def test_a_mesh_that_does_not_fit_names_the_setting_that_does(folder, tmp_path):
     with pytest.raises(ValueError, match=r"mesh.model 6 does not divide 8 devices; add --set=mesh.model=2"):
         train.train(tiny(folder, "lm", mesh=train.Mesh(-1, 8, 6)), tmp_path)
     assert train.fitted_mesh(train.Mesh(-1, 8, 2), 8) == train.Mesh(1, 4, 2)
-    cfg = config.override(fake(folder, mesh=train.Mesh(1, 2)), "data.batch_size=7")
-    with pytest.raises(ValueError, match=r"batch_size 7 is not a multiple of 2 .*--set=data.batch_size=8"):
-        train.train(cfg, tmp_path)
 
 
 def test_the_averaged_weights_follow_the_stated_rule_and_are_exported(folder, tmp_path):
@@ -637,7 +643,7 @@ def abstract_batch(cfg):
         }
     else:
         shapes = {"wav": ((data.num_samples,), jnp.float32)}
-        shapes |= {"lengths": ((), jnp.int32)} if data.stage != "vocoder" else {}
+        shapes["lengths"] = ((), jnp.int32)
         if data.stage == "speaker":
             shapes["speaker_index"] = ((), jnp.int32)
         elif data.stage == "speech_tokenizer" and data.labels == "text":
