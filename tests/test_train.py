@@ -687,6 +687,16 @@ def test_a_step_of_every_config_lowers_and_keeps_shapes_and_shardings(name):
     step.lower(state, batch)
 
 
+@pytest.mark.full  # 10 to 30 s of a processor each
+@pytest.mark.parametrize("name", ["lm_pretrain", "flow_pretrain", "speech_tokenizer", "speaker", "vocoder"])
+def test_a_step_of_full_size_compiles_for_one_device_and_gives_back_the_memory_of_its_state(name):
+    cfg = train.fitted(config.load(str(ROOT / "configs" / f"{name}.py")), 1)
+    state = checkpoint.abstract(functools.partial(train.init, cfg), jax.random.key(0))
+    compiled = train.make_step(cfg).lower(state, (abstract_batch(cfg),) * cfg.accumulation).compile()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.model, state.opt_state, state.ema)))
+    assert size <= compiled.memory_analysis().alias_size_in_bytes < size + 1000  # with step and key
+
+
 @pytest.mark.parametrize(
     "schedule, expected",
     [
