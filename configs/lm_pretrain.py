@@ -2,6 +2,8 @@
 
 What: 0.5 B parameters (Qwen2.5 backbone), 250,000 steps of 128 rows x 2048 positions, Adam, Noam with 10,000
   warm-up steps and peak 1e-4 (DeepASMR, training set-up: 23,000 frames a GPU, 8 GPUs, accumulation 2).
+  Those 368,000 frames, if they are mel frames (50/s, as for the flow), are 184,000 speech tokens and, with text at the
+  9/11 of lm_asmr.py, 225,000 positions or 110 rows: the 128 here are 17 % more, our choice.
 Command: python -m deepasmr_jax.train --config=configs/lm_pretrain.py --workdir=RUN
   --set=data.data_dirs=FEATURES, where FEATURES was made with `data/add_features.py --text-tokenizer FOLDER`,
   FOLDER being CosyVoice2-0.5B's tokenizer folder CosyVoice-BlankEN (151,936 text ids; the default tokenizer of

@@ -9,8 +9,7 @@ Differences: there the margin rises from 0 to 0.2 between epochs 20 and 40, here
   reverberation and changed speeds are not added here; the last weights are exported, not the mean of ten epochs.
 Command: python -m deepasmr_jax.train --config=configs/speaker.py --workdir=RUN --set=data.data_dirs=CORPUS
   --set=model.num_speakers=N, N the speakers of its split train.
-Hardware and hours: written for 2 accelerators, starts on any number that divides 256 (mesh.slice=-1); hours
-  unmeasured.
+Hardware and hours: written for 2 accelerators, starts on any number (mesh.slice=-1); hours unmeasured.
 Number to see: unmeasured; the released weights have an equal error rate of 0.87 % on Vox1-O.
 """
 

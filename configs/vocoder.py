@@ -9,8 +9,8 @@ Command: python -m deepasmr_jax.train --config=configs/vocoder.py --workdir=RUN 
 Differences from the paper: no weight norm in training, and no spectral norm on the first of the scale discriminators.
 Going on from public weights: --set=init_from=MODEL, with MODEL from `deepasmr convert file g_XXXXXXXX --out MODEL` and
   the same of do_XXXXXXXX, the discriminators; without the latter they start at random.
-Hardware and hours: written for 1 accelerator, starts on any number that divides 16 (mesh.slice=-1); hours unmeasured;
-  not viable on a CPU (about 1,000 samples/s on two cores).
+Hardware and hours: written for 1 accelerator, starts on any number (mesh.slice=-1; its 16 rows keep at most 16 busy);
+  hours unmeasured; not viable on a CPU (about 1,000 samples/s on two cores).
 Number to see: unmeasured.
 """
 

@@ -13,11 +13,11 @@ Batches, B rows each, all lengths static:
     `align` also aligned [B, N, 2]: row positions of the symbols heard in the two halves of the target.
   flow: speech_tokens [B, N] int32, num_tokens [B] int32, mel [B, T, M] float32, prompt_frames [B]
     int32 (0: no prompt).
-  vocoder: wav [B, W] float32 in [-1, 1] at the rate of `mel_profile`, no padding.
-  speech_tokenizer: wav [B, W], lengths [B] samples, and with labels="frames" phones and f0_class [B, W // 320] int32
+  vocoder: wav [B, W] float32 in [-1, 1] at the rate of `mel_profile`, no padding; lengths [B] int32 samples.
+  speech_tokenizer: wav [B, W], lengths [B], and with labels="frames" phones and f0_class [B, W // 320] int32
     (-1 = padding); with "text" whole utterances, text_ids [B, S = W // 640] int32 of `MiniTokenizer.heard` (0 =
     padding) and text_lengths [B], 0 where the text cannot be read or needs more tokens than the utterance has.
-  speaker: wav [B, W], lengths [B] samples, speaker_index [B] int32 in the order of `speakers`.
+  speaker: wav [B, W], lengths [B], speaker_index [B] int32 in the order of `speakers`.
 Letters: B rows, N tokens (lm: positions of a row), S symbols, T mel frames, M mel bins, W samples.
 What a stage cannot use is left out, and a line says how many records, why, and the first of them.
 Where chips do not divide a batch, empty rows stand behind its own: zeros, and IGNORED where a row has labels.
@@ -647,8 +647,6 @@ class _Waves:
         piece = audio.resample(piece, rate, self._rate)[: cfg.num_samples]
         wav = np.zeros(cfg.num_samples, np.float32)
         wav[: len(piece)] = piece
-        if cfg.stage == "vocoder":
-            return {"wav": wav}
         out = {"wav": wav, "lengths": np.int32(len(piece))}
         if cfg.stage == "speaker":
             speaker = self.index.speakers[self.index.voice[i]]
@@ -744,11 +742,6 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1, multiple: 
     import grain
 
     size = padded(cfg.batch_size, multiple)
-    if size > cfg.batch_size and cfg.stage in ("vocoder", "speaker"):
-        raise ValueError(
-            f"data.batch_size {cfg.batch_size} is not a multiple of {multiple} (mesh.slice x mesh.data x accumulation) "
-            f"and the stage {cfg.stage} has no empty rows; use --set=data.batch_size={size}"
-        )
     if size % process_count:
         raise ValueError(
             f"batch_size {cfg.batch_size} does not divide over {process_count} hosts; use a multiple of them"

@@ -323,7 +323,8 @@ def make_step(cfg: TrainConfig):
     """The compiled update `step(state, batches) -> (state, metrics)`; the state is donated.
 
     `batches` is a tuple of `cfg.accumulation` dicts of global arrays. Metrics are float32 scalars: loss, lr,
-    grad_norm (before clipping; not for two-player models) and the means of the model's aux sums.
+    grad_norm (before clipping; two-player models have one of each player in their aux), weight_norm (of all weights
+    after the update) and the means of the model's aux sums.
     """
     file = _file(cfg.model)
     tx = make_optimizer(cfg.optim, cfg.steps)
@@ -365,7 +366,7 @@ def make_step(cfg: TrainConfig):
             updates, opt_state = tx.update(grads, state.opt_state, state.model)
             model = optax.apply_updates(state.model, updates)
             out |= {"loss": loss * scale, "grad_norm": optax.tree.norm(grads)}
-        out |= _means(aux)
+        out |= _means(aux) | {"weight_norm": optax.tree.norm(model)}
         ema = state.ema
         if ema is not None:
             done = state.step.astype(jnp.float32)
@@ -648,7 +649,7 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
     Raises:
         ValueError: if the folder holds another run, or the data or `listen_with` does not fit.
         OSError: if a checkpoint cannot be written; those before it stay.
-        FloatingPointError: if the loss or a gradient is not finite; the last good checkpoint stays.
+        FloatingPointError: if the loss, a gradient or a weight is not finite; the last good checkpoint stays.
     """
     if "://" in str(workdir):
         raise ValueError(
@@ -703,11 +704,13 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
         waited_s.append(wait_s)
         values = {k: float(v) for k, v in jax.device_get(out).items()}
         timer.tick()
-        if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm") if k in values):
+        # the norms too: an update may break weights that the loss of its own step has not met
+        norms = {k: v for k, v in values.items() if k.endswith("norm")}
+        if not all(map(math.isfinite, (values["loss"], *norms.values()))):
+            told = "".join(f", {k} {v:.6g}" for k, v in norms.items())
             raise FloatingPointError(
-                f"step {number}: loss {values['loss']}, learning rate {values['lr']:.3g}, gradient norm "
-                f"{values.get('grad_norm', math.nan)}: not finite; lower optim.lr or optim.clip_norm; "
-                f"the checkpoint of step {saved_step} is kept"
+                f"step {number}: loss {values['loss']}, learning rate {values['lr']:.3g}{told}: not finite; "
+                f"lower optim.lr or optim.clip_norm; the checkpoint of step {saved_step} is kept"
             )
         if number % cfg.log_every and number != cfg.steps:
             return

@@ -3,7 +3,8 @@
 Source: HiFi-GAN (Kong et al., 2020) and its public configurations. Differences on purpose: weights are
 plain arrays, that is, weight norm is folded and the first scale discriminator has no spectral norm; stored
 gains and directions have to be folded by whoever reads public files. Channels last throughout.
-Batch: wav [B, W] float32 in [-1, 1] at the profile's rate; the mel is computed inside the loss.
+Batch: wav [B, W] float32 in [-1, 1] at the profile's rate; the mel is computed inside the loss. lengths [B] int32:
+0 of an empty row, which counts nowhere; may be left out.
 Letters: B rows, T mel frames, M mel bins, W samples, C channels, P period.
 """
 
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from deepasmr_jax import audio, nn, vocoder_parts
-from deepasmr_jax.vocoder_parts import Conv, Gan, Upsample
+from deepasmr_jax.vocoder_parts import Conv, Gan, Upsample, mean_of_rows, row_weights
 
 SLOPE = 0.1  # of every leaky ReLU but the last of the generator
 LAST_SLOPE = 0.01  # the public code leaves the library's default there
@@ -394,7 +395,7 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
     Args:
         model: `init(cfg, key)`.
         cfg: its config.
-        batch: wav [B, W] float32 in [-1, 1].
+        batch: see the file docstring.
         key: not used.
 
     Returns:
@@ -405,27 +406,31 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
         ValueError: if W is shorter than one mel window.
     """
     wav, mel = _inputs(cfg, batch)
-    distance = jnp.sum(_mel_loss(cfg, wav, apply(model.generator, cfg, mel)[:, : wav.shape[1]]))
-    count = jnp.float32(wav.shape[0])
+    weights = row_weights(batch)
+    distance = jnp.sum(_mel_loss(cfg, wav, apply(model.generator, cfg, mel)[:, : wav.shape[1]]) * weights)
+    count = jnp.sum(weights)
     total = cfg.mel_weight * distance
     return total, count, {"loss": (total, count), "mel": (distance, count)}
 
 
-def discriminator_loss(real: list[list[jax.Array]], fake: list[list[jax.Array]]) -> jax.Array:
-    """Least squares, real to 1 and fake to 0: sum over discriminators of means; scalar."""
-    return sum(jnp.mean((r[-1] - 1.0) ** 2) + jnp.mean(f[-1] ** 2) for r, f in zip(real, fake, strict=True))
-
-
-def adversarial_loss(fake: list[list[jax.Array]]) -> jax.Array:
-    """Least squares, fake to 1: sum over discriminators of means; scalar."""
-    return sum(jnp.mean((f[-1] - 1.0) ** 2) for f in fake)
-
-
-def feature_loss(real: list[list[jax.Array]], fake: list[list[jax.Array]]) -> jax.Array:
-    """Sum over discriminators and layers (the score included) of mean absolute differences; scalar."""
+def discriminator_loss(
+    real: list[list[jax.Array]], fake: list[list[jax.Array]], weights: jax.Array
+) -> jax.Array:
+    """Least squares, real to 1 and fake to 0: sum over discriminators of means; weights of rows [B]; scalar."""
     return sum(
-        jnp.mean(jnp.abs(x - y)) for r, f in zip(real, fake, strict=True) for x, y in zip(r, f, strict=True)
+        mean_of_rows((r[-1] - 1.0) ** 2 + f[-1] ** 2, weights) for r, f in zip(real, fake, strict=True)
     )
+
+
+def adversarial_loss(fake: list[list[jax.Array]], weights: jax.Array) -> jax.Array:
+    """Least squares, fake to 1: sum over discriminators of means; weights of rows [B]; scalar."""
+    return sum(mean_of_rows((f[-1] - 1.0) ** 2, weights) for f in fake)
+
+
+def feature_loss(real: list[list[jax.Array]], fake: list[list[jax.Array]], weights: jax.Array) -> jax.Array:
+    """Sum over discriminators and layers (the score included) of mean absolute differences; scalar."""
+    pairs = ((x, y) for r, f in zip(real, fake, strict=True) for x, y in zip(r, f, strict=True))
+    return sum(mean_of_rows(jnp.abs(x - y), weights) for x, y in pairs)
 
 
 init_opt = vocoder_parts.init_opt  # where train.py looks for it
@@ -446,15 +451,17 @@ def train_step(
         model, opt_state: `init` and `init_opt`, or the results of the step before.
         tx: optimizer of each player (HiFi-GAN: AdamW 2e-4, betas 0.8 and 0.99).
         cfg: static under jit.
-        batch: wav [B, W] float32 in [-1, 1] (HiFi-GAN: 16 rows of 8192 samples).
+        batch: see the file docstring (HiFi-GAN: 16 rows of 8192 samples).
         key, step: not used.
 
     Returns:
         (model, opt_state, aux): aux as in `loss`, and "adversarial", "feature", "discriminator" if
-        cfg.adversarial, each (sum, count).
+        cfg.adversarial, each (sum, count); "generator_grad_norm" and "discriminators_grad_norm" (norm, 1), before
+        clipping.
     """
     wav, mel = _inputs(cfg, batch)
-    count = jnp.float32(wav.shape[0])
+    weights = row_weights(batch)
+    count = jnp.sum(weights)
     discriminators, state = model.discriminators, opt_state["discriminators"]
 
     def synthesize(generator):
@@ -466,27 +473,30 @@ def train_step(
 
     # the waveform is made once; both players read it, and the generator's gradient is pulled back from it
     fake, pull_back = jax.vjp(synthesize, model.generator)
-    terms = {}
+    terms, norms = {}, {}
     if cfg.adversarial:
 
         def judge(d):
-            return discriminator_loss(d(cfg, wav), d(cfg, fake))
+            return discriminator_loss(d(cfg, wav), d(cfg, fake), weights)
 
         terms["discriminator"], grads = jax.value_and_grad(judge)(discriminators)
+        norms["discriminators_grad_norm"] = (optax.tree.norm(grads), jnp.float32(1.0))
         discriminators, state = update(grads, state, discriminators)
         real = discriminators(cfg, wav)
 
     def total(fake):
-        parts = {"mel": jnp.mean(_mel_loss(cfg, wav, fake))}
+        parts = {"mel": mean_of_rows(_mel_loss(cfg, wav, fake), weights)}
         mean = cfg.mel_weight * parts["mel"]
         if cfg.adversarial:
             judged = discriminators(cfg, fake)
-            parts |= {"adversarial": adversarial_loss(judged), "feature": feature_loss(real, judged)}
+            parts["adversarial"] = adversarial_loss(judged, weights)
+            parts["feature"] = feature_loss(real, judged, weights)
             mean = mean + parts["adversarial"] + cfg.feature_weight * parts["feature"]
         return mean, parts | {"loss": mean}
 
     grad, parts = jax.grad(total, has_aux=True)(fake)
     (grads,) = pull_back(grad)
+    norms["generator_grad_norm"] = (optax.tree.norm(grads), jnp.float32(1.0))
     generator, generator_state = update(grads, opt_state["generator"], model.generator)
-    aux = {name: (value * count, count) for name, value in (terms | parts).items()}
+    aux = norms | {name: (value * count, count) for name, value in (terms | parts).items()}
     return Gan(generator, discriminators), {"generator": generator_state, "discriminators": state}, aux

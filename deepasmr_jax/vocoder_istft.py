@@ -8,7 +8,8 @@ voice, and one for white noise (harmonic plus noise model, Stylianou, 2001; the 
 the pulses are left unused (tried: they ended 60 dB below the rest).
 Training: multi-resolution STFT and mel losses, and optionally small multi-period and spectrogram
 discriminators from a given step on (least squares; Kong et al., 2020; Jang et al., 2021).
-Batch: wav [B, W] float32 in [-1, 1] at the profile's rate; the mel is computed inside the loss.
+Batch: wav [B, W] float32 in [-1, 1] at the profile's rate; the mel is computed inside the loss. lengths [B] int32:
+0 of an empty row, which counts nowhere; may be left out.
 Letters: B rows, T mel frames, M mel bins, W samples, D width, F MLP width, P period, C channels;
 `bins` are those of a spectrum, `subframes` the output frames of a mel frame.
 """
@@ -23,7 +24,7 @@ from flax import nnx
 
 from deepasmr_jax import audio, nn, pitch, vocoder_parts
 from deepasmr_jax.sharding import pick, spec
-from deepasmr_jax.vocoder_parts import Gan
+from deepasmr_jax.vocoder_parts import Gan, mean_of_rows, row_weights
 
 MAX_MAGNITUDE = 100.0  # Vocos: keeps an untrained head from overflowing
 WASH_BINS = 3.0  # standard deviation of the smoothing over mel bins in `_spoil`
@@ -493,11 +494,11 @@ def _spectral_losses(cfg: Config, real: jax.Array, fake: jax.Array) -> tuple[jax
     return stft, jnp.mean(mel, (1, 2))
 
 
-def _reconstruction(cfg: Config, real: jax.Array, fake: jax.Array):
-    """(sum, count, aux) of the spectral losses of waveforms [B, W]."""
-    stft, mel = _spectral_losses(cfg, real, fake)
+def _reconstruction(cfg: Config, real: jax.Array, fake: jax.Array, weights: jax.Array):
+    """(sum, count, aux) of the spectral losses of waveforms [B, W], rows with weights [B]."""
+    stft, mel = (x * weights for x in _spectral_losses(cfg, real, fake))
     total = jnp.sum(cfg.stft_weight * stft + cfg.mel_weight * mel)
-    count = jnp.float32(real.shape[0])
+    count = jnp.sum(weights)
     aux = {"loss": (total, count), "stft": (jnp.sum(stft), count), "mel": (jnp.sum(mel), count)}
     return total, count, aux
 
@@ -541,7 +542,7 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
     Args:
         model: `init(cfg, key)`.
         cfg: its config.
-        batch: wav [B, W] float32 in [-1, 1].
+        batch: see the file docstring.
         key: draws the rows to spoil and the noise of the source; None: none spoilt, always the same noise.
 
     Returns:
@@ -555,8 +556,9 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
     Source: multi-resolution STFT loss of Parallel WaveGAN (Yamamoto et al., 2020), mel loss of HiFi-GAN.
     """
     wav, mel = _inputs(cfg, batch, key)
-    fake, extra = _with_pitch_loss(model.generator, cfg, wav, mel, key)
-    total, count, aux = _reconstruction(cfg, wav, fake)
+    weights = row_weights(batch)
+    fake, extra = _with_pitch_loss(model.generator, cfg, wav, mel, weights, key)
+    total, count, aux = _reconstruction(cfg, wav, fake, weights)
     if cfg.source:
         aux["pitch"] = (jnp.sum(extra), count)
         total = total + cfg.pitch_weight * jnp.sum(extra)
@@ -565,34 +567,33 @@ def loss(model: Gan, cfg: Config, batch: dict[str, jax.Array], key: jax.Array | 
 
 
 def _with_pitch_loss(
-    model: Generator, cfg: Config, wav: jax.Array, mel: jax.Array, key: jax.Array | None
+    model: Generator, cfg: Config, wav: jax.Array, mel: jax.Array, weights: jax.Array, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Copy synthesis of recordings [B, W], the pulses driven by their own pitch, and the pitch loss [B]."""
+    """Copy synthesis of recordings [B, W], the pulses driven by their own pitch, and the weighted pitch loss [B]."""
     if not cfg.source:
-        return _synthesize(model, cfg, mel)[0][:, : wav.shape[1]], jnp.zeros(wav.shape[0])
+        return _synthesize(model, cfg, mel)[0][:, : wav.shape[1]], jnp.zeros_like(weights)
     hz, voiced = jax.lax.stop_gradient(pitch.track(wav, cfg.mel))
     first = 0 if key is None else jax.random.randint(jax.random.fold_in(key, 1), (), 0, 2**30)
     fake, logits = _synthesize(model, cfg, mel, track=(hz, voiced), first=first)
-    return fake[:, : wav.shape[1]], _pitch_loss(cfg, logits, hz, voiced)
+    return fake[:, : wav.shape[1]], weights * _pitch_loss(cfg, logits, hz, voiced)
 
 
-def _discriminator_loss(real: list[list[jax.Array]], fake: list[list[jax.Array]]) -> jax.Array:
-    """Least squares, real to 1 and fake to 0: mean over discriminators."""
-    terms = [jnp.mean((r[-1] - 1.0) ** 2) + jnp.mean(f[-1] ** 2) for r, f in zip(real, fake, strict=True)]
+def _discriminator_loss(
+    real: list[list[jax.Array]], fake: list[list[jax.Array]], weights: jax.Array
+) -> jax.Array:
+    """Least squares, real to 1 and fake to 0: mean over discriminators; weights of rows [B]."""
+    terms = [mean_of_rows((r[-1] - 1.0) ** 2 + f[-1] ** 2, weights) for r, f in zip(real, fake, strict=True)]
     return sum(terms) / len(terms)
 
 
 def _generator_losses(
-    real: list[list[jax.Array]], fake: list[list[jax.Array]]
+    real: list[list[jax.Array]], fake: list[list[jax.Array]], weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Least squares, fake to 1, and feature matching (sum over layers): means over discriminators."""
-    adversarial = sum(jnp.mean((f[-1] - 1.0) ** 2) for f in fake) / len(fake)
-    feature = 0.0
-    for r, f in zip(real, fake, strict=True):
-        feature = feature + sum(jnp.mean(jnp.abs(x - y)) for x, y in zip(r[:-1], f[:-1], strict=True)) / len(
-            fake
-        )
-    return adversarial, feature
+    adversarial = sum(mean_of_rows((f[-1] - 1.0) ** 2, weights) for f in fake)
+    pairs = ((x, y) for r, f in zip(real, fake, strict=True) for x, y in zip(r[:-1], f[:-1], strict=True))
+    feature = sum(mean_of_rows(jnp.abs(x - y), weights) for x, y in pairs)
+    return adversarial / len(fake), feature / len(fake)
 
 
 init_opt = vocoder_parts.init_opt  # where train.py looks for it
@@ -616,19 +617,21 @@ def train_step(
         model, opt_state: `init` and `init_opt`, or the results of the step before.
         tx: optimizer of each player; schedules inside it count the updates of that player.
         cfg: static under jit.
-        batch: wav [B, W] float32 in [-1, 1].
+        batch: see the file docstring.
         key: draws the rows to spoil and the noise of the source; None: none spoilt, always the same noise.
         step: int32 scalar, 0 for the first update.
 
     Returns:
         (model, opt_state, aux): aux as in `loss`, and "adversarial", "feature", "discriminator" if
-        cfg.adversarial, each (sum, count).
+        cfg.adversarial, each (sum, count); "generator_grad_norm" and "discriminators_grad_norm" (norm, 1), before
+        clipping.
     """
     wav, mel = _inputs(cfg, batch, key)
-    count = jnp.float32(wav.shape[0])
+    weights = row_weights(batch)
+    count = jnp.sum(weights)
 
     def synthesize(generator):
-        return _with_pitch_loss(generator, cfg, wav, mel, key)
+        return _with_pitch_loss(generator, cfg, wav, mel, weights, key)
 
     def update(grads, state, params):
         updates, state = tx.update(grads, state, params)
@@ -638,27 +641,29 @@ def train_step(
     (fake, off_pitch), pull_back = jax.vjp(synthesize, model.generator)
 
     def spectral(fake):
-        total, _, aux = _reconstruction(cfg, wav, fake)
+        total, _, aux = _reconstruction(cfg, wav, fake, weights)
         return total / count, aux
 
     def without_adversary(discriminators, state):
         grad, aux = jax.grad(spectral, has_aux=True)(fake)
-        zero = (jnp.float32(0.0), count)
-        return grad, aux | dict(adversarial=zero, feature=zero, discriminator=zero), discriminators, state
+        names = ("adversarial", "feature", "discriminator", "discriminators_grad_norm")
+        return grad, aux | dict.fromkeys(names, (jnp.float32(0.0), count)), discriminators, state
 
     def with_adversary(discriminators, state):
         def judge(d):
-            return _discriminator_loss(d(cfg, wav), d(cfg, fake))
+            return _discriminator_loss(d(cfg, wav), d(cfg, fake), weights)
 
         value, grads = jax.value_and_grad(judge)(discriminators)
+        norm = (optax.tree.norm(grads), jnp.float32(1.0))
         discriminators, state = update(grads, state, discriminators)
         real = discriminators(cfg, wav)
 
         def total(fake):
             mean, aux = spectral(fake)
-            adversarial, feature = _generator_losses(real, discriminators(cfg, fake))
+            adversarial, feature = _generator_losses(real, discriminators(cfg, fake), weights)
             mean = mean + cfg.adversarial_weight * adversarial + cfg.feature_weight * feature
             aux = aux | {"loss": (mean * count, count), "adversarial": (adversarial * count, count)}
+            aux["discriminators_grad_norm"] = norm
             return mean, aux | {"feature": (feature * count, count), "discriminator": (value * count, count)}
 
         grad, aux = jax.grad(total, has_aux=True)(fake)
@@ -681,6 +686,7 @@ def train_step(
             "pitch": (sum_pitch, count),
             "loss": (aux["loss"][0] + cfg.pitch_weight * sum_pitch, count),
         }
+    aux = aux | {"generator_grad_norm": (optax.tree.norm(grads), jnp.float32(1.0))}
     generator, generator_state = update(grads, opt_state["generator"], model.generator)
     opt_state = {"generator": generator_state, "discriminators": state}
     return Gan(generator, discriminators), opt_state, aux

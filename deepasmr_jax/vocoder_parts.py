@@ -113,6 +113,19 @@ class Gan(nnx.Module):
         self.discriminators = discriminators
 
 
+def row_weights(batch: dict[str, jax.Array]) -> jax.Array:
+    """[B] float32: 1, and 0 of an empty row, whose `lengths` is 0; a batch without `lengths` has none."""
+    if "lengths" not in batch:
+        return jnp.ones(batch["wav"].shape[0])
+    return (batch["lengths"] > 0).astype(jnp.float32)
+
+
+def mean_of_rows(x: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean over equally long rows [B, ...] with weights [B]; scalar."""
+    means = jnp.mean(x, axis=tuple(range(1, x.ndim)))
+    return jnp.sum(means * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
 def init_opt(tx: optax.GradientTransformation, model: Gan) -> dict:
     """Optimizer states of both players: {"generator", "discriminators"} (the second None without them)."""
     discriminators = model.discriminators

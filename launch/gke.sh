@@ -13,7 +13,7 @@
 # IMAGE (such as europe-docker.pkg.dev/PROJECT/REPOSITORY/deepasmr:1) has to be set; for `run` and `collect` BUCKET (mounted at
 # /bucket; give --workdir and data.data_dirs there), ACCELERATOR (such as tpu-v5-lite-podslice) and TOPOLOGY (such as
 # 4x4). CHIPS (of a host, default 4), SLICES (default 1), ACCOUNT (default "default") and RESTARTS (default 100) may be.
-# All recipes of full size but vocoder.py take what chips there are. A cluster, for example:
+# All recipes of full size take what chips there are; vocoder.py keeps at most 16 busy. A cluster, for example:
 #   xpk cluster create --cluster NAME --tpu-type=v5litepod-16 --num-slices=1 --spot --enable-gcsfuse-csi-driver
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -16,7 +16,7 @@
 # ZONE, TYPE (such as v5litepod-16) and VERSION (the image, such as v2-alpha-tpuv5-lite) have to be set; PROJECT, BUCKET
 # and SPOT=1 (a cheaper machine that may be taken away, with SIGTERM, at which training saves; untested there) may be. On
 # several workers --workdir and data.data_dirs must be one shared place with the same path on all of them: a folder of the
-# mounted bucket, or NFS. All recipes of full size but vocoder.py take what chips there are.
+# mounted bucket, or NFS. All recipes of full size take what chips there are; vocoder.py keeps at most 16 busy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

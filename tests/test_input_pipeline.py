@@ -71,7 +71,7 @@ def test_two_process_slices_side_by_side_are_the_batch_of_one_process(folder, st
         assert same({k: np.concatenate([part[k] for part in two]) for k in one}, one)
 
 
-@pytest.mark.parametrize("stage", ["lm", "flow", "speech_tokenizer"])
+@pytest.mark.parametrize("stage", input_pipeline.STAGES)
 def test_empty_rows_stand_behind_those_of_a_batch_that_the_chips_do_not_divide(folder, stage):
     cfg = dataclasses.replace(make_config(folder, stage), batch_size=5)
     whole = input_pipeline.first_batches(cfg, 4)
@@ -82,7 +82,7 @@ def test_empty_rows_stand_behind_those_of_a_batch_that_the_chips_do_not_divide(f
         joined = {k: np.concatenate([part[k] for part in four]) for k in one}
         assert same({k: v[:5] for k, v in joined.items()}, one)
         for name, values in joined.items():
-            is_label = name in ("targets", "phones", "f0_class")
+            is_label = name in ("targets", "phones", "f0_class", "speaker_index")
             assert len(values) == 8 and np.all(values[5:] == (input_pipeline.IGNORED if is_label else 0))
 
 
