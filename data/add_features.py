@@ -214,8 +214,8 @@ def add_features(
     if stage not in ("all", *KEPT):
         raise ValueError(f"records for {stage!r} are unknown; give one of all, {', '.join(KEPT)}")
     folder = Path(out)
-    source = tfds.builder_from_directory(str(data))
-    size = (f"{name} {i.num_examples} records {i.num_bytes} bytes" for name, i in source.info.splits.items())
+    source = shards.builder(str(data))
+    size = (f"{name} {i.num_examples} records {i.num_bytes}" for name, i in source.info.splits.items())
     corpus = {
         "corpus": str(Path(data).resolve()),
         "corpus_size": ", ".join(size),
@@ -361,7 +361,8 @@ def _note_origin(folder: Path, made: dict) -> None:
     if not path.exists():
         config.write_json(path, made)
         return
-    found = {"for": "all"} | json.loads(path.read_text())  # as older passes were
+    # as older passes were, which wrote "1.38 MiB bytes"
+    found = {"for": "all"} | json.loads(path.read_text().replace("iB bytes", "iB"))
     for key, what in _ORIGIN.items():
         if key in found and found[key] != made.get(key, found[key]):
             raise ValueError(
@@ -409,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if left_out:
-        print(f"{left_out} records are left out, see {Path(o.out) / data_check.BUILD_REPORT}")
+        print(f"records left out: {left_out}, see {Path(o.out) / data_check.BUILD_REPORT}")
     return 1 if left_out else 0
 
 

@@ -53,6 +53,7 @@ LAYOUTS = {
     "chains": (whisper_pairs, {"language": "en"}),
     "whisper40": (whisper_pairs, {"language": "zh"}),
 }
+COLUMNS = ("manifest", "emilia", "asmr")  # layouts whose utterances are rows with named fields
 SPLITS = ("train", "valid")
 LABELS = ("speaker", "language", "style")
 
@@ -63,7 +64,7 @@ class Options:
 
     Attributes:
         labels: speaker, language or style of utterances that have none; before those of `LAYOUTS`.
-        fields: columns or keys of this corpus, such as {"text": "caption"}.
+        fields: columns or keys of this corpus, such as {"text": "caption"}; see `data_check.from_fields`.
         texts: text by name, for layouts without texts.
         rules: what is left out.
         valid_share: of the speakers (or sentences), for the split valid.
@@ -122,7 +123,9 @@ def _moved(counts: dict[str, Counter]) -> tuple[str, str, str] | None:
 
 
 def units_of(layout: str, source: str | Path, options: Options) -> list[tuple]:
-    """The units of a source; ValueError if it has none."""
+    """The units of a source; ValueError if it has none, or `fields` are named of a layout that has no columns."""
+    if options.fields and layout not in COLUMNS:
+        raise ValueError(f"layout {layout} has no columns to name; --field is for {', '.join(COLUMNS)}")
     units = LAYOUTS[layout][0].units(Path(source), options)
     if not units:
         raise ValueError(f"{source} holds no utterance: its lists or tables are empty")
@@ -198,7 +201,7 @@ def build(
         if shard % count == index and not _is_made(out, shard)
     ]
     start, num_items = time.perf_counter(), 0
-    print(f"{num_shards} shards, {len(jobs)} to write here", flush=True)
+    print(f"shards: {num_shards}, to write here: {len(jobs)}", flush=True)
     context = multiprocessing.get_context("spawn")
     with (
         context.Pool(min(workers, len(jobs)), signal.signal, (signal.SIGINT, signal.SIG_IGN))
@@ -325,10 +328,10 @@ def _join(out: Path, num_shards: int, options: Options, rest: data_check.Rest) -
             counts[split].update("".join(row[4:]) for row in rows)  # a build of an older version has no key
     moved = _moved(counts)
     if moved is not None:
-        print(
-            f"{options.split_by} {moved[2]} is put into the split {moved[1]}, which would be empty",
-            flush=True,
-        )
+        told = f"{options.split_by} {moved[2]} is put into the split {moved[1]}, which would be empty"
+        if options.split_by == "speaker":
+            told += "; with few speakers, --split-by sentence keeps all voices in train"
+        print(told, flush=True)
     with (
         files.atomic_path(out / data_check.BUILD_REPORT) as report_part,
         open(report_part, "w", encoding="utf-8", errors="backslashreplace") as report,
@@ -443,7 +446,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in LABELS:
         parser.add_argument(f"--{name}", help="of all utterances that have none of their own")
     parser.add_argument(
-        "--field", action="append", default=[], metavar="NAME=COLUMN", help="such as text=caption"
+        "--field",
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="such as text=caption; no other column is looked at for it",
     )
     parser.add_argument("--texts", help="list of texts, `NAME TEXT` a line, for chains and whisper40")
     parser.add_argument(

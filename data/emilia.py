@@ -83,4 +83,5 @@ def _sample(path: Path, name: str | None, parts: dict[str, bytes], options):
     if ".txt" in parts:
         row.setdefault("text", parts[".txt"].decode("utf-8", "replace"))
     row = {k: v for k, v in row.items() if k not in data_check.ALIASES["audio"]}
-    yield data_check.from_fields({"id": name} | row | {"audio": sound}, where, path.parent, options.fields)
+    row = {"id": name} | row | {options.fields.get("audio", "audio"): sound}
+    yield data_check.from_fields(row, where, path.parent, options.fields)

@@ -322,7 +322,7 @@ def read_config(folder) -> dict:
     """The config.json of a model folder.
 
     Raises:
-        ValueError: if it is absent, not JSON, of another format version, or without a list of components.
+        ValueError: if it is absent, not JSON, of a run, of another format version, or without a list of components.
     """
     path = Path(folder) / "config.json"
     if not path.exists():
@@ -333,6 +333,11 @@ def read_config(folder) -> dict:
             raise ValueError("it holds no JSON object")
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); copy the whole model folder again") from None
+    if "format" not in values and {"component", "steps"} <= values.keys():
+        raise ValueError(
+            f"{folder} is the folder of a run; give {path.parent / 'export'} if it is there, or the folder that was "
+            "given to --export"
+        )
     if values.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {values.get('format')!r}; this version reads format {FORMAT}, which "

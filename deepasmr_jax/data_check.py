@@ -71,7 +71,7 @@ OTHER_FILES = {
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab")  # of a transcript beside the audio, first found
 # names that manifests and tables use for one field, first found
 ALIASES = {
-    "audio": ("audio", "wav", "audio_path", "audio_filepath", "path", "audio_data"),
+    "audio": ("audio_data", "audio", "wav", "audio_path", "audio_filepath", "path"),  # of two, the bytes
     "text": ("text", "transcript", "transcription", "sentence", "caption"),
     "speaker": ("speaker", "speaker_id", "spk", "creator_id"),
     "id": ("id", "name", "utt", "audio_id"),
@@ -345,19 +345,23 @@ def from_fields(row: dict, where: str, folder: Path, fields: dict[str, str] | No
             dict {"bytes", "path"}; "attributes" may hold the speaker.
         where: for the report.
         folder: of the manifest.
-        fields: names that this corpus uses, such as {"text": "caption"}; they come before `ALIASES`.
+        fields: names that this corpus uses, such as {"text": "caption"}, in place of `ALIASES`.
 
     Returns:
-        The item; a problem if a field has another type, or there is no audio.
+        The item; a problem if a field has another type, one of `fields` is not in the row, or there is no audio.
     """
+    fields = fields or {}
     given = {}
     for name, aliases in ALIASES.items():
-        names = ((fields[name],) if fields and name in fields else ()) + aliases
-        if name == "audio" and "audio_data" in row:
-            names = ("audio_data", *names)  # of two, the bytes
+        names = (fields[name],) if name in fields else aliases
         given[name] = next((row[n] for n in names if row.get(n) is not None), None)
+    for name, column in fields.items():
+        if column not in row:
+            kind = {"audio": "unreadable", "text": "no_text"}.get(name, "bad_label")
+            why = f"there is no {column!r}, named for {name}, among {', '.join(row)}; null there is no value"
+            return Problem(where, str(given["id"] or ""), kind, why)
     attributes = row.get("attributes")
-    if given["speaker"] is None and isinstance(attributes, dict):
+    if given["speaker"] is None and "speaker" not in fields and isinstance(attributes, dict):
         given["speaker"] = attributes.get("speaker")
     name, sound = given.pop("id"), given.pop("audio")
     if isinstance(sound, dict):
@@ -508,12 +512,15 @@ def find(folder: str | os.PathLike) -> Iterator[Item | Problem]:
         return with_rest((item for path in paths for item in read_manifest(path)), root, paths)
     if next(audio_folders(root), None) is not None:
         return with_rest((item for inner in audio_folders(root) for item in read_folder(inner, root)), root)
-    packed = next((p for p in root.rglob("*") if p.suffix in (".tar", ".parquet")), None)
-    way_out = (
-        "check it with `python data/build.py check LAYOUT DIR`, which reads the layouts of data/README.md"
-        if packed
-        else f"audio is {', '.join(AUDIO_SUFFIXES)}"
-    )
+    packed = (p for p in root.rglob("*") if p.suffix in (".tar", ".parquet") or p.name == "wav.scp")
+    if (found := next(packed, None)) is None:
+        way_out = f"audio is {', '.join(AUDIO_SUFFIXES)}"
+    else:
+        layout = f"kaldi {found.parent}" if found.name == "wav.scp" else f"LAYOUT {root}"
+        way_out = (
+            f"check it with `python data/build.py check {layout} --out report.jsonl`, which reads the layouts of "
+            "data/README.md"
+        )
     raise ValueError(f"{root} holds no records, no *.jsonl and no audio files; {way_out}")
 
 

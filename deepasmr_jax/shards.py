@@ -150,8 +150,13 @@ def builder(folder: str):
 
     if not (Path(folder) / "dataset_info.json").exists():
         inner = sorted(p.parent for p in Path(folder).glob("**/dataset_info.json"))
-        hint = f"; did you mean {inner[-1]}?" if inner else ""
-        raise ValueError(f"{folder} is no TFDS dataset folder: it has no dataset_info.json{hint}")
+        hint = (
+            f"did you mean {inner[-1]}?"
+            if inner
+            else "give the version folder that data/build.py or data/add_features.py has finished, such as NAME/1.0.0"
+        )
+        what = "has no dataset_info.json" if Path(folder).is_dir() else "does not exist"
+        raise ValueError(f"{folder} is no dataset: it {what}; {hint}")
     return tfds.builder_from_directory(str(folder))
 
 

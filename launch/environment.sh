@@ -1,5 +1,5 @@
 # Sourced by the scripts here: finds a Python, makes the environment, installs the package quietly (demo.sh, test.sh);
-# prints a command instead of running it (gke.sh, tpu_vm.sh).
+# prints a command instead of running it (gke.sh, tpu_vm.sh); runs each step once (mini.sh, mixture.sh).
 
 venv="${DEEPASMR_VENV:-.venv}"
 
@@ -45,4 +45,27 @@ do_it() {
   else
     "$@"
   fi
+}
+
+# step NAME COMMAND: runs the command once; $runs notes those that are done.
+step() {
+  local name="$1"
+  shift
+  if [ -f "$runs/$name.done" ]; then
+    echo "== $name: done before"
+    return
+  fi
+  echo "== $name: $*"
+  "$@"
+  touch "$runs/$name.done"
+}
+
+# whole OUT COMMAND: runs a command that makes the dataset OUT. Exit code 1 is as good as 0 if OUT is there as a whole:
+# records were left out, which the command names.
+whole() {
+  local out="$1" code=0
+  shift
+  "$@" || code=$?
+  [ "$code" != 1 ] || [ ! -f "$out/dataset_info.json" ] || code=0
+  return "$code"
 }

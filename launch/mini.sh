@@ -9,6 +9,7 @@
 # Needs: pip install -e ".[corpus,zh,eval]" and the programs flite, festival and its voice (see data/README.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source launch/environment.sh
 work="${1:-workdir}"
 model="$work/mini"
 corpus="$work/corpus/records/synthetic/1.0.0"
@@ -16,20 +17,9 @@ features="$work/corpus/features/1.0.0"
 read -r -a extra <<<"${EXTRA_SET:-}"
 read -r -a extra_corpus <<<"${EXTRA_CORPUS:-}"
 read -r -a extra_table <<<"${EXTRA_TABLE:-}"
-mkdir -p "$work/runs"
+runs="$work/runs"
+mkdir -p "$runs"
 python="${PYTHON:-python}"
-
-step() { # name, command...: runs the command once
-  local name="$1"
-  shift
-  if [ -f "$work/runs/$name.done" ]; then
-    echo "== $name: done before"
-    return
-  fi
-  echo "== $name: $*"
-  "$@"
-  touch "$work/runs/$name.done"
-}
 
 train() { # stage, data, more options: a training stage of configs/mini.py, exported into the model
   local stage="$1" data="$2"
@@ -51,7 +41,7 @@ step corpus_raw "$python" data/synthetic.py make --out "$work/corpus/raw" --work
 step corpus "$python" data/synthetic.py build --raw "$work/corpus/raw" --out "$work/corpus/records"
 train speech_tokenizer "$corpus" "--export=$model"
 train speaker "$corpus" "--export=$model"
-step features "$python" data/add_features.py --data "$corpus" --model "$model" --out "$features"
+step features whole "$features" "$python" data/add_features.py --data "$corpus" --model "$model" --out "$features"
 train lm_normal "$features"
 train lm "$features" "--set=init_from=$work/runs/lm_normal/export" "--export=$model"
 train flow_normal "$features"

@@ -133,6 +133,11 @@ def test_a_folder_without_config_or_component_or_of_another_format_is_refused(tm
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="has format 2"):
         checkpoint.load_component(tmp_path, "lm")
+    (tmp_path / "config.json").write_text('{"component": "lm", "steps": 3}')  # as a run writes it
+    with pytest.raises(
+        ValueError, match="is the folder of a run; give .*export if it is there, or the folder"
+    ):
+        checkpoint.load_component(tmp_path, "lm")
     for content in (b"{", b"[1]", b"\xff"):
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(ValueError, match="config.json is damaged .*; copy the whole model folder again"):

@@ -291,6 +291,28 @@ def test_asmr_folder_with_lines_and_cosyvoice_rows(tmp_path):
     assert records(out)["u"]["style"] == "normal"
 
 
+def test_a_column_that_is_named_and_not_there_is_told_and_no_other_is_read_for_it(tmp_path, capsys):
+    said = {"text": "Hush.", "speaker": "s", "pair": None}
+    put(tmp_path / "m.jsonl", lines(*({"audio": f"{i}.wav", "id": f"{i}", **said} for i in range(2))))
+    for i in range(2):
+        put(tmp_path / f"{i}.wav", wave(i))
+    arguments = ["manifest", str(tmp_path / "m.jsonl"), "--style", "asmr", "--out"]
+    for field, problem in (
+        ("text=foo", "no_text"),
+        ("pair_id=foo", "bad_label"),
+        ("audio=foo", "unreadable"),
+    ):
+        assert build.main(["check", *arguments, str(tmp_path / "r.jsonl"), "--field", field]) == 1
+        rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+        assert [(r["id"], r["problem"]) for r in rows if r["id"] in "01"] == [("0", problem), ("1", problem)]
+        assert f"there is no 'foo', named for {field.split('=')[0]}, among audio, id, text" in rows[0]["why"]
+    assert build.main(["check", *arguments, str(tmp_path / "r.jsonl"), "--field", "pair_id=pair"]) == 0
+    capsys.readouterr()
+    arguments[0] = "folders"
+    assert build.main(["check", *arguments, str(tmp_path / "r.jsonl"), "--field", "text=foo"]) == 2
+    assert "layout folders has no columns to name; --field is for manifest" in capsys.readouterr().err
+
+
 def tar(path: Path, members: dict[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
@@ -517,7 +539,8 @@ def test_no_split_is_empty_where_there_are_two_speakers(tmp_path, monkeypatch, s
     assert len(found) == 6 and {split[n] == taker for n in split} == {True, False}
     [speaker] = {found[n]["speaker"] for n in split if split[n] == taker}
     assert {split[n] for n in split if found[n]["speaker"] == speaker} == {taker}
-    assert f"speaker {speaker} is put into the split {taker}, which would be empty" in capsys.readouterr().out
+    told = f"speaker {speaker} is put into the split {taker}, which would be empty; with few speakers, --split-by"
+    assert told in capsys.readouterr().out
     monkeypatch.setattr(build, "_move", None)  # and none is moved where that is not wanted
     counts = build.build(
         "manifest", tmp_path / "m.jsonl", tmp_path / "b" / "1.0.0", build.Options(valid_share=0)

@@ -161,7 +161,8 @@ def test_a_manifest_and_records_are_checked_too(tmp_path, capsys):
     [
         (["nowhere"], ["no folder nowhere"]),
         (["EMPTY"], ["holds no records"]),
-        (["PACKED"], ["data/build.py check LAYOUT"]),
+        (["PACKED"], ["data/build.py check LAYOUT PACKED --out"]),
+        (["LISTS"], ["data/build.py check kaldi LISTS --out"]),
         (["GOOD", "--keep", "unreadable"], ["'unreadable' cannot be kept"]),
         (["GOOD", "--max-seconds", "0"], ["0 s are no limit"]),
         (["GOOD", "--rate", "8000"], ["8000 Hz", "16000"]),
@@ -175,6 +176,8 @@ def test_bad_input_is_one_sentence_and_code_2_and_leaves_nothing(
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "PACKED").mkdir()
     (tmp_path / "PACKED" / "a.tar").write_bytes(b"x")
+    (tmp_path / "LISTS").mkdir()
+    (tmp_path / "LISTS" / "wav.scp").write_text("a /nowhere/a.wav\n")
     audio.save("GOOD/a.wav", sounds.tone(), RATE)
     before = sorted(tmp_path.rglob("*"))
     assert run("data", "check", *options) == 2

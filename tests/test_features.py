@@ -155,7 +155,7 @@ def test_processes_share_a_pass_that_goes_on_after_a_kill_and_names_what_it_leav
     options = ["--data", corpus, "--model", str(tiny_model.shared()), "--shard-size", "2", "--out"]
     alone, shared = tmp_path / "a" / "f" / "1.0.0", tmp_path / "b" / "f" / "1.0.0"
     assert tools.main([*options, str(alone)]) == 1
-    assert "2 records are left out" in capsys.readouterr().out
+    assert "records left out: 2" in capsys.readouterr().out
     lines = [json.loads(line) for line in (alone / data_check.BUILD_REPORT).read_text("utf-8").splitlines()]
     assert [line["id"] for line in lines] == ["train_3", "valid_1"] and "600 samples" in lines[1]["why"]
     rows = contents(alone)
@@ -192,11 +192,19 @@ def test_processes_share_a_pass_that_goes_on_after_a_kill_and_names_what_it_leav
     model = with_campplus(tmp_path / "model")  # another speaker encoder
     changed[:4] = ["--data", corpus, "--model", str(model)]
     assert tools.main(changed) == 2 and "the speaker encoder of sha256" in capsys.readouterr().err
+    for folder, words in (("nowhere", "it does not exist; give the version folder"), ("a/f", "did you mean")):
+        changed[1] = str(tmp_path / folder)
+        assert tools.main(changed) == 2 and words in capsys.readouterr().err
+    changed[1] = corpus
     made = json.loads((model / "config.json").read_text())
     del made["components"]["speech_tokenizer"]
     (model / "config.json").write_text(json.dumps(made))
     assert tools.main(changed) == 2 and "no component 'speech_tokenizer'" in capsys.readouterr().err
     (shared / ".0123abcd.part.f-train.array_record-00000-of-00005").write_bytes(b"left by a kill")
+    begun = json.loads((shared / "made_with.json").read_text())
+    assert not begun["corpus_size"].endswith("bytes")
+    begun["corpus_size"] = begun["corpus_size"].replace("iB", "iB bytes")  # by an older version
+    (shared / "made_with.json").write_text(json.dumps(begun))
     assert tools.main([*options, str(shared), "--process", "2/3"]) == 0
     assert not (shared / "dataset_info.json").exists()
     assert tools.main([*options, str(shared)]) == 1

@@ -194,12 +194,17 @@ def test_every_script_is_a_shell_script_that_bash_can_read(script):
 
 
 def test_the_built_in_model_is_made_step_by_step_and_a_run_that_was_stopped_goes_on(tmp_path):
-    """With a stand-in for Python that notes its arguments, and is stopped in the training of one stage."""
+    """With a stand-in for Python that notes its arguments, and is stopped in one stage; the features lack a record."""
     python = tmp_path / "python"
     python.write_text(
         """#!/usr/bin/env bash
 echo "$*" >>"$LOG"
-case "$*" in *"mini.py:$STOPPED "*) echo stopped early; exit "$(sed 's/.*--stopped-exit=//' <<<"$*")" ;; esac
+case "$*" in
+  *"mini.py:$STOPPED "*) echo stopped early; exit "$(sed 's/.*--stopped-exit=//' <<<"$*")" ;;
+  *add_features.py*)
+    [ "$STOPPED" = features ] || { mkdir -p "${@: -1}" && touch "${@: -1}/dataset_info.json"; }
+    exit 1 ;;
+esac
 """
     )
     python.chmod(0o755)
@@ -212,7 +217,11 @@ case "$*" in *"mini.py:$STOPPED "*) echo stopped early; exit "$(sed 's/.*--stopp
         done = subprocess.run(command, env=ENVIRONMENT | names | {"STOPPED": stopped}, capture_output=True)
         return done.returncode, (tmp_path / "log").read_text().splitlines()
 
+    code, begun = lines("features")
+    assert code == 1 and "data/add_features.py" in begun[-1]  # no dataset: a failure, not records left out
     code, first = lines("flow_normal")
+    assert first[0] == begun.pop()
+    first = begun + first
     assert code == 75 and "mini.py:flow_normal" in first[-1] and not any("mini.py:flow " in x for x in first)
     assert (work / "runs" / "flow_normal.log").read_text() == "stopped early\n"
     code, second = lines()
