@@ -542,7 +542,9 @@ def sweep(
 
 def _asked(row: dict) -> tuple:
     """What a row answers: two rows alike in it are one."""
-    return tuple(row.get(name) for name in ("program", "changes", "accumulation", "target", "rows"))
+    return tuple(row.get(name) for name in ("program", "changes", "target", "rows")) + (
+        row.get("accumulation", 1),
+    )
 
 
 # ---------------------------------------------------------------- what is printed

@@ -3,8 +3,8 @@
 JAX's own cache keeps what XLA made, but a program must be traced and lowered in Python to find it there, which is
 most of a start (docs/speed.md, "Programs of a request"). Here the key is what decides a program without tracing it:
 code of this package, versions, machine, JAX's settings, the function, its static arguments, and the structure, types
-and layouts of the others. A file holds machine code, and JAX's form of it is a pickle
-(`jax.experimental.serialize_executable`): a folder that others may write to is not used.
+and shardings of the others. A file holds machine code, and JAX's form of it is a pickle
+(`jax.experimental.serialize_executable`): only files are read that are the user's and that nobody else may write to.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import os
 import platform
 import stat
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from deepasmr_jax import files
 READ_EVENT = "/deepasmr/programs/read"  # jax.monitoring: seconds spent on reading one, fun_name
 KEPT_VERSIONS = 3  # folders of other code, machines or settings that stay beside the one in use
 
+_lock = threading.Lock()  # one program at a time is looked for or made
 _all: "weakref.WeakSet[Program]" = weakref.WeakSet()
 _folder: Path | None = None
 
@@ -38,23 +40,21 @@ _folder: Path | None = None
 def keep_in(folder: str | os.PathLike | None) -> None:
     """From now on programs are read from `folder` and written to it; None: they are compiled in each process.
 
-    Made if it is missing, for its owner alone. If it cannot be made, or belongs to or can be written by others,
-    nothing is kept.
+    Made if it is missing, for its owner alone. If it cannot be made, or belongs to or can be written by others, and on
+    a system that does not tell, nothing is kept.
     """
     global _folder
     _folder = None
     forget()
-    if folder is None:
+    if folder is None or not hasattr(os, "getuid"):
         return
     folder = Path(folder)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        is_own = _is_own(folder.stat())
     except OSError:  # a home that cannot be written is no reason to fail
         return
-    if not hasattr(os, "getuid") or (
-        found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    ):
+    if is_own:
         _folder = folder
 
 
@@ -96,19 +96,28 @@ class Program:
         leaves, tree = jax.tree.flatten(dict(given.arguments))
         if any(isinstance(x, jax.core.Tracer) for x in leaves):
             return self._jit(*args, **kwargs)
-        # settings that code may change for a while, for itself alone
-        passing = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
-        key = tree, tuple(map(jax.typeof, leaves)), tuple(static.items()), passing, jax.sharding.get_mesh()
+        try:
+            mesh = jax.sharding.get_mesh()
+        except ValueError:  # inside another program, with nothing of it among the arguments
+            return self._jit(*args, **kwargs)
+        # settings, and those that code may change for a while, for itself alone
+        settings = (
+            *jax.config.values.values(),
+            jax.config.jax_default_matmul_precision,
+            jax.config.jax_enable_x64,
+        )
+        call = tree, tuple(map(jax.typeof, leaves)), tuple(static.items()), settings[-2:]
+        key = call, mesh, settings
         if key not in self.loaded:
-            self.loaded[key] = self._found(key, leaves, tree, static)
+            with _lock:
+                self.loaded[key] = self._found(call, mesh, leaves, tree, static)
         return self.loaded[key](*leaves)
 
-    def _found(self, key: tuple, leaves: list, tree, static: dict) -> Callable:
+    def _found(self, call: tuple, mesh, leaves: list, tree, static: dict) -> Callable:
         """The compiled program, from the disk or made and written there."""
-        *told, mesh = key
         devices = jax.devices()[:1] if mesh.empty else list(mesh.devices.flat)
         name, places = f"{self.__module__}.{self.__qualname__}", [device.id for device in devices]
-        told += [name, mesh.shape_tuple, mesh.axis_types, places]
+        told = *call, name, mesh.shape_tuple, mesh.axis_types, places
         digest = hashlib.sha256(repr(told).encode()).hexdigest()
         path = _folder / _mark() / f"{self.__name__.strip('_')}-{digest[:32]}"
         start = time.perf_counter()
@@ -122,10 +131,28 @@ class Program:
             return self.__wrapped__(**jax.tree.unflatten(tree, leaves), **static)
 
         run.__name__ = run.__qualname__ = self.__name__
-        with _without_the_cache_of_jax():
+        can_keep = _has_room(path.parent)
+        with _without_the_cache_of_jax() if can_keep else contextlib.nullcontext():
             program = jax.jit(run).lower(*leaves).compile()
-        _write(path, program)
+        if can_keep:
+            _write(path, program)
         return program
+
+
+def _is_own(found: os.stat_result) -> bool:
+    """Whether a file or folder is the user's and nobody else may write to it."""
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether files can be written to a folder, which is made if it is missing; older ones beside it then go."""
+    try:
+        folder.mkdir(mode=0o700)
+    except OSError:
+        return os.access(folder, os.W_OK)
+    with contextlib.suppress(OSError):  # another process may be at it
+        _drop_others(folder)
+    return True
 
 
 @contextlib.contextmanager
@@ -144,28 +171,30 @@ def _without_the_cache_of_jax() -> Iterator[None]:
 def _write(path: Path, program: jax.stages.Compiled) -> None:
     """Line 1: sha256 of the rest. Line 2: structure of the result, places numbered, tuples as lists. Then the code."""
     result = program.out_tree
-    outline = json.dumps(jax.tree.unflatten(result, range(result.num_leaves)), default=str)
     try:
+        outline = json.dumps(jax.tree.unflatten(result, range(result.num_leaves)), default=str)
         if jax.tree.structure(_tuples(json.loads(outline))) != result:
             return  # neither tuples nor dicts of names
         code, _, _ = serialize_executable.serialize(program)
-    except (ValueError, NotImplementedError):  # constants, or a device whose programs cannot be kept
+    except Exception:  # constants, or a device whose programs cannot be kept: the program itself is good
         return
     body = outline.encode() + b"\n" + code
-    try:
-        if not path.parent.exists():
-            path.parent.mkdir(mode=0o700)
-            _drop_others(path.parent)
-        with files.atomic_path(path) as part:
-            part.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-    except OSError:  # a full disk: the next process compiles again
-        return
+    with (
+        contextlib.suppress(OSError),
+        files.atomic_path(path) as part,
+    ):  # a full disk: the next process compiles again
+        part.touch(mode=0o600)
+        part.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def _read(path: Path, inputs: jax.tree_util.PyTreeDef, devices: list) -> jax.stages.Compiled | None:
-    """The program of a whole file; None if there is none, or if JAX refuses it."""
+    """The program of a whole file; None if there is none, if others may have written it, or if JAX refuses it."""
     try:
-        digest, _, body = path.read_bytes().partition(b"\n")
+        with path.open("rb") as file:
+            if not _is_own(os.fstat(file.fileno())):
+                return None
+            digest, _, body = file.read().partition(b"\n")
+        os.utime(path.parent)  # in use
     except OSError:
         return None
     if hashlib.sha256(body).hexdigest().encode() != digest:
@@ -185,7 +214,7 @@ def _tuples(x):
 
 
 def _drop_others(folder: Path) -> None:
-    """Leaves the newest folders beside a new one: each change of the code makes one."""
+    """Leaves the folders beside a new one that were used last: each change of the code makes one."""
     others = sorted((x for x in folder.parent.iterdir() if x != folder), key=lambda x: x.stat().st_mtime)
     for old in others[:-KEPT_VERSIONS]:
         for path in old.iterdir():
@@ -200,17 +229,24 @@ def _mark() -> str:
     return hashlib.sha256(repr((_surroundings(), settings)).encode()).hexdigest()[:16]
 
 
-@functools.cache
-def _surroundings() -> str:
+def _code() -> str:
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         code.update(path.name.encode() + path.read_bytes())
+    return code.hexdigest()
+
+
+_CODE = _code()  # as it is imported, not as it is edited later
+
+
+@functools.cache
+def _surroundings() -> str:
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")]
     device = jax.devices()[0]
     chip = device.platform, device.device_kind, device.client.platform_version
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    told = code.hexdigest(), sys.version, versions, chip, platform.machine(), _instructions(), cores, flags
+    told = _CODE, sys.version, versions, chip, platform.machine(), _instructions(), cores, flags
     return repr(told)
 
 

@@ -642,7 +642,7 @@ def train_step(
 
     def spectral(fake):
         total, _, aux = _reconstruction(cfg, wav, fake, weights)
-        return total / count, aux
+        return total / jnp.maximum(count, 1.0), aux
 
     def without_adversary(discriminators, state):
         grad, aux = jax.grad(spectral, has_aux=True)(fake)

@@ -26,10 +26,11 @@ exec 3>&-
 copies=$!
 wait "$command"
 code=$?
-if [ -n "$stopped" ]; then # the signal ended the wait, not the command
+while [ -n "$stopped" ]; do # a signal ended the wait, not the command
   wait "$command"
   code=$?
-fi
+  kill -0 "$command" 2>/dev/null || break
+done
 for _ in $(seq 50); do # what the command has left running may hold the log open
   kill -0 "$tee" 2>/dev/null || break
   sleep 0.1

@@ -63,14 +63,31 @@ def test_the_built_in_model_as_users_compile_it_says_the_words_in_the_wanted_sty
     pytest.importorskip("pocketsphinx")
     text = "Lucy wants seven green chairs."
     program = (
-        "import sys; from deepasmr_jax import request, synthesis\n"
+        "import sys; from jax import monitoring; from deepasmr_jax import programs, request, synthesis\n"
+        "read = []\n"
+        "note = lambda event, *_, **__: read.append(event) if event == programs.READ_EVENT else None\n"
+        "monitoring.register_event_duration_secs_listener(note)\n"
         "voice = request.BUILT_IN / 'demo' / 'en_normal.wav'\n"
         "same = dict(text=sys.argv[1], voice=voice, voice_style='normal')\n"
         "for result in synthesis.load().batch([same | {'style': x} for x in ('asmr', 'normal')]):\n"
         "    result.save(result.task + '.wav')\n"
+        "print(len(read))\n"
     )
-    environment = {k: x for k, x in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", program, text], cwd=tmp_path, env=environment, check=True)
+    environment = {k: x for k, x in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
+    environment |= {"PYTHONPATH": str(ROOT), "DEEPASMR_CACHE": str(tmp_path / "cache")}
+    sounds, counts = [], []
+    for _ in range(2):  # the second process reads all programs that the first one has made, and says the same
+        done = subprocess.run(
+            [sys.executable, "-c", program, text],
+            cwd=tmp_path,
+            env=environment,
+            check=True,
+            stdout=subprocess.PIPE,
+        )
+        counts.append(int(done.stdout))
+        sounds.append([(tmp_path / f"{task}.wav").read_bytes() for task in ("N2A", "N2N")])
+    assert counts == [0, len(list((tmp_path / "cache" / "programs").glob("*/*")))] and counts[1] > 5
+    assert sounds[0] == sounds[1]
     found = {}
     for task in ("N2A", "N2N"):
         wav = audio.load(tmp_path / f"{task}.wav", tiny_model.RATE)

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -147,7 +146,7 @@ def test_a_run_is_started_again_where_that_can_help(tmp_path, code, tries, queue
     )
     lines = (tmp_path / "deepasmr" / "log").read_text().splitlines()
     assert len(lines) == tries and lines[0].endswith(" ".join(ARGUMENTS))
-    begun = f"attempt {{}} of this run began {datetime.now(UTC):%Y}"
+    begun = "attempt {} of this run began 20"
     kept = ["an earlier run's", *(begun.format(n + 1) for n in range(tries))]
     log = (tmp_path / "deepasmr" / "train.log").read_text().splitlines()
     assert len(log) == len(kept) and all(map(str.startswith, log, kept))

@@ -71,6 +71,10 @@ def test_a_program_is_read_back_without_tracing_and_gives_the_same(folder, shape
     other = scaled(values(3.0)[0], x, Config())  # other values, same program
     assert traced == [1] and equal(first, again) and not equal(first, other)
     assert again["product"].sharding == first["product"].sharding
+    sharding.make_mesh(*((1, 1, 1) if shape == (2, 2, 2) else (1, 2, 4)))  # another mesh, another program
+    weights, x = values()
+    assert np.allclose(scaled(weights, x, Config())["product"], first["product"], atol=1e-5)
+    assert len(files(folder)) == 2
 
 
 def test_each_thing_that_decides_a_program_has_a_file_of_its_own(folder, monkeypatch):
@@ -151,6 +155,9 @@ def test_inside_another_program_and_without_a_folder_it_is_jit(folder):
     weights, x = values()
     outer = jax.jit(lambda weights, x: scaled(weights, x, Config())["product"])
     inside = outer(weights, x)
+    assert jax.jit(
+        lambda: scaled({"kernel": np.ones((4, 3)), "key": jax.random.key(0)}, np.ones((2, 4)), Config())
+    )()
     assert not files(folder)
     kept = scaled(weights, x, Config())["product"]
     programs.keep_in(None)
@@ -172,6 +179,12 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path):
         programs.keep_in(place)
         scaled(weights, x, Config())
         assert len(files(place)) == count
+    path = files(place)[0]
+    os.chmod(path, 0o666)  # nor is a file of that kind, which is written anew
+    programs.forget()
+    traced.clear()
+    scaled(weights, x, Config())
+    assert traced == [1] and path.stat().st_mode & 0o777 == 0o600
     (tmp_path / "file").write_text("")
     programs.keep_in(tmp_path / "file" / "programs")  # cannot be made
     assert scaled(weights, x, Config())["product"].shape == (8, 3)
