@@ -179,10 +179,8 @@ def _write(path: Path, program: jax.stages.Compiled) -> None:
     except Exception:  # constants, or a device whose programs cannot be kept: the program itself is good
         return
     body = outline.encode() + b"\n" + code
-    with (
-        contextlib.suppress(OSError),
-        files.atomic_path(path) as part,
-    ):  # a full disk: the next process compiles again
+    # on a full disk the next process compiles again
+    with contextlib.suppress(OSError), files.atomic_path(path) as part:
         part.touch(mode=0o600)
         part.write_bytes(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
@@ -194,9 +192,10 @@ def _read(path: Path, inputs: jax.tree_util.PyTreeDef, devices: list) -> jax.sta
             if not _is_own(os.fstat(file.fileno())):
                 return None
             digest, _, body = file.read().partition(b"\n")
-        os.utime(path.parent)  # in use
     except OSError:
         return None
+    with contextlib.suppress(OSError):  # a folder that can only be read is as good
+        os.utime(path.parent)  # in use
     if hashlib.sha256(body).hexdigest().encode() != digest:
         return None
     outline, _, code = body.partition(b"\n")

@@ -135,6 +135,19 @@ def test_a_program_that_jax_has_in_its_own_cache_is_kept_too(folder, tmp_path, m
         compilation_cache.reset_cache()
 
 
+def test_a_folder_that_can_only_be_read_is_read(folder, monkeypatch):
+    weights, x = values()
+    first = scaled(weights, x, Config())
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only")
+
+    for name in ("utime", "mkdir", "replace"):
+        monkeypatch.setattr(os, name, refuse)
+    programs.forget()
+    assert equal(scaled(weights, x, Config()), first) and traced == [1]
+
+
 def test_a_damaged_file_is_made_anew(folder):
     weights, x = values()
     first = scaled(weights, x, Config())
