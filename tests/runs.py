@@ -101,4 +101,7 @@ def _run(
         return watched
 
     train.make_step = make_step
-    train.main(arguments)
+    try:
+        train.main(arguments)
+    finally:  # what JAX does at exit; a process of multiprocessing runs no such handlers before Python 3.13
+        jax.distributed.shutdown()
