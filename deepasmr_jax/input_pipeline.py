@@ -1,7 +1,7 @@
 """ArrayRecord to packed, padded, fixed-shape NumPy batches with Grain; the same order on every run of a seed.
 
-One chain per stage: example number -> random choices of that number -> rows of this process -> batch
--> prefetch. An example number names an epoch and a place in its order, so that a saved position is one
+One chain per stage: example number -> random choices of that number -> rows of this process, without padding
+-> batch -> prefetch. An example number names an epoch and a place in its order, so that a saved position is one
 integer and two hosts together read what one host would. Records are TFDS features: text, speaker, style,
 language, audio int16 [W] at 16 kHz or, where records have it, at their `sample_rate`, phones and f0_class
 int32, one each 20 ms; data/add_features.py adds speech_tokens [N], mel float16 [T, M] and text_ids, and may
@@ -11,8 +11,8 @@ Batches, B rows each, all lengths static:
     segment_ids 0 = padding; targets -1 = ignored. A segment is 1..k utterances of one speaker and one style:
     [sos] text_1 .. text_k [task] speech_1 .. speech_k, targets on the speech ids and the end id. With
     `align` also aligned [B, N, 2]: row positions of the symbols heard in the two halves of the target.
-  flow: speech_tokens [B, N] int32, num_tokens [B] int32, mel [B, T, M] float32, prompt_frames [B]
-    int32 (0: no prompt).
+  flow: speech_tokens [B, N] int32, num_tokens [B] int32, mel [B, T, M] float16 as in the records (half the bytes on
+    the way to the device), prompt_frames [B] int32 (0: no prompt).
   vocoder: wav [B, W] float32 in [-1, 1] at the rate of `mel_profile`, no padding; lengths [B] int32 samples.
   speech_tokenizer: wav [B, W], lengths [B], and with labels="frames" phones and f0_class [B, W // 320] int32
     (-1 = padding); with "text" whole utterances, text_ids [B, S = W // 640] int32 of `MiniTokenizer.heard` (0 =
@@ -118,6 +118,32 @@ class Config:
     def item(self) -> str:
         """What `items_per_batch` counts."""
         return "tokens" if self.stage in ("lm", "flow") else "samples"
+
+
+def row_spec(cfg: Config) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Name -> (shape of a row, type) of the arrays in a batch of a stage, see the top of this file."""
+    row = (cfg.num_tokens,)
+    if cfg.stage == "lm":
+        names = ("tokens", "kinds", "segment_ids", "positions", "targets")
+        aligned = {"aligned": ((*row, 2), np.int32)} if cfg.align else {}
+        return {name: (row, np.int32) for name in names} | aligned
+    if cfg.stage == "flow":
+        profile = audio.mel_profile(cfg.mel_profile)
+        numerator, denominator = profile.frames_per_token
+        frames = cfg.num_tokens * numerator // denominator
+        counts = {name: ((), np.int32) for name in ("num_tokens", "prompt_frames")}
+        return {"speech_tokens": (row, np.int32), "mel": ((frames, profile.num_mels), np.float16)} | counts
+    spec = {"wav": ((cfg.num_samples,), np.float32), "lengths": ((), np.int32)}
+    if cfg.stage == "speaker":
+        return spec | {"speaker_index": ((), np.int32)}
+    if cfg.stage == "speech_tokenizer" and cfg.labels == "text":
+        longest = (cfg.num_samples // (2 * LABEL_SAMPLES),)
+        return spec | {"text_ids": (longest, np.int32), "text_lengths": ((), np.int32)}
+    if cfg.stage == "speech_tokenizer":
+        return spec | {
+            name: ((cfg.num_samples // LABEL_SAMPLES,), np.int32) for name in ("phones", "f0_class")
+        }
+    return spec
 
 
 def speakers(cfg: Config) -> list[str]:
@@ -400,11 +426,10 @@ class _Plan:
 class _Lm:
     """Packed rows of whole segments; the packing of an epoch is planned from the index alone."""
 
-    fields = ("text", "language", "speech_tokens", "text_ids")
-
     def __init__(self, cfg: Config, index: shards.Index):
         self.cfg, self.index = cfg, index
-        self.records = shards.Records(cfg, self.fields + (("phones",) if cfg.align else ()))
+        fields = ("speech_tokens", "text_ids") + (("text", "language") if cfg.spell_probability else ())
+        self.records = shards.Records(cfg, fields + (("phones",) if cfg.align else ()))
         cost = index.num_text + index.num_tokens
         self._capacity = cfg.num_tokens - (cfg.spell_room if cfg.spell_probability else 0)
         too_long = f"take more than the {self._capacity - 2} positions of a row"
@@ -415,6 +440,7 @@ class _Lm:
         self.num_rows = len(self._plan(0))
         self.tokenizer = text.MiniTokenizer() if cfg.spell_probability else None
         self._symbols = text.MiniTokenizer().symbols if cfg.align else []
+        self._places = np.arange(cfg.num_tokens, dtype=np.int32)
 
     def __getstate__(self):
         return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_plans": {}}
@@ -467,43 +493,46 @@ class _Lm:
         epoch, place = divmod(example, self.num_rows)
         plan = self._plan(epoch)
         segments = plan[place % len(plan)]
-        room = cfg.num_tokens - sum(2 + int(self._cost(s).sum()) for s in segments)
-        out = {
-            name: np.zeros(cfg.num_tokens, np.int32)
-            for name in ("tokens", "kinds", "segment_ids", "positions")
-        }
-        out["targets"] = np.full(cfg.num_tokens, IGNORED, np.int32)
-        if cfg.align:
-            out["aligned"] = np.full((cfg.num_tokens, 2), IGNORED, np.int32)
-        at = 0
+        room = 0
+        if self.tokenizer is not None:
+            room = cfg.num_tokens - sum(2 + int(self._cost(s).sum()) for s in segments)
+        tokens, kinds, segment_ids, positions = np.zeros((4, cfg.num_tokens), np.int32)
+        targets = np.full(cfg.num_tokens, IGNORED, np.int32)
+        aligned = np.full((cfg.num_tokens, 2), IGNORED, np.int32) if cfg.align else None
+        at = 0  # in the row
         for number, segment in enumerate(segments, 1):
-            texts, speech, heard = [], [], []
+            start, speech, heard = at, [], []
+            kinds[at] = lm.SOS
+            at += 1
             for i in segment:
                 record = self.records[i]
-                ids = np.asarray(record["text_ids"], np.int32)
+                ids = record["text_ids"]
                 other = self._respelled(record, rng)
                 if other is not None and len(other) - len(ids) <= room:
                     room -= len(other) - len(ids)
                     ids = other
                 if cfg.align:
-                    first = at + 1 + sum(map(len, texts))
                     symbols = [self._symbols[i] for i in ids]
                     frames = 2 * len(record["speech_tokens"])
-                    heard.append(first + align(symbols, np.asarray(record["phones"]), frames).reshape(-1, 2))
-                texts.append(ids)
-                speech.append(np.asarray(record["speech_tokens"], np.int32))
-            texts, speech = np.concatenate(texts), np.concatenate(speech)
-            tokens = np.concatenate([[0], texts, [0], speech])
-            kinds = np.repeat([lm.SOS, lm.TEXT, lm.TASK, lm.SPEECH], [1, len(texts), 1, len(speech)])
-            targets = np.concatenate([np.full(1 + len(texts), IGNORED), speech, [cfg.end_id]])
-            span = slice(at, at + len(tokens))
-            out["tokens"][span], out["kinds"][span], out["targets"][span] = tokens, kinds, targets
-            out["segment_ids"][span], out["positions"][span] = number, np.arange(len(tokens))
-            if cfg.align:
-                start = at + 1 + len(texts)  # [task], which predicts the first token
-                out["aligned"][start : start + len(speech)] = np.concatenate(heard)
-            at = span.stop
-        return out
+                    heard.append(at + align(symbols, record["phones"], frames).reshape(-1, 2))
+                tokens[at : at + len(ids)] = ids
+                at += len(ids)
+                speech.append(record["speech_tokens"])
+            kinds[start + 1 : at] = lm.TEXT
+            kinds[at] = lm.TASK  # predicts the first token
+            task = at
+            for own in speech:
+                targets[at : at + len(own)] = tokens[at + 1 : at + 1 + len(own)] = own
+                at += len(own)
+            targets[at] = cfg.end_id
+            if aligned is not None:
+                aligned[task:at] = np.concatenate(heard)
+            at += 1
+            kinds[task + 1 : at] = lm.SPEECH
+            segment_ids[start:at] = number
+            positions[start:at] = self._places[: at - start]
+        out = dict(tokens=tokens, kinds=kinds, segment_ids=segment_ids, positions=positions, targets=targets)
+        return out if aligned is None else out | {"aligned": aligned}
 
     def _respelled(self, record: dict, rng: np.random.Generator) -> np.ndarray | None:
         """The record's text with some words spelled by letters; None to keep the recorded encoding."""
@@ -516,11 +545,9 @@ class _Lm:
 class _Flow:
     """A target utterance behind a piece of another utterance of its speaker, in a random style."""
 
-    fields = ("speech_tokens", "mel")
-
     def __init__(self, cfg: Config, index: shards.Index):
         self.cfg, self.index = cfg, index
-        self.records = shards.Records(cfg, self.fields)
+        self.records = shards.Records(cfg, ("speech_tokens", "mel"))
         for folder in cfg.data_dirs:
             check_mel_profile(folder, cfg.mel_profile)
         fit = _usable(cfg, index, {_NO_TOKENS: index.num_tokens == 0})
@@ -531,7 +558,6 @@ class _Flow:
         numerator, denominator = profile.frames_per_token
         self._ratio = numerator / denominator
         self._num_mels = profile.num_mels
-        self._num_frames = int(cfg.num_tokens * self._ratio)
         fit &= np.isin(index.styles, cfg.styles)[index.voice]  # prompts may be of a style without a weight
         enough = np.flatnonzero(fit & (index.num_tokens >= cfg.min_prompt_tokens)).astype(np.int32)
         # prompts of a speaker, one list per style, whatever the language
@@ -552,7 +578,7 @@ class _Flow:
         prompt = None if rng.random() < cfg.no_prompt_prob else self._draw_prompt(target, rng)
         tokens, mel = self._read(target)
         prompt_tokens = np.zeros(0, np.int32)
-        prompt_mel = np.zeros((0, self._num_mels), np.float32)
+        prompt_mel = np.zeros((0, self._num_mels), np.float16)
         if prompt is not None:
             prompt_tokens, prompt_mel = self._read(prompt)
             room = max(cfg.num_tokens - len(tokens), cfg.min_prompt_tokens)
@@ -564,16 +590,11 @@ class _Flow:
                 prompt_tokens, prompt_mel = prompt_tokens[:0], prompt_mel[:0]
         count = min(len(tokens), cfg.num_tokens - len(prompt_tokens))
         tokens, mel = self._crop(tokens, mel, count, rng)
-        all_tokens = np.zeros(cfg.num_tokens, np.int32)
         num_tokens = len(prompt_tokens) + len(tokens)
-        all_tokens[:num_tokens] = np.concatenate([prompt_tokens, tokens])
-        all_mel = np.zeros((self._num_frames, self._num_mels), np.float32)
-        joined = np.concatenate([prompt_mel, mel])[: int(num_tokens * self._ratio)]
-        all_mel[: len(joined)] = joined
         return {
-            "speech_tokens": all_tokens,
+            "speech_tokens": np.concatenate([prompt_tokens, tokens]),
             "num_tokens": np.int32(num_tokens),
-            "mel": all_mel,
+            "mel": np.concatenate([prompt_mel, mel])[: int(num_tokens * self._ratio)],
             "prompt_frames": np.int32(len(prompt_mel)),
         }
 
@@ -590,8 +611,7 @@ class _Flow:
     def _read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [N] and mel [frames of N tokens, M] of a record, cut to what both have."""
         record = self.records[i]
-        tokens = np.asarray(record["speech_tokens"], np.int32)
-        mel = np.asarray(record["mel"], np.float32)
+        tokens, mel = record["speech_tokens"], record["mel"]
         if mel.shape[1] != self._num_mels:
             raise ValueError(
                 f"record {i} has {mel.shape[1]} mel bands, profile {self.cfg.mel_profile!r} has "
@@ -645,18 +665,14 @@ class _Waves:
         start = unit * int(rng.integers(max(len(samples) - length, 0) // unit + 1))
         piece = samples[start : start + length].astype(np.float32) / 32768.0
         piece = audio.resample(piece, rate, self._rate)[: cfg.num_samples]
-        wav = np.zeros(cfg.num_samples, np.float32)
-        wav[: len(piece)] = piece
-        out = {"wav": wav, "lengths": np.int32(len(piece))}
+        out = {"wav": piece, "lengths": np.int32(len(piece))}
         if cfg.stage == "speaker":
             speaker = self.index.speakers[self.index.voice[i]]
             return out | {"speaker_index": np.int32(self._speakers.get(speaker, IGNORED))}
         if self._reader is not None:
             return out | self._text(record, len(piece))
         for name in self._labels:
-            found = np.asarray(record[name], np.int32)[start // unit :][: len(piece) // LABEL_SAMPLES]
-            out[name] = np.full(cfg.num_samples // LABEL_SAMPLES, IGNORED, np.int32)
-            out[name][: len(found)] = found
+            out[name] = record[name][start // unit :][: len(piece) // LABEL_SAMPLES]
         return out
 
     def _length(self, rate: int) -> int:
@@ -687,9 +703,7 @@ class _Waves:
                 print(
                     f"no loss from the text {shards.decoded(record['text'])[:60]!r}: {why}{more}", flush=True
                 )
-        padded = np.zeros(self.cfg.num_samples // (2 * LABEL_SAMPLES), np.int32)
-        padded[: len(ids)] = ids
-        return {"text_ids": padded, "text_lengths": np.int32(len(ids))}
+        return {"text_ids": ids, "text_lengths": np.int32(len(ids))}
 
 
 # ---------------------------------------------------------------- the chain
@@ -700,29 +714,41 @@ def padded(num_rows: int, multiple: int) -> int:
     return -(-num_rows // multiple) * multiple
 
 
-class _Padded:
+class _Batches:
     """Batches of one process, of the rows of all processes and empty ones behind them.
 
+    Blocks of following rows, so that the processes' blocks side by side are the batch of one process, row by row.
+
     Args:
-        rows: dataset of single rows.
+        rows: dataset of single rows, whose arrays may be shorter than `spec` says.
+        spec: as `row_spec` gives it.
         own: rows of a batch of all processes that are not empty.
         share: rows of this process.
         first: place of the first one in the batch.
-        like: any row.
     """
 
-    def __init__(self, rows, own: int, share: int, first: int, like: dict[str, np.ndarray]):
-        self._rows, self._own, self._share, self._first = rows, own, share, first
-        self._empty = {k: np.full_like(v, IGNORED if k in _LABELS else 0) for k, v in like.items()}
+    def __init__(self, rows, spec: dict[str, tuple[tuple[int, ...], type]], own: int, share: int, first: int):
+        self._rows, self._spec, self._own, self._share, self._first = rows, spec, own, share, first
 
     def __len__(self) -> int:
         return _EXAMPLES // self._own
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        places = range(self._first, min(self._first + self._share, self._own))
-        rows = [self._rows[number * self._own + place] for place in places]
-        rows += [self._empty] * (self._share - len(rows))
-        return {k: np.stack([row[k] for row in rows]) for k in self._empty}
+        # np.zeros gets pages from the system that are only touched, and so only cost time, where something is written
+        out = {
+            name: np.full((self._share, *shape), IGNORED, kind)
+            if name in _LABELS
+            else np.zeros((self._share, *shape), kind)
+            for name, (shape, kind) in self._spec.items()
+        }
+        for place in range(self._first, min(self._first + self._share, self._own)):
+            for name, value in self._rows[number * self._own + place].items():
+                own = out[name][place - self._first, ...]
+                if value.ndim:
+                    own[: len(value)] = value
+                else:
+                    own[...] = value
+        return out
 
 
 def make(cfg: Config, process_index: int = 0, process_count: int = 1, multiple: int = 1):
@@ -748,14 +774,9 @@ def make(cfg: Config, process_index: int = 0, process_count: int = 1, multiple: 
         )
     rows = {"lm": _Lm, "flow": _Flow}.get(cfg.stage, _Waves)(cfg, shards.read_index(cfg))
     dataset = grain.MapDataset.range(_EXAMPLES).random_map(rows.row, seed=cfg.seed)
-    # blocks of following rows, so that the hosts' blocks side by side are the batch of one host, row by row
     share = size // process_count
-    if size == cfg.batch_size:
-        dataset = dataset.batch(share)[process_index::process_count]
-    else:
-        like = rows.row(0, _rng(cfg.seed))
-        blocks = _Padded(dataset, cfg.batch_size, share, process_index * share, like)
-        dataset = grain.MapDataset.source(blocks)
+    batches = _Batches(dataset, row_spec(cfg), cfg.batch_size, share, process_index * share)
+    dataset = grain.MapDataset.source(batches)
     if cfg.worker_count:
         chain = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         options = grain.MultiprocessingOptions(

@@ -218,19 +218,10 @@ def batch(data: input_pipeline.Config, num_rows: int) -> dict[str, jax.ShapeDtyp
     Raises:
         ValueError: on another stage.
     """
-    if data.stage == "lm":
-        names = ("tokens", "kinds", "segment_ids", "positions", "targets")
-        return {name: _abstract((num_rows, data.num_tokens), jnp.int32) for name in names}
-    if data.stage != "flow":
+    if data.stage not in ("lm", "flow"):
         raise ValueError(f"no plan for the stage {data.stage!r}; plan the configs of lm and flow")
-    profile = audio.mel_profile(data.mel_profile)
-    frames = data.num_tokens * profile.sample_rate // profile.hop_samples // audio.TOKEN_RATE
-    return {
-        "speech_tokens": _abstract((num_rows, data.num_tokens), jnp.int32),
-        "num_tokens": _abstract((num_rows,), jnp.int32),
-        "mel": _abstract((num_rows, frames, profile.num_mels), jnp.float32),
-        "prompt_frames": _abstract((num_rows,), jnp.int32),
-    }
+    spec = input_pipeline.row_spec(data)
+    return {name: _abstract((num_rows, *shape), dtype) for name, (shape, dtype) in spec.items()}
 
 
 def _lower(cfg: train.TrainConfig, num_rows: int, sample: bool):

@@ -594,7 +594,7 @@ def step_batch(cfg) -> dict[str, np.ndarray]:
     frames = flow.num_frames(cfg.model, shape[1])
     mel = cfg.model.mel_mean + cfg.model.mel_std * rng.standard_normal((shape[0], frames, cfg.model.mel_bins))
     counts = dict(num_tokens=np.full(shape[0], shape[1]), prompt_frames=np.full(shape[0], frames // 4))
-    return {"mel": np.float32(mel)} | {k: np.int32(x) for k, x in dict(speech_tokens=codes, **counts).items()}
+    return {"mel": np.float16(mel)} | {k: np.int32(x) for k, x in dict(speech_tokens=codes, **counts).items()}
 
 
 def torch_updates(bench: Bench, cfg, batch: dict[str, np.ndarray]) -> dict:
@@ -629,7 +629,7 @@ def torch_updates(bench: Bench, cfg, batch: dict[str, np.ndarray]) -> dict:
         net = public_reference.e2(model)
         index = torch.tensor(flow.token_index(model, cfg.data.num_tokens), device=bench.device)
         tokens = x["speech_tokens"].long()[:, index]
-        data = ((x["mel"] - model.mel_mean) / model.mel_std).reshape(*tokens.shape, -1)
+        data = ((x["mel"].float() - model.mel_mean) / model.mel_std).reshape(*tokens.shape, -1)
         wanted = (torch.arange(tokens.shape[1], device=bench.device) >= tokens.shape[1] // 4)[:, None]
 
         def loss():
@@ -716,7 +716,8 @@ def measure_step(bench: Bench) -> None:
 def measure_loader(bench: Bench) -> None:
     """Batches a second of each stage with threads and with processes, without a model; memory while they are read.
 
-    On the tests' noise dataset with records of 4 s, about the mean of a read-speech corpus; its sentences are short.
+    On the tests' noise dataset with records of 4 s or `--record-seconds`; its sentences are short.
+    Records of `lm` and `flow` are what `data/add_features.py --for` keeps.
     """
     import fixture_data
     from absl import flags
@@ -724,13 +725,15 @@ def measure_loader(bench: Bench) -> None:
     from deepasmr_jax import input_pipeline
 
     flags.FLAGS.mark_as_parsed()
+    seconds = bench.args.record_seconds
     names = {"lm": "lm_pretrain.py", "flow": "flow_pretrain.py", "vocoder": "vocoder.py"}
     if bench.args.size != "full":
         names = {stage: f"{bench.args.size}.py:{stage}" for stage in LOADER_STAGES}
     rows = []
     with tempfile.TemporaryDirectory() as place:
-        folder = fixture_data.write(Path(place), {"train": 400}, seconds=4.0)
         for stage in chosen_stages("loader", bench.args):
+            kept = stage if stage in ("lm", "flow") else "all"
+            folder = fixture_data.write(Path(place, stage), {"train": 400}, seconds=seconds, stage=kept)
             cfg = config.load(f"{ROOT}/configs/{names[stage]}").data
             cfg = dataclasses.replace(cfg, data_dirs=(folder,), spell_probability=0.0)
             for workers in bench.args.workers or (0, os.cpu_count() or 1):
@@ -753,7 +756,8 @@ def measure_loader(bench: Bench) -> None:
                 rows.append((stage, str(cfg.batch_size), kind, per_s, speed, growth))
                 del data
     bench.table(
-        f"Loader, {bench.args.size} configs, {bench.args.seconds:g} s each, {os.cpu_count()} host cores",
+        f"Loader, {bench.args.size} configs, records of {seconds:g} s, {bench.args.seconds:g} s each, "
+        f"{os.cpu_count()} host cores",
         "stage | rows | read by | batches a second | items a second | MiB after a quarter, at the end", rows,
     )  # fmt: skip
 
@@ -810,6 +814,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--rounds", type=whole, default=5, metavar="N", help="rounds that count")
     add("--model", help="model folder of `say` and `programs`; the built-in one if absent")
     add("--seconds", type=at_least(0, float), default=10, help="of reading, for each row of `loader`")
+    add("--record-seconds", type=at_least(0.4, float), default=4, help="of speech in a record of `loader`, the mean")
     add("--stages", nargs="+", choices=LOADER_STAGES, help="of `loader` and `step`; all if absent")
     add("--rows", type=whole, metavar="N", help="of `step`: rows of a batch")
     add("--set", nargs="+", default=(), metavar="A.B=VALUE", help="of the configs of `step`")

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 
 import tfds_files  # noqa: E402
 
-from deepasmr_jax import audio  # noqa: E402
+from deepasmr_jax import audio, shards  # noqa: E402
 
 
 def script(path: str):
@@ -68,8 +68,12 @@ def write(
     has_labels: bool = True,
     seconds: float = 1.2,
     sample_rate: int = 16000,
+    stage: str = "all",
 ) -> str:
-    """Writes the dataset into `folder/noise/1.0.0` and returns that path; two shards per split."""
+    """Writes the dataset into `folder/noise/1.0.0` and returns that path; two shards per split.
+
+    With a stage of `add_features.KEPT`, what that keeps of the records.
+    """
     import tensorflow_datasets as tfds
 
     tensor = tfds.features.Tensor
@@ -84,10 +88,17 @@ def write(
         features |= {name: tensor(shape=(None,), dtype=np.int32) for name in ("speech_tokens", "text_ids")}
         features["mel"] = tensor(shape=(None, 80), dtype=np.float16, encoding="bytes")
         features["speaker_embedding"] = tensor(shape=(16,), dtype=np.float32)
+    if stage != "all":
+        import add_features
+
+        kept = add_features.KEPT[stage]
+        features = {name: feature for name, feature in features.items() if name in kept}
+        features["num_samples"] = tfds.features.Scalar(np.int32)
     features = tfds.features.FeaturesDict(features)
     root, lengths = Path(folder) / "noise" / "1.0.0", {}
     for split, count in (counts or {"train": 48, "valid": 12}).items():
         rows = [record(i, split, num_speakers, has_features, seconds, sample_rate) for i in range(count)]
+        rows = [row | {"num_samples": shards.num_samples(row)} for row in rows]
         rows = [{k: v for k, v in row.items() if k in features} for row in rows]
         halves = [rows[: count // 2], rows[count // 2 :]]
         lengths[split] = [len(h) for h in halves]

@@ -66,7 +66,7 @@ def test_a_batch_of_a_training_step_fills_its_rows(bench):
     for stage in ("lm", "flow"):
         cfg = config.load(f"{bench.ROOT}/configs/tiny.py:{stage}")
         batch, shape = bench.step_batch(cfg), (cfg.data.batch_size, cfg.data.num_tokens)
-        assert all(len(x) == shape[0] and x.dtype in (np.int32, np.float32) for x in batch.values())
+        assert all(len(x) == shape[0] and x.dtype in (np.int32, np.float16) for x in batch.values())
         if stage == "lm":
             kinds, targets = batch["kinds"], batch["targets"]
             assert [(kinds == k).any(1).all() for k in (lm.SOS, lm.TEXT, lm.TASK, lm.SPEECH)] == [True] * 4

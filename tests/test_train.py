@@ -29,7 +29,6 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from deepasmr_jax import (
-    audio,
     checkpoint,
     config,
     flow_cosyvoice2,
@@ -628,39 +627,13 @@ def test_every_config_builds_abstractly_on_its_own_mesh(name):
 
 def abstract_batch(cfg):
     """Shapes, dtypes and shardings of one part of a batch, as input_pipeline.py makes it."""
-    data, rows, mesh = cfg.data, cfg.data.batch_size // cfg.accumulation, sharding.ensure_mesh()
-    if data.stage == "lm":
-        names = ("tokens", "kinds", "segment_ids", "positions", "targets")
-        shapes = {name: ((data.num_tokens,), jnp.int32) for name in names}
-        shapes |= {"aligned": ((data.num_tokens, 2), jnp.int32)} if data.align else {}
-    elif data.stage == "flow":
-        profile = audio.mel_profile(data.mel_profile)
-        frames = data.num_tokens * profile.sample_rate // profile.hop_samples // audio.TOKEN_RATE
-        shapes = {
-            "speech_tokens": ((data.num_tokens,), jnp.int32),
-            "num_tokens": ((), jnp.int32),
-            "mel": ((frames, profile.num_mels), jnp.float32),
-            "prompt_frames": ((), jnp.int32),
-        }
-    else:
-        shapes = {"wav": ((data.num_samples,), jnp.float32)}
-        shapes["lengths"] = ((), jnp.int32)
-        if data.stage == "speaker":
-            shapes["speaker_index"] = ((), jnp.int32)
-        elif data.stage == "speech_tokenizer" and data.labels == "text":
-            shapes |= {
-                "text_ids": ((data.num_samples // (2 * input_pipeline.LABEL_SAMPLES),), jnp.int32),
-                "text_lengths": ((), jnp.int32),
-            }
-        elif data.stage == "speech_tokenizer":
-            size = (data.num_samples // input_pipeline.LABEL_SAMPLES,)
-            shapes |= {name: (size, jnp.int32) for name in ("phones", "f0_class")}
+    rows, mesh = cfg.data.batch_size // cfg.accumulation, sharding.ensure_mesh()
 
     def one(shape, dtype):
         spec = sharding.spec("batch", *[None] * len(shape))
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=NamedSharding(mesh, spec))
 
-    return {name: one(*x) for name, x in shapes.items()}
+    return {name: one(*x) for name, x in input_pipeline.row_spec(cfg.data).items()}
 
 
 # the step of a first stage is that of the second, on other data; toys are run above
