@@ -42,7 +42,7 @@ IGNORED = -1  # target or label that carries no loss
 LABEL_SAMPLES = 320  # one phone label each 20 ms
 STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 _EXAMPLES = 2**40  # "without end", for Grain's range
-_LABELS = ("targets", "aligned", "phones", "f0_class", "speaker_index")  # IGNORED in an empty row
+_LABELS = ("targets", "aligned", "phones", "f0_class", "speaker_index")  # IGNORED in padding
 _NO_TOKENS = "have no speech tokens"
 _TOLD = 5  # texts without a loss that a process tells one by one
 _OPEN_ROWS = 256  # rows that the packing fills at the same time
@@ -121,7 +121,7 @@ class Config:
 
 
 def row_spec(cfg: Config) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Name -> (shape of a row, type) of the arrays in a batch of a stage, see the top of this file."""
+    """Name -> (shape of a row, type) of the arrays in a batch of a stage; see the top of this file."""
     row = (cfg.num_tokens,)
     if cfg.stage == "lm":
         names = ("tokens", "kinds", "segment_ids", "positions", "targets")
@@ -493,7 +493,7 @@ class _Lm:
         epoch, place = divmod(example, self.num_rows)
         plan = self._plan(epoch)
         segments = plan[place % len(plan)]
-        room = 0
+        room = 0  # for texts that spelling makes longer
         if self.tokenizer is not None:
             room = cfg.num_tokens - sum(2 + int(self._cost(s).sum()) for s in segments)
         tokens, kinds, segment_ids, positions = np.zeros((4, cfg.num_tokens), np.int32)
@@ -734,20 +734,13 @@ class _Batches:
         return _EXAMPLES // self._own
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        # np.zeros gets pages from the system that are only touched, and so only cost time, where something is written
-        out = {
-            name: np.full((self._share, *shape), IGNORED, kind)
-            if name in _LABELS
-            else np.zeros((self._share, *shape), kind)
-            for name, (shape, kind) in self._spec.items()
-        }
+        out = {name: np.zeros((self._share, *shape), kind) for name, (shape, kind) in self._spec.items()}
+        for name in out.keys() & set(_LABELS):
+            out[name].fill(IGNORED)
         for place in range(self._first, min(self._first + self._share, self._own)):
             for name, value in self._rows[number * self._own + place].items():
-                own = out[name][place - self._first, ...]
-                if value.ndim:
-                    own[: len(value)] = value
-                else:
-                    own[...] = value
+                start = (slice(len(value)),) if value.ndim else ()
+                out[name][place - self._first, *start] = value
         return out
 
 

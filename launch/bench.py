@@ -814,7 +814,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--rounds", type=whole, default=5, metavar="N", help="rounds that count")
     add("--model", help="model folder of `say` and `programs`; the built-in one if absent")
     add("--seconds", type=at_least(0, float), default=10, help="of reading, for each row of `loader`")
-    add("--record-seconds", type=at_least(0.4, float), default=4, help="of speech in a record of `loader`, the mean")
+    add(
+        "--record-seconds",
+        type=at_least(0.4, float),
+        default=4,
+        help="of speech in a record of `loader`, the mean",
+    )
     add("--stages", nargs="+", choices=LOADER_STAGES, help="of `loader` and `step`; all if absent")
     add("--rows", type=whole, metavar="N", help="of `step`: rows of a batch")
     add("--set", nargs="+", default=(), metavar="A.B=VALUE", help="of the configs of `step`")
