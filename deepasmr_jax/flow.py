@@ -5,7 +5,7 @@ tokens in place of text (E2 TTS, Eskimez et al., 2024, as released in F5-TTS, Ch
 the velocity of a straight path from noise (t = 0) to mel (t = 1); training is infilling as in Voicebox (Le et
 al., 2023).
 
-Batch keys of `loss`: speech_tokens [B, N] int32; num_tokens [B] int32; mel [B, T, M] log-mel, T the
+Batch keys of `loss`: speech_tokens [B, N] int32; num_tokens [B] int32; mel [B, T, M] log-mel in float16 or 32, T the
 frames of N tokens; prompt_frames [B] int32 (0: the loss draws an infilling span).
 Letters: B rows, N tokens, T mel frames, M mel bins, P positions (T / patch_frames, rounded up),
 F values of a position (patch_frames * M), D width, H heads, E head size, L layers.

@@ -6,7 +6,7 @@ The mel is the log-mel of profile "cv2" as it is. Source: CosyVoice2 (Du et al.,
 estimator is that of Matcha-TTS (Mehta et al., 2024). Differences on purpose: padding is masked everywhere, so a row
 of a batch is the row alone, and noise belongs to a frame of a request unless the public noise is asked for.
 
-Batch keys of `loss`: speech_tokens [B, N] int32; num_tokens [B] int32; mel [B, T, M] log-mel, T = 2 N;
+Batch keys of `loss`: speech_tokens [B, N] int32; num_tokens [B] int32; mel [B, T, M] log-mel in float16 or 32, T = 2 N;
 prompt_frames [B] int32 (0: the loss draws a prefix); speaker [B, S] float32, of any length.
 Letters: B rows, N tokens (of attention: positions), T mel frames, M mel bins, S speaker vector, D encoder width,
 C channels, H heads, E head size.

@@ -12,7 +12,7 @@ Batches, B rows each, all lengths static:
     [sos] text_1 .. text_k [task] speech_1 .. speech_k, targets on the speech ids and the end id. With
     `align` also aligned [B, N, 2]: row positions of the symbols heard in the two halves of the target.
   flow: speech_tokens [B, N] int32, num_tokens [B] int32, mel [B, T, M] float16 as in the records (half the bytes on
-    the way to the device), prompt_frames [B] int32 (0: no prompt).
+    the way to the device; computed with in float32), prompt_frames [B] int32 (0: no prompt).
   vocoder: wav [B, W] float32 in [-1, 1] at the rate of `mel_profile`, no padding; lengths [B] int32 samples.
   speech_tokenizer: wav [B, W], lengths [B], and with labels="frames" phones and f0_class [B, W // 320] int32
     (-1 = padding); with "text" whole utterances, text_ids [B, S = W // 640] int32 of `MiniTokenizer.heard` (0 =
@@ -496,7 +496,7 @@ class _Lm:
         room = 0  # for texts that spelling makes longer
         if self.tokenizer is not None:
             room = cfg.num_tokens - sum(2 + int(self._cost(s).sum()) for s in segments)
-        tokens, kinds, segment_ids, positions = np.zeros((4, cfg.num_tokens), np.int32)
+        tokens, kinds, segment_ids, positions = np.empty((4, cfg.num_tokens), np.int32)
         targets = np.full(cfg.num_tokens, IGNORED, np.int32)
         aligned = np.full((cfg.num_tokens, 2), IGNORED, np.int32) if cfg.align else None
         at = 0  # in the row
@@ -504,6 +504,7 @@ class _Lm:
             start, speech, heard = at, [], []
             kinds[at] = lm.SOS
             at += 1
+            tokens[start] = 0
             for i in segment:
                 record = self.records[i]
                 ids = record["text_ids"]
@@ -519,7 +520,7 @@ class _Lm:
                 at += len(ids)
                 speech.append(record["speech_tokens"])
             kinds[start + 1 : at] = lm.TEXT
-            kinds[at] = lm.TASK  # predicts the first token
+            kinds[at], tokens[at] = lm.TASK, 0  # predicts the first token
             task = at
             for own in speech:
                 targets[at : at + len(own)] = tokens[at + 1 : at + 1 + len(own)] = own
@@ -532,7 +533,8 @@ class _Lm:
             segment_ids[start:at] = number
             positions[start:at] = self._places[: at - start]
         out = dict(tokens=tokens, kinds=kinds, segment_ids=segment_ids, positions=positions, targets=targets)
-        return out if aligned is None else out | {"aligned": aligned}
+        out |= {} if aligned is None else {"aligned": aligned}
+        return {name: values[:at] for name, values in out.items()}
 
     def _respelled(self, record: dict, rng: np.random.Generator) -> np.ndarray | None:
         """The record's text with some words spelled by letters; None to keep the recorded encoding."""

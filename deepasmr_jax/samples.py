@@ -94,6 +94,7 @@ class Sampler:
 
     def _draw(self, model) -> list[Sample]:
         """Mels of a flow: tokens and prompt of the row, and the sound of them."""
+        # a prompt of `flow.sample` is float32
         batch = sharding.put(self._batch | {"mel": self._batch["mel"].astype(np.float32)})
         inputs = [batch[k] for k in ("speech_tokens", "num_tokens", "mel", "prompt_frames")]
         made = flow.sample(model, self.cfg, *inputs, self._keys, **SOLVER)

@@ -132,14 +132,15 @@ class Bench:
         return seconds
 
     def side_by_side(self, cfg, ours: dict, make, mode: str | None = None) -> list[tuple]:
-        """Times JAX in float32 and bfloat16 and every variant of PyTorch in turn; returns rows of the table.
+        """Times JAX in the types of `--dtypes` and every variant of PyTorch in turn; returns rows of the table.
 
         `ours`: row -> function of a config that starts the work and returns its arrays. `make`: function of (torch
         dtype, wrapper that may compile) that yields a function (or None) per row. `mode`: of torch.compile on a GPU.
         """
         compiled = functools.partial(self.torch.compile, mode=mode) if self.torch else None
-        kinds = [("fp32", lambda f: f), ("bf16", lambda f: f)]
-        kinds += [("bf16", compiled)] if self.args.compile or self.device == "cuda" else []
+        kinds = [(kind, lambda f: f) for kind in self.args.dtypes]
+        if "bf16" in self.args.dtypes and (self.args.compile or self.device == "cuda"):
+            kinds += [("bf16", compiled)]
         variants: dict[str, dict] = {row: {} for row in ours}
         for kind, wrap in kinds if self.torch else ():
             try:
@@ -153,8 +154,8 @@ class Bench:
         table = []
         for row, run in ours.items():
             print(f"{row} ...", file=sys.stderr, flush=True)
-            for kind, dtype in DTYPES.items():
-                c = dataclasses.replace(cfg, dtype=dtype)
+            for kind in self.args.dtypes:
+                c = dataclasses.replace(cfg, dtype=DTYPES[kind])
                 variants[row][f"JAX {kind}"] = lambda run=run, c=c: jax.block_until_ready(run(c))
             table += [(row, *rest) for rest in beside_best(self.time(variants[row]))]
         return table
@@ -230,7 +231,8 @@ def beside_ceilings(bench: "Bench", parts: list[str], rows: list[tuple]) -> None
     found = []
     for part in parts:
         for name, work in phases(part, model_config(part, bench.args.size)).items():
-            for kind, size in (("fp32", 4), ("bf16", 2)):
+            for kind in bench.args.dtypes:
+                size = np.dtype(DTYPES[kind]).itemsize
                 least = sum(
                     n * max(flops / peak[kind], size * values / bandwidth) for flops, values, n in work
                 )
@@ -729,13 +731,15 @@ def measure_loader(bench: Bench) -> None:
     names = {"lm": "lm_pretrain.py", "flow": "flow_pretrain.py", "vocoder": "vocoder.py"}
     if bench.args.size != "full":
         names = {stage: f"{bench.args.size}.py:{stage}" for stage in LOADER_STAGES}
-    rows = []
+    rows, folders = [], {}
     with tempfile.TemporaryDirectory() as place:
         for stage in chosen_stages("loader", bench.args):
             kept = stage if stage in ("lm", "flow") else "all"
-            folder = fixture_data.write(Path(place, stage), {"train": 400}, seconds=seconds, stage=kept)
+            if kept not in folders:
+                counts = {"train": 400}
+                folders[kept] = fixture_data.write(Path(place, kept), counts, seconds=seconds, stage=kept)
             cfg = config.load(f"{ROOT}/configs/{names[stage]}").data
-            cfg = dataclasses.replace(cfg, data_dirs=(folder,), spell_probability=0.0)
+            cfg = dataclasses.replace(cfg, data_dirs=(folders[kept],), spell_probability=0.0)
             for workers in bench.args.workers or (0, os.cpu_count() or 1):
                 print(f"loading {stage}, {workers} workers ...", file=sys.stderr, flush=True)
                 data = iter(input_pipeline.make(dataclasses.replace(cfg, worker_count=workers)))
@@ -752,13 +756,13 @@ def measure_loader(bench: Bench) -> None:
                 per_s = count / (time.perf_counter() - began)
                 kind = f"{workers} processes" if workers else f"{cfg.num_threads} threads"
                 speed = f"{per_s * cfg.items_per_batch:,.0f} {cfg.item}"
-                growth = f"{memory[len(memory) // 4]:.0f}, {memory[-1]:.0f}"
+                growth = ", ".join(f"{memory[(len(memory) - 1) * i // 4]:.0f}" for i in range(1, 5))
                 rows.append((stage, str(cfg.batch_size), kind, per_s, speed, growth))
                 del data
     bench.table(
         f"Loader, {bench.args.size} configs, records of {seconds:g} s, {bench.args.seconds:g} s each, "
         f"{os.cpu_count()} host cores",
-        "stage | rows | read by | batches a second | items a second | MiB after a quarter, at the end", rows,
+        "stage | rows | read by | batches a second | items a second | MiB after each quarter", rows,
     )  # fmt: skip
 
 
@@ -811,6 +815,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     sizes = "of the parts beside PyTorch, `step` and `loader`; `train` is mini also with full"
     add("--size", choices=("tiny", "mini", "full"), default="mini", help=sizes)
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the parts beside PyTorch")
     add("--rounds", type=whole, default=5, metavar="N", help="rounds that count")
     add("--model", help="model folder of `say` and `programs`; the built-in one if absent")
     add("--seconds", type=at_least(0, float), default=10, help="of reading, for each row of `loader`")

@@ -45,7 +45,7 @@ def test_the_work_of_a_row_follows_from_the_sizes(bench):
 
 def test_each_row_beside_pytorch_has_a_row_beside_the_ceilings(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "ceilings", lambda: ({"fp32": 1e9, "bf16": 2e9}, 1e9))
-    args = argparse.Namespace(size="tiny", out=str(tmp_path / "speed.md"))
+    args = argparse.Namespace(size="tiny", out=str(tmp_path / "speed.md"), dtypes=list(bench.DTYPES))
     parts = ["lm", "hifigan", "vocoder", "speech_tokenizer", "flow"]
     rows = [
         (name, f"JAX {k}", 2.0, "", "")

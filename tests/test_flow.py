@@ -269,6 +269,13 @@ def test_the_loss_does_not_read_padding():
     np.testing.assert_allclose(run_loss(model, TINY, batch)[0], run_loss(model, TINY, other)[0], rtol=1e-6)
 
 
+def test_the_loss_of_a_mel_in_float16_computes_in_float32():
+    model, batch = make(TINY), make_batch(TINY)
+    half = batch | {"mel": batch["mel"].astype(np.float16)}
+    whole = half | {"mel": half["mel"].astype(np.float32)}
+    assert run_loss(model, TINY, half)[0] == run_loss(model, TINY, whole)[0]
+
+
 def test_the_loss_of_a_zero_velocity_is_the_variance_of_the_target():
     # the target is data - (1 - sigma_min) noise, the two independent
     cfg = dataclasses.replace(TINY, sigma_min=0.5)

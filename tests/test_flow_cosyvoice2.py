@@ -332,6 +332,15 @@ def test_the_loss_of_a_velocity_that_is_the_state_has_its_closed_form():
     np.testing.assert_allclose(total / count, 4 / 3 + 1 + 0.5 + 0.25 / 3, rtol=0.06)
 
 
+def test_the_loss_of_a_mel_in_float16_computes_in_float32():
+    model, batch = make(TRAINED), make_batch(TRAINED)
+    half = batch["mel"].astype(np.float16)
+    loss = jax.jit(flow.loss, static_argnums=1)
+    each = (batch | {"mel": mel} for mel in (half, half.astype(np.float32)))
+    sums = [float(loss(model, TRAINED, sharding.put(x), jax.random.key(0))[0]) for x in each]
+    assert sums[0] == sums[1]
+
+
 def test_a_prompted_row_is_given_its_prompt_and_pays_for_the_rest():
     batch = sharding.put(many_rows(prompt_frames=np.full(1000, 3, np.int32)))
     (_, count, aux), seen = look(make(TRAINED), TRAINED, batch, jax.random.key(0))

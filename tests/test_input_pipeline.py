@@ -139,6 +139,31 @@ def test_worker_processes_give_the_batches_of_threads_and_go_on_from_a_saved_pos
     assert all(same({k: v[:4] for k, v in next(again).items()}, batch) for batch in expected[3:])
 
 
+@pytest.mark.parametrize("changes", [{}, dict(sample_rate=44100), dict(stage="lm"), dict(stage="flow")])
+def test_a_record_is_what_tfds_reads(tmp_path, changes):
+    import tensorflow_datasets as tfds
+
+    own = fixture_data.write(tmp_path, {"train": 4}, **changes)
+    records, info = shards.Records(make_config(own, "lm")), shards.builder(own).info
+    raw = shards.builder(own).as_data_source(
+        "train", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    for i in range(4):
+        found, expected = records[i], info.features.deserialize_example_np(raw[i])
+        assert sorted(found) == sorted(expected)
+        for name, value in found.items():
+            assert type(value) is type(expected[name]), name
+            np.testing.assert_array_equal(value, expected[name], strict=True)
+
+
+def test_a_record_without_a_field_of_its_folder_is_told(folder, tmp_path):
+    own = shutil.copytree(fixture_data.write(tmp_path / "a", {"train": 4}, stage="flow"), tmp_path / "b")
+    path = own / "features.json"
+    path.write_text(path.read_text().replace('"speech_tokens"', '"text_ids"'))
+    with pytest.raises(ValueError, match=f"record 0 of {own} has no text_ids; write the folder again"):
+        shards.Records(make_config(str(own), "lm"), ("text_ids",))[0]
+
+
 def test_a_segment_is_start_texts_task_speech_with_targets_only_on_speech_and_end(folder):
     cfg = make_config(folder, "lm")
     seen = 0
