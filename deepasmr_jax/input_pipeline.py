@@ -502,9 +502,8 @@ class _Lm:
         at = 0  # in the row
         for number, segment in enumerate(segments, 1):
             start, speech, heard = at, [], []
-            kinds[at] = lm.SOS
+            kinds[at], tokens[at] = lm.SOS, 0
             at += 1
-            tokens[start] = 0
             for i in segment:
                 record = self.records[i]
                 ids = record["text_ids"]
