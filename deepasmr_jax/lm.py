@@ -24,6 +24,7 @@ from deepasmr_jax.sharding import spec
 
 # queries per part of the training attention; on CPU 512 positions take 0.6 of the time of one part
 CAUSAL_CHUNK = 128
+FEW_ROWS = 32  # of a float32 product in decoding: up to here a CPU takes the weights as the left operand
 
 NUM_ALIGNED = 2  # heads that `alignment_loss` teaches, one for each half of the token to come
 
@@ -568,14 +569,13 @@ def dpo_loss(
 class DecodeWeights:
     """The weights in the form decoding wants: one buffer per layer and product, not split over `data`.
 
-    A matrix is [in, out] in float32 and [out, in] in bfloat16 (see `_stored`), two axes always: of more, XLA
-    copies the matrix into another order at every product.
+    A matrix is [out, in] and has two axes always: of more, XLA copies it into another order at every product.
 
     text_table, marker_table, speech_table: as in `SpeechLM`, float32.
-    layers: per layer a dict of attn_norm [D], qkv [D, K*(H/K + 2)*E] (query heads of a group, then its key and
-        value), qkv_bias [K*(H/K + 2)*E], o [H*E, D], mlp_norm [D], gate_up [D, 2*F] (per part of the mesh's
-        `model` axis the gate's columns, then the other's), down [F, D]; matrices in `cfg.dtype`, the rest float32.
-    norm: [D]; head: [D, V] in `cfg.dtype`; head_bias: [V].
+    layers: per layer a dict of attn_norm [D], qkv [K*(H/K + 2)*E, D] (query heads of a group, then its key and
+        value), qkv_bias [K*(H/K + 2)*E], o [D, H*E], mlp_norm [D], gate_up [2*F, D] (per part of the mesh's
+        `model` axis the gate's rows, then the other's), down [D, F]; matrices in `cfg.dtype`, the rest float32.
+    norm: [D]; head: [V, D] in `cfg.dtype`; head_bias: [V].
     """
 
     text_table: jax.Array
@@ -643,27 +643,35 @@ def _unstack_ends(model: SpeechLM, cfg: Config):
 
 
 def _stored(kernel: jax.Array, cfg: Config) -> jax.Array:
-    """A kernel [in, out] in `cfg.dtype` as decoding reads it: in bfloat16 turned, in float32 as it is.
-
-    XLA's CPU products of few rows read bfloat16 faster so, and float32 a third slower (docs/speed.md).
-    """
-    return kernel if cfg.dtype == "float32" else kernel.T.astype(cfg.dtype)
+    """A kernel [in, out] as decoding reads it: [out, in] in `cfg.dtype`."""
+    return kernel.T.astype(cfg.dtype)
 
 
 def _product(x: jax.Array, kernel: jax.Array, cfg: Config, out_sharding: PartitionSpec) -> jax.Array:
     """[B, N, in] times a `_stored` kernel: [B, N, out] float32.
 
-    Rows and positions are one axis in between: with two, XLA turns the kernel back before the product.
+    Rows and positions are one axis in between: with two, XLA turns the kernel back before the product. Few rows are
+    the right operand on a CPU: XLA copies a float32 right operand into blocks at every product (docs/speed.md).
     """
     rows, _, last = nn.axes_of(x)
     if x.shape[0] * x.shape[1] == 1:
         rows = None  # a single row is on one device: said so, `nn.product` may repeat it
     x = jax.sharding.reshard(x, PartitionSpec(rows, None, last))
     flat = x.reshape(-1, x.shape[2], out_sharding=PartitionSpec(rows, last))
-    right = "io" if cfg.dtype == "float32" else "oi"
-    split = PartitionSpec(rows, *out_sharding[2:])
-    y = nn.product(f"ni,{right}->no", flat, kernel, cfg.dtype, split)
-    y = y.reshape(*x.shape[:2], -1, out_sharding=PartitionSpec(rows, None, *out_sharding[2:]))
+    columns = out_sharding[2]
+
+    def right(flat, kernel):
+        return nn.product("ni,oi->no", flat, kernel, cfg.dtype, PartitionSpec(rows, columns))
+
+    def left(flat, kernel):
+        y = nn.product("oi,ni->on", kernel, flat, cfg.dtype, PartitionSpec(columns, rows))
+        return jax.lax.optimization_barrier(y).T  # without it XLA makes the other product of this one
+
+    if cfg.dtype == "float32" and flat.shape[0] <= FEW_ROWS:
+        y = jax.lax.platform_dependent(flat, kernel, cpu=left, default=right)
+    else:
+        y = right(flat, kernel)
+    y = y.reshape(*x.shape[:2], -1, out_sharding=PartitionSpec(rows, None, columns))
     return jax.sharding.reshard(y, out_sharding)
 
 
