@@ -27,7 +27,8 @@ class ShardWriter:
 
         self._features = features
         self._serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-        self._writer = ArrayRecordWriter(str(path), "group_size:1")
+        # ArrayRecord's own choice, zstd, makes mels 15 to 18 % smaller and takes four times as long to read
+        self._writer = ArrayRecordWriter(str(path), "group_size:1,snappy")
         known = {name: features[name] for name in shards.ShardIndex.fields if name in features}
         self._indexed = features.__class__(known)
         self.index = shards.ShardIndex() if {"speaker", "style", "language"} <= set(known) else None
