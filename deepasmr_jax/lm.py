@@ -24,7 +24,7 @@ from deepasmr_jax.sharding import spec
 
 # queries per part of the training attention; on CPU 512 positions take 0.6 of the time of one part
 CAUSAL_CHUNK = 128
-FEW_ROWS = 32  # of a float32 product in decoding: up to here a CPU takes the weights as the left operand
+FEW_ROWS = 32  # float32 rows up to which a CPU has the weights on the left: faster at 1 to 32, slower at 150
 
 NUM_ALIGNED = 2  # heads that `alignment_loss` teaches, one for each half of the token to come
 
@@ -650,8 +650,8 @@ def _stored(kernel: jax.Array, cfg: Config) -> jax.Array:
 def _product(x: jax.Array, kernel: jax.Array, cfg: Config, out_sharding: PartitionSpec) -> jax.Array:
     """[B, N, in] times a `_stored` kernel: [B, N, out] float32.
 
-    Rows and positions are one axis in between: with two, XLA turns the kernel back before the product. Few rows are
-    the right operand on a CPU: XLA copies a float32 right operand into blocks at every product (docs/speed.md).
+    Rows and positions are one axis in between: with two, XLA turns the kernel back before the product. On a
+    CPU the kernel is the left operand of up to `FEW_ROWS` float32 rows: faster by up to 2.5 times (docs/speed.md).
     """
     rows, _, last = nn.axes_of(x)
     if x.shape[0] * x.shape[1] == 1:
@@ -660,17 +660,17 @@ def _product(x: jax.Array, kernel: jax.Array, cfg: Config, out_sharding: Partiti
     flat = x.reshape(-1, x.shape[2], out_sharding=PartitionSpec(rows, last))
     columns = out_sharding[2]
 
-    def right(flat, kernel):
+    def kernel_right(flat, kernel):
         return nn.product("ni,oi->no", flat, kernel, cfg.dtype, PartitionSpec(rows, columns))
 
-    def left(flat, kernel):
+    def kernel_left(flat, kernel):
         y = nn.product("oi,ni->on", kernel, flat, cfg.dtype, PartitionSpec(columns, rows))
-        return jax.lax.optimization_barrier(y).T  # without it XLA makes the other product of this one
+        return jax.lax.optimization_barrier(y).T  # without the barrier XLA folds .T into the product
 
     if cfg.dtype == "float32" and flat.shape[0] <= FEW_ROWS:
-        y = jax.lax.platform_dependent(flat, kernel, cpu=left, default=right)
+        y = jax.lax.platform_dependent(flat, kernel, cpu=kernel_left, default=kernel_right)
     else:
-        y = right(flat, kernel)
+        y = kernel_right(flat, kernel)
     y = y.reshape(*x.shape[:2], -1, out_sharding=PartitionSpec(rows, None, columns))
     return jax.sharding.reshard(y, out_sharding)
 

@@ -255,7 +255,7 @@ class Synthesizer:
                 f"config.json in {folder} has sample_rate {rate}, its mel profile {self.mel_config.name!r} "
                 f"{self.sample_rate}; correct one of them"
             )
-        # a large model's decoding waits for its weights, which bfloat16 halves; a small one gains little on a CPU
+        # bfloat16 halves a large model's weights, and is faster where a CPU has products of it; a small one: float32
         if jax.default_backend() == "cpu" and config["components"]["lm"]["num_params"] < BFLOAT16_FROM:
             own_lm = self._parts["lm"]
             own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")

@@ -9,6 +9,7 @@ from pathlib import Path
 import fixture_data
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
 from deepasmr_jax import audio, config, input_pipeline, lm, shards, text
 
@@ -491,6 +492,12 @@ def test_the_index_is_read_from_its_file_the_second_time_and_made_again_for_othe
     shards._index.cache_clear()
     assert shards.read_index(cfg).voice.filename != str(path)
     shutil.copystat(tmp_path / "shard", shard)
+
+
+def test_shards_are_written_with_what_is_read_fast(tmp_path):
+    folder = fixture_data.write(tmp_path, {"train": 4})
+    for path in Path(folder).glob("noise-train*"):
+        assert "snappy" in array_record_module.ArrayRecordReader(str(path)).writer_options_string()
 
 
 def test_the_index_is_joined_of_what_the_writers_kept_and_other_shards_are_read(tmp_path, monkeypatch):

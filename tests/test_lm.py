@@ -1,6 +1,7 @@
 """Speech LM: numbers of the reference, cache, padding, meshes, sampling, losses."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -409,6 +410,22 @@ def test_cached_logits_equal_the_full_forward(model, dtype, num_rows, mesh, atol
         np.testing.assert_allclose(scores, full[row, start + i - 1], atol=atol)
         scores, new = step(weights, cfg, *put(batch["tokens"][row, start + i]), length, before, new, i)
     np.testing.assert_allclose(scores, full[row, start + 5], atol=atol)
+
+
+@pytest.mark.parametrize("mesh", [MESHES[0], MESHES[3]])
+@pytest.mark.parametrize("num_rows", [1, 2, lm.FEW_ROWS, lm.FEW_ROWS + 1])
+def test_a_float32_product_has_the_weights_on_the_left_for_few_rows(num_rows, mesh):
+    sharding.make_mesh(*mesh)
+    rng = np.random.default_rng(num_rows)
+    x, kernel = (rng.standard_normal(shape, np.float32) for shape in ((num_rows, 1, 32), (48, 32)))
+    cfg, whole = dataclasses.replace(TINY, dtype="float32"), jax.sharding.PartitionSpec(None, None, None)
+    step = jax.jit(lambda x, kernel: lm._product(x, kernel, cfg, whole))
+    program = step.lower(jnp.asarray(x), jnp.asarray(kernel)).compile()
+    np.testing.assert_allclose(program(x, kernel), x @ kernel.T, atol=2e-5)
+    if mesh == MESHES[0] and jax.default_backend() == "cpu" and num_rows > 1:
+        made = re.search(r"= f32\[(\d+),(\d+)\]\S* dot\(", program.as_text()).groups()
+        few = num_rows <= lm.FEW_ROWS
+        assert made == (("48", str(num_rows)) if few else (str(num_rows), "48"))
 
 
 def reference_sample(scores, generated, key, s):
