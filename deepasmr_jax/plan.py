@@ -594,7 +594,7 @@ def sentence(row: dict) -> str:
     start = f"{c['program']} on {c['target']}, {c['rows'] or '?'} rows a chip{changes}: "
     if "error" in row:
         return start + row["error"]
-    text = f"memory {c['memory']}, TFLOPs {c['ratio']} needed, HBM {c['traffic']} GB, received GB: {c['received']}"
+    text = f"memory {c['memory']} GB, TFLOPs {c['ratio']} needed, HBM {c['traffic']} GB, received GB: {c['received']}"
     if "bound_s" in row:
         text += f"; at least {1000 * row['bound_s']:.3g} ms ({c['times']}), utilisation at most {c['utilisation']}"
         if "hours" in row:

@@ -749,7 +749,8 @@ def train(cfg: TrainConfig, workdir: str | Path, export: str | Path | None = Non
                 for name, (total, count) in out.items():
                     old = sums.get(name, [0.0, 0.0])
                     sums[name] = [old[0] + float(total), old[1] + float(count)]
-        means = {f"eval/{name}": total / max(count, 1e-9) for name, (total, count) in sums.items()}
+        # a mean over nothing, as of rows with a prompt where none has one, is left out
+        means = {f"eval/{name}": total / count for name, (total, count) in sums.items() if count}
         writer.write(number, means)
         _say(f"step {number}, held out: " + ", ".join(f"{k[5:]} {v:.4f}" for k, v in means.items()))
         for sample in sampler(with_averaged(state.model, state.ema)) if sampler is not None else ():
