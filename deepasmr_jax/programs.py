@@ -249,6 +249,13 @@ def _surroundings() -> str:
     return repr(told)
 
 
+def has_bfloat16_products() -> bool:
+    """Whether the processor has products of bfloat16; True where the system does not tell."""
+    words = _instructions().lower().split()
+    known = "flags" in words or "features" in words
+    return not known or any("bf16" in word for word in words)
+
+
 def _instructions() -> str:
     """Model and instruction set of the processor, as far as the system tells."""
     try:

@@ -40,7 +40,7 @@ from deepasmr_jax.request import (
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
-BFLOAT16_FROM = 100_000_000  # parameters of a language model; below that a CPU decodes in float32
+BFLOAT16_FROM = 100_000_000  # parameters of a language model; below that a CPU always decodes in float32
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
 # shortest padded lengths; the others are these times powers of two
 TEXT_BASE, TOKEN_BASE, NEW_BASE = 32, 64, 128
@@ -243,7 +243,12 @@ class Synthesizer:
         self.folder, self.config, self.max_batch = folder, config, max_batch
         self.mel_config = audio.mel_profile(config["mel_profile"])
         self.sample_rate = self.mel_config.sample_rate
-        self._parts = {name: _Part(folder, name, config) for name in COMPONENTS}
+        own_lm = _Part(folder, "lm", config)  # the largest first: for a moment it is there twice
+        if _decodes_in_float32(config["components"]["lm"]["num_params"]):
+            own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
+        self._decode_weights = lm.unstack(own_lm.module, own_lm.config)
+        own_lm.module = None  # decoding has its own copy of the weights, unstacked
+        self._parts = {name: own_lm if name == "lm" else _Part(folder, name, config) for name in COMPONENTS}
         made_for = getattr(self._parts["vocoder"].config, "mel_profile", self.mel_config.name)
         if made_for != self.mel_config.name:
             raise ValueError(
@@ -255,12 +260,6 @@ class Synthesizer:
                 f"config.json in {folder} has sample_rate {rate}, its mel profile {self.mel_config.name!r} "
                 f"{self.sample_rate}; correct one of them"
             )
-        # bfloat16 halves a large model's weights, and is faster where a CPU has products of it; a small one: float32
-        if jax.default_backend() == "cpu" and config["components"]["lm"]["num_params"] < BFLOAT16_FROM:
-            own_lm = self._parts["lm"]
-            own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
-        self._decode_weights = lm.unstack(self._parts["lm"].module, self._parts["lm"].config)
-        self._parts["lm"].module = None  # decoding has its own copy of the weights, unstacked
         self._flow_hears_speaker = "speaker" in inspect.signature(self._parts["flow"].file.sample).parameters
         settings = config.get("sampling", {})
         self.sampling = config_lib.from_dict(lm.Sampling, settings.get("lm", {}))
@@ -922,6 +921,17 @@ def embed_speaker(file, model, cfg, wav: jax.Array, lengths: jax.Array) -> jax.A
     """
     fbank = audio.fbank(wav, lengths, **getattr(file, "FBANK", {}))
     return file.embed(model, cfg, fbank, audio.fbank_frames(lengths))
+
+
+def _decodes_in_float32(num_params: int) -> bool:
+    """Whether a language model of so many parameters is decoded in float32, whatever its Config says.
+
+    So is a small one on a CPU, and any where the processor has no products of bfloat16: there they are slower than
+    float32 (docs/speed.md), and bfloat16 would halve the memory of the weights alone.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    return num_params < BFLOAT16_FROM or not programs.has_bfloat16_products()
 
 
 def _longest_run(tokens: np.ndarray) -> int:

@@ -9,9 +9,10 @@
 
 Parts: say (`deepasmr say` with a cold and a warm compilation cache, then a loaded Synthesizer), programs (each program
 of a request: compiled, then read from the cache), lm, hifigan, vocoder, speech_tokenizer, flow (JAX and PyTorch in
-turn, A B A B), train (updates of each stage, JAX only), step (updates of the language model and of the flow, JAX and
-PyTorch in turn, with the share of the device's peak), loader (batches of each stage, and whether memory grows); see
-docs/speed.md.
+turn, A B A B), products (few rows times the matrices of a layer of the language model, by side and layout of the
+weights, JAX only), train (updates of each stage, JAX only), step (updates of the language model and of the flow, JAX
+and PyTorch in turn, with the share of the device's peak), loader (batches of each stage, and whether memory grows);
+see docs/speed.md.
 Beside the rows with PyTorch stands the least time that the machine's ceilings allow. Each timing waits for its result;
 the first two rounds are dropped. JAX_PLATFORMS picks the device, PyTorch follows. The report is written line by line,
 so that what a part has measured is kept when a later one fails.
@@ -41,11 +42,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and `
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+from jax.sharding import PartitionSpec  # noqa: E402
 
-from deepasmr_jax import config, files, flow, lm, metrics, programs, sharding, vocoder, vocoder_istft  # noqa: E402
+from deepasmr_jax import config, files, flow, lm, metrics, nn, programs, sharding, vocoder, vocoder_istft  # noqa: E402
 from deepasmr_jax import speech_tokenizer as s3  # noqa: E402
 
-PARTS = ("say", "programs", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow", "train", "step", "loader")
+PARTS = ("say", "programs", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow")
+PARTS += ("products", "train", "step", "loader")
 DROPPED = 2  # rounds that compile and warm up
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 STAGES = ("clip_s", "lm_s", "flow_s", "vocoder_s")
@@ -61,6 +64,7 @@ ROWS = {
 }
 # rows of a training step of true size: PyTorch keeps all activations, about 5 and 3 GB a row by their sizes
 STEP_ROWS = {"lm": 8, "flow": 16}
+PRODUCTS, PRODUCT_ROWS = 8, (1, 2, 8, 32, PREFILL)  # eight matrices do not stay in a cache
 LOADER_STAGES = ("lm", "flow", "vocoder", "speech_tokenizer", "speaker")
 
 
@@ -163,24 +167,26 @@ class Bench:
         return table
 
 
+def median_seconds(function, *arrays, times: int = 7) -> float:
+    """Of a function under jit."""
+    run, seconds = jax.jit(function), []
+    for _ in range(DROPPED + times):
+        began = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds[DROPPED:]))
+
+
 def ceilings() -> tuple[dict[str, float], float]:
     """(FLOP/s of a large product in fp32 and bf16, with float32 sums; bytes/s of reading 256 MiB): medians of 7."""
-
-    def seconds(function, *arrays) -> float:
-        run, times = jax.jit(function), []
-        for _ in range(DROPPED + 7):
-            began = time.perf_counter()
-            jax.block_until_ready(run(*arrays))
-            times.append(time.perf_counter() - began)
-        return float(np.median(times[DROPPED:]))
-
     x, y = (jax.random.normal(jax.random.key(0), shape) for shape in ((1024, 1024), (1024, 4096)))
     product = lambda a, b: jax.numpy.matmul(a, b, preferred_element_type="float32")
     peak = {
-        k: 2 * x.size * y.shape[1] / seconds(product, x.astype(d), y.astype(d)) for k, d in DTYPES.items()
+        k: 2 * x.size * y.shape[1] / median_seconds(product, x.astype(d), y.astype(d))
+        for k, d in DTYPES.items()
     }
     values = jax.numpy.ones(2**26)
-    return peak, values.nbytes / seconds(lambda v: v.sum(), values)
+    return peak, values.nbytes / median_seconds(lambda v: v.sum(), values)
 
 
 def phases(part: str, cfg) -> dict[str, list[tuple[float, float, int]]]:
@@ -312,6 +318,44 @@ def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
             yield functools.partial(speak, cache, ids, num_new) if num_new or step is theirs else None
 
     return bench.side_by_side(cfg, ours, make, "reduce-overhead")
+
+
+def measure_products(bench: Bench) -> None:
+    """Few rows times the large matrices of a layer of the language model, by side and layout of the weights."""
+    cfg, whole = model_config("lm", bench.args.size), PartitionSpec(None, None)
+    columns = ("matrix", "side", "rows", "ms to read the weights", "weights right, [in, out]")
+    columns += ("weights right, [out, in]", "weights left, [out, in]")
+    table, (_, bandwidth) = [], ceilings()
+
+    def ways(dtype: str):
+        product = functools.partial(nn.product, dtype=dtype, out_sharding=whole)
+        # without a barrier XLA turns the last one back: lm._product
+        left = lambda x, w: jax.lax.optimization_barrier(product("oi,ni->on", w, x)).T
+        return lambda x, w: product("ni,io->no", x, w), lambda x, w: product("ni,oi->no", x, w), left
+
+    def chain(way, x, weights):
+        """Each product waits for the one before it."""
+        found = 0.0
+        for w in weights:
+            found = jax.lax.optimization_barrier(way(x + 1e-9 * found, w)).sum()
+        return found
+
+    for size in ((cfg.width, 2 * cfg.mlp_width), (cfg.mlp_width, cfg.width)):
+        print(f"products of {size} ...", file=sys.stderr, flush=True)
+        for kind in bench.args.dtypes:
+            keys = jax.random.split(jax.random.key(0), PRODUCTS)
+            stored, turned = (
+                [jax.random.normal(k, n, DTYPES[kind]) for k in keys] for n in (size, size[::-1])
+            )
+            least = 1e3 * sum(w.nbytes for w in stored) / bandwidth
+            for rows in PRODUCT_ROWS:
+                x, kinds = jax.random.normal(keys[0], (rows, size[0])), ways(DTYPES[kind])
+                found = [
+                    1e3 * median_seconds(functools.partial(chain, way), x, weights, times=40)
+                    for way, weights in zip(kinds, (stored, turned, turned), strict=True)
+                ]
+                table.append((f"{size[0]} x {size[1]}", f"JAX {kind}", str(rows), least, *found))
+    bench.table(f"{PRODUCTS} products in a row, ms, medians of 40", " | ".join(columns), table)
 
 
 def measure_flow(bench: Bench, cfg: flow.Config) -> list[tuple]:
@@ -817,9 +861,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     add, whole = parser.add_argument, at_least(1)
     add("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
-    sizes = "of the parts beside PyTorch, `step` and `loader`; `train` is mini also with full"
+    sizes = "of the parts beside PyTorch, `products`, `step` and `loader`; `train` is mini also with full"
     add("--size", choices=("tiny", "mini", "full"), default="mini", help=sizes)
-    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the parts beside PyTorch")
+    add(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        help="of the parts beside PyTorch, and `products`",
+    )
     add("--rounds", type=whole, default=5, metavar="N", help="rounds that count")
     add("--model", help="model folder of `say` and `programs`; the built-in one if absent")
     add("--seconds", type=at_least(0, float), default=10, help="of reading, for each row of `loader`")
@@ -860,6 +910,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = [row for p in chosen for row in measures[p](bench, model_config(p, args.size))]
         bench.table("Beside PyTorch", "work | side | median s | range | best PyTorch / this | range", rows)
         beside_ceilings(bench, chosen, rows)
+    if "products" in args.only:
+        measure_products(bench)
     if "train" in args.only:
         measure_train(bench)
     if "step" in args.only:

@@ -7,7 +7,7 @@ import fixture_data
 import numpy as np
 import pytest
 
-from deepasmr_jax import config, flow, lm, vocoder
+from deepasmr_jax import config, flow, lm, sharding, vocoder
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +109,23 @@ def test_what_would_measure_nothing_is_refused(bench, capsys, options, words):
 def test_the_clip_of_the_built_in_demo_is_there(bench):
     clip, sentence = bench.built_in_clip()
     assert Path(clip).is_file() and sentence
+
+
+def test_the_three_ways_of_a_product_are_one_product(bench, monkeypatch):
+    """The side and the layout of the weights change the time alone: random weights, so each way is run on ones."""
+    values = []
+
+    def seconds(function, x, weights, times):
+        ones = [np.full(w.shape, 1 / w.size, np.float32) for w in weights]
+        values.append(float(function(np.ones(x.shape, np.float32), ones)))
+        return float(len(values))
+
+    monkeypatch.setattr(bench, "median_seconds", seconds)
+    monkeypatch.setattr(bench, "ceilings", lambda: ({}, 1e9))
+    sharding.ensure_mesh()
+    made = bench.Bench(argparse.Namespace(size="tiny", out=None, dtypes=["fp32"]))
+    bench.measure_products(made)
+    cells = [line for line in made.lines if " JAX fp32 " in line]
+    assert len(cells) == 2 * len(bench.PRODUCT_ROWS) and len(values) == 3 * len(cells)
+    rows = np.repeat(bench.PRODUCT_ROWS, 3).tolist() * 2
+    np.testing.assert_allclose(values, rows, rtol=1e-5)  # rows x 1/(in out) summed over in and out

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, clip, pool, sharding, synthesis
+from deepasmr_jax import audio, clip, pool, programs, sharding, synthesis
 from deepasmr_jax.request import Request
 
 TEXT = "Close your eyes, and listen to the rain."
@@ -54,6 +54,29 @@ def test_the_same_seed_gives_the_same_audio_and_another_seed_does_not(made):
     first, second = (made.batch([ask(seed=1)])[0] for _ in range(2))
     np.testing.assert_array_equal(first.audio, second.audio)
     assert not np.array_equal(first.tokens, made.batch([ask(seed=2)])[0].tokens)
+
+
+@pytest.mark.parametrize(
+    "told, least, dtype",
+    [
+        ("flags : fma avx2", 0, "float32"),
+        ("flags : fma avx512_bf16", 0, "bfloat16"),
+        ("flags : fma avx512_bf16", 10**9, "float32"),
+        ("Features : fp asimd bf16", 0, "bfloat16"),
+        ("Features : fp asimd", 0, "float32"),
+        ("arm", 0, "bfloat16"),
+    ],
+)
+def test_a_cpu_decodes_in_the_faster_of_both_types(tmp_path, monkeypatch, told, least, dtype):
+    folder = shutil.copytree(tiny_model.shared(), tmp_path / "model")
+    values = json.loads((folder / "config.json").read_text())
+    values["components"]["lm"]["config"]["dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr(programs, "_instructions", lambda: told)
+    monkeypatch.setattr(synthesis, "BFLOAT16_FROM", least)
+    made = synthesis.load(folder)
+    assert made._parts["lm"].config.dtype == dtype
+    assert made._decode_weights.layers[0]["down"].dtype == dtype
 
 
 def test_a_batch_gives_each_request_what_it_gets_alone(made):
