@@ -6,8 +6,8 @@ text (`hlo.py`), what it needs is given by the compiler, and what the model need
 The largest of FLOPs over peak, HBM bytes over bandwidth and received bytes over interconnect bandwidth is a bound: the
 step takes at least that long. These are bounds from a compiler, not measurements; a chip reaches less.
 
-Programs: the train step of a config, or (`sample`) one batch of sampling with its model: `lm.generate` on a text of
-64 symbols, a prompt of 128 speech tokens and 512 new ones, `flow.sample` of 1024 tokens with 10 guided steps.
+Programs: the train step of a config, or (`sample`) one batch of sampling with its model: `decoding.generate` on a text
+of 64 symbols, a prompt of 128 speech tokens and 512 new ones, `flow.sample` of 1024 tokens with 10 guided steps.
 Letters: B rows, N positions, L layers, D width, F MLP width, H heads, K key/value heads, E head size, V speech rows.
 """
 
@@ -30,6 +30,7 @@ from jax.sharding import NamedSharding
 from deepasmr_jax import (
     audio,
     checkpoint,
+    decoding,
     files,
     flow,
     hlo,
@@ -241,9 +242,9 @@ def _lower(cfg: train.TrainConfig, num_rows: int, sample: bool):
     keys = _abstract(keys.shape, keys.dtype)
     count = _abstract((num_rows,), jnp.int32)
     if isinstance(model_cfg, lm.Config):
-        weights = checkpoint.abstract(lambda m: lm.unstack(m, model_cfg), model)
+        weights = checkpoint.abstract(lambda m: decoding.unstack(m, model_cfg), model)
         text, prompt = (_abstract((num_rows, n), jnp.int32) for n in (SAMPLE_TEXT, SAMPLE_PROMPT))
-        call = lambda weights, *x: lm.generate(weights, model_cfg, lm.Sampling(), *x, SAMPLE_NEW)
+        call = lambda weights, *x: decoding.generate(weights, model_cfg, decoding.Sampling(), *x, SAMPLE_NEW)
         return jax.jit(call).lower(weights, text, count, prompt, count, count, count, keys)
     frames = flow.num_frames(model_cfg, SAMPLE_TOKENS)
     mel = _abstract((num_rows, frames, model_cfg.mel_bins), jnp.float32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from deepasmr_jax import audio, checkpoint, flow, input_pipeline, lm, page, sharding
+from deepasmr_jax import audio, checkpoint, decoding, flow, input_pipeline, lm, page, sharding
 
 NUM_SOUNDS = 2  # of each evaluation
 SOLVER = dict(num_steps=10, guidance=0.7)  # CosyVoice2's: quick
@@ -116,7 +116,9 @@ class Sampler:
                 min_lengths=num_speech // 2, max_lengths=np.minimum(2 * num_speech, size),
             )
         )  # fmt: skip
-        made, num_made = lm.generate(model, self.cfg, lm.Sampling(), **inputs, keys=self._keys, max_new=size)
+        made, num_made = decoding.generate(
+            model, self.cfg, decoding.Sampling(), **inputs, keys=self._keys, max_new=size
+        )
         recorded = tuple(sharding.put({"tokens": speech, "count": num_speech}).values())
         said, (decoder, cfg), found = {"made": (made, num_made), "recorded": recorded}, self._flow, []
         for name in self._wanted:

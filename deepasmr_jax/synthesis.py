@@ -23,7 +23,7 @@ import jax
 import jax.monitoring
 import numpy as np
 
-from deepasmr_jax import audio, checkpoint, files, lm, page, pool, programs, sharding, weight_files
+from deepasmr_jax import audio, checkpoint, decoding, files, page, pool, programs, sharding, weight_files
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import config as config_lib
 from deepasmr_jax import text as text_lib
@@ -246,7 +246,7 @@ class Synthesizer:
         own_lm = _Part(folder, "lm", config)  # the largest first: for a moment it is there twice
         if _decodes_in_float32(config["components"]["lm"]["num_params"]):
             own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
-        self._decode_weights = lm.unstack(own_lm.module, own_lm.config)
+        self._decode_weights = decoding.unstack(own_lm.module, own_lm.config)
         own_lm.module = None  # decoding has its own copy of the weights, unstacked
         self._parts = {name: own_lm if name == "lm" else _Part(folder, name, config) for name in COMPONENTS}
         made_for = getattr(self._parts["vocoder"].config, "mel_profile", self.mel_config.name)
@@ -262,7 +262,7 @@ class Synthesizer:
             )
         self._flow_hears_speaker = "speaker" in inspect.signature(self._parts["flow"].file.sample).parameters
         settings = config.get("sampling", {})
-        self.sampling = config_lib.from_dict(lm.Sampling, settings.get("lm", {}))
+        self.sampling = config_lib.from_dict(decoding.Sampling, settings.get("lm", {}))
         for name in ("ratios", "output_gain_db", "clip_level_db", "redraw"):
             if not _is_numbers(settings.get(name, {})):
                 raise ValueError(
@@ -768,7 +768,7 @@ class Synthesizer:
         keys = _keys(batch.pop("seeds"), batch.pop("chunks"), attempt * (MAX_PASSES + 1))
         config = self._parts["lm"].config
         tokens, lengths = jax.device_get(
-            lm.generate(
+            decoding.generate(
                 self._decode_weights, config, self.sampling, *batch.values(), keys=keys, max_new=new_size
             )
         )

@@ -44,7 +44,19 @@ import numpy as np  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from jax.sharding import PartitionSpec  # noqa: E402
 
-from deepasmr_jax import config, files, flow, lm, metrics, nn, programs, sharding, vocoder, vocoder_istft  # noqa: E402
+from deepasmr_jax import (  # noqa: E402
+    config,
+    decoding,
+    files,
+    flow,
+    lm,
+    metrics,
+    nn,
+    programs,
+    sharding,
+    vocoder,
+    vocoder_istft,
+)
 from deepasmr_jax import speech_tokenizer as s3  # noqa: E402
 
 PARTS = ("say", "programs", "lm", "hifigan", "vocoder", "speech_tokenizer", "flow")
@@ -281,16 +293,18 @@ def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
     """Prefill alone, and prefill with new tokens for one row and for eight."""
     rng, size = np.random.default_rng(0), PREFILL + NUM_NEW
     model = jax.jit(lm.init, static_argnums=0)(cfg, jax.random.key(0))
-    weights = {v: lm.unstack(model, dataclasses.replace(cfg, dtype=v)) for v in DTYPES.values()}
+    weights = {v: decoding.unstack(model, dataclasses.replace(cfg, dtype=v)) for v in DTYPES.values()}
     del model
-    prefill = jax.jit(lm.prefill, static_argnums=1)
+    prefill = jax.jit(decoding.prefill, static_argnums=1)
     put = lambda *arrays: sharding.put({i: np.int32(x) for i, x in enumerate(arrays)}).values()
 
     def generate(rows: int):
         full, keys = functools.partial(np.full, rows), jax.random.split(jax.random.key(1), rows)
         words, prompt = (rng.integers(0, 40, (rows, n)) for n in (NUM_TEXT, NUM_PROMPT))
         arrays = put(words, full(NUM_TEXT), prompt, full(NUM_PROMPT), full(NUM_NEW), full(NUM_NEW))
-        return lambda c: lm.generate(weights[c.dtype], c, lm.Sampling(), *arrays, keys=keys, max_new=NUM_NEW)
+        return lambda c: decoding.generate(
+            weights[c.dtype], c, decoding.Sampling(), *arrays, keys=keys, max_new=NUM_NEW
+        )
 
     one = put(rng.integers(0, cfg.num_codes, (1, PREFILL)), np.full((1, PREFILL), lm.SPEECH), [PREFILL])
     first = lambda c: prefill(weights[c.dtype], c, *one)
@@ -329,7 +343,7 @@ def measure_products(bench: Bench) -> None:
 
     def ways(dtype: str):
         product = functools.partial(nn.product, dtype=dtype, out_sharding=whole)
-        # without a barrier XLA turns the last one back: lm._product
+        # without a barrier XLA turns the last one back: decoding._product
         left = lambda x, w: jax.lax.optimization_barrier(product("oi,ni->on", w, x)).T
         return lambda x, w: product("ni,io->no", x, w), lambda x, w: product("ni,oi->no", x, w), left
 

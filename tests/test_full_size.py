@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 
 from deepasmr_jax import (
     checkpoint,
+    decoding,
     flow,
     flow_cosyvoice2,
     lm,
@@ -31,7 +32,9 @@ def array(*shape, dtype=jnp.int32):
 def generate():
     cfg = lm.cosyvoice2(activation_dtype="bfloat16")
     model = checkpoint.abstract(functools.partial(lm.init, cfg), jax.random.key(0))
-    call = lambda model, *x: lm.generate(lm.unstack(model, cfg), cfg, lm.Sampling(), *x, max_new=TOKENS)
+    call = lambda model, *x: decoding.generate(
+        decoding.unstack(model, cfg), cfg, decoding.Sampling(), *x, max_new=TOKENS
+    )
     count = array(ROWS)
     return call, model, array(ROWS, 64), count, array(ROWS, 128), count, count, count, keys()
 
@@ -98,7 +101,7 @@ def hifigan(cfg):
         (lambda: applied(speaker, speaker.embed, speaker.resnet34(), spectrogram(500)), [(ROWS, 256)]),
     ],
     ids=(
-        "lm.generate flow.sample flow_cosyvoice2.sample vocoder_hift.apply vocoder.v1 vocoder.v2 vocoder.v3 "
+        "decoding.generate flow.sample flow_cosyvoice2.sample vocoder_hift.apply vocoder.v1 vocoder.v2 vocoder.v3 "
         "speech_tokenizer.encode speaker.embed"
     ).split(),
 )

@@ -28,6 +28,7 @@ import weight_writers
 from deepasmr_jax import (
     audio,
     checkpoint,
+    decoding,
     flow,
     flow_cosyvoice2,
     lm,
@@ -216,15 +217,15 @@ def test_the_speech_model_gives_the_logits_and_greedy_tokens_of_transformers(ref
         component, f"{cfg.num_speech_rows} speech logits of 39 positions", other, absolute(found, want), 2e-4
     )
 
-    weights = lm.unstack(ours, cfg)
+    weights = decoding.unstack(ours, cfg)
     del ours
     steps, size = 4, batch["tokens"].shape[1]
     start = size - steps
-    prefill = jax.jit(lm.prefill, static_argnums=1)
-    step = jax.jit(lm.decode_step, static_argnums=1)
+    prefill = jax.jit(decoding.prefill, static_argnums=1)
+    step = jax.jit(decoding.decode_step, static_argnums=1)
     columns = {k: np.pad(batch[k][:, :start], ((0, 0), (0, 3))) for k in ("tokens", "kinds")}  # with padding
     scores, before = prefill(weights, cfg, columns["tokens"], columns["kinds"], np.asarray([start]))
-    new = lm.empty(before, steps)
+    new = decoding.empty(before, steps)
     errors = [absolute(scores[0], want[start - 1])]
     for at in range(start, size):
         token, length = batch["tokens"][:, at], np.asarray([start], np.int32)
@@ -232,7 +233,7 @@ def test_the_speech_model_gives_the_logits_and_greedy_tokens_of_transformers(ref
         errors.append(absolute(scores[0], want[at]))
     report(component, "the same with a cache, token by token", other, max(errors), 2e-4)
 
-    count, greedy = 10, lm.Sampling(greedy=True, repetition_aware=False)
+    count, greedy = 10, decoding.Sampling(greedy=True, repetition_aware=False)
     lengths = dict(text=[13, 9], speech=[24, 5])
     columns = {"text": np.stack([text, text[::-1]]), "speech": np.stack([speech, speech[::-1]])}
     given = []
@@ -240,7 +241,7 @@ def test_the_speech_model_gives_the_logits_and_greedy_tokens_of_transformers(ref
         given += [jnp.asarray(columns[name], jnp.int32), jnp.asarray(lengths[name], jnp.int32)]
     limits = jnp.full(2, count, jnp.int32)
     keys = jax.random.split(jax.random.key(0), 2)
-    tokens, _ = lm.generate(weights, cfg, greedy, *given, limits, limits, keys, count)
+    tokens, _ = decoding.generate(weights, cfg, greedy, *given, limits, limits, keys, count)
     differing = 0
     for row in range(2):
         # one pass over all that was said: each token must be the best after those before it

@@ -364,7 +364,7 @@ def test_padded_sizes_are_a_base_times_powers_of_two():
             "abc",
             "lm.Config: width is 'abc'; correct the file, width is of type int",
         ),
-        ("sampling/lm", {"top_p": "x"}, "lm.Sampling: top_p is 'x'"),
+        ("sampling/lm", {"top_p": "x"}, "decoding.Sampling: top_p is 'x'"),
         ("sampling/flow", {"num_steps": "many"}, "sampling.flow.num_steps = 'many'"),
         (
             "sampling/flow",
