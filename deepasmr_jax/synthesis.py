@@ -40,7 +40,7 @@ from deepasmr_jax.request import (
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
-BFLOAT16_FROM = 100_000_000  # parameters of a language model; below that a CPU always decodes in float32
+LARGE = 100_000_000  # parameters of a part whose type of products follows the processor
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
 # shortest padded lengths; the others are these times powers of two
 TEXT_BASE, TOKEN_BASE, NEW_BASE = 32, 64, 128
@@ -244,8 +244,6 @@ class Synthesizer:
         self.mel_config = audio.mel_profile(config["mel_profile"])
         self.sample_rate = self.mel_config.sample_rate
         own_lm = _Part(folder, "lm", config)  # the largest first: for a moment it is there twice
-        if _decodes_in_float32(config["components"]["lm"]["num_params"]):
-            own_lm.config = dataclasses.replace(own_lm.config, dtype="float32")
         self._decode_weights = decoding.unstack(own_lm.module, own_lm.config)
         own_lm.module = None  # decoding has its own copy of the weights, unstacked
         self._parts = {name: own_lm if name == "lm" else _Part(folder, name, config) for name in COMPONENTS}
@@ -923,17 +921,6 @@ def embed_speaker(file, model, cfg, wav: jax.Array, lengths: jax.Array) -> jax.A
     return file.embed(model, cfg, fbank, audio.fbank_frames(lengths))
 
 
-def _decodes_in_float32(num_params: int) -> bool:
-    """Whether a language model of so many parameters is decoded in float32, whatever its Config says.
-
-    So is a small one on a CPU, and any where the processor has no products of bfloat16: there they are slower than
-    float32 (docs/speed.md), and bfloat16 would halve the memory of the weights alone.
-    """
-    if jax.default_backend() != "cpu":
-        return False
-    return num_params < BFLOAT16_FROM or not programs.has_bfloat16_products()
-
-
 def _longest_run(tokens: np.ndarray) -> int:
     """Most equal tokens in a row."""
     changes = np.flatnonzero(np.diff(tokens)) + 1
@@ -965,10 +952,24 @@ class _Part:
     """A component: its file of code, its Config and its weights."""
 
     def __init__(self, folder: Path, name: str, config: dict):
-        self.file = checkpoint.model_file(config["components"][name]["module"])
+        entry = config["components"][name]
+        self.file = checkpoint.model_file(entry["module"])
         self.module, self.config = checkpoint.load_component(folder, name)
+        if _is_faster_in_float32(name, entry["num_params"]):
+            self.config = dataclasses.replace(self.config, dtype="float32")
         if hasattr(self.file, "stacked"):
             self.module = self.file.stacked(self.module)
+
+
+def _is_faster_in_float32(name: str, num_params: int) -> bool:
+    """Whether the products of a part are taken in float32 here, whatever its Config says.
+
+    On a CPU that has none of bfloat16, a large part's are faster so, for more memory (docs/speed.md). A small language
+    model is faster so on any CPU; other small parts are left in the type in which the built-in model was measured.
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    return not programs.has_bfloat16_products() if num_params >= LARGE else name == "lm"
 
 
 @programs.kept("settings", "mel_config")

@@ -351,7 +351,9 @@ def measure_products(bench: Bench) -> None:
         """Each product waits for the one before it."""
         found = 0.0
         for w in weights:
-            found = jax.lax.optimization_barrier(way(x + 1e-9 * found, w)).sum()
+            # barriers: the product is whole, and its operand there before it; a sum of it took longer than itself
+            operand = jax.lax.optimization_barrier(x + 1e-9 * found)
+            found = jax.lax.optimization_barrier(way(operand, w))[0, 0]
         return found
 
     for size in ((cfg.width, 2 * cfg.mlp_width), (cfg.mlp_width, cfg.width)):

@@ -127,5 +127,6 @@ def test_the_three_ways_of_a_product_are_one_product(bench, monkeypatch):
     bench.measure_products(made)
     cells = [line for line in made.lines if " JAX fp32 " in line]
     assert len(cells) == 2 * len(bench.PRODUCT_ROWS) and len(values) == 3 * len(cells)
-    rows = np.repeat(bench.PRODUCT_ROWS, 3).tolist() * 2
-    np.testing.assert_allclose(values, rows, rtol=1e-5)  # rows x 1/(in out) summed over in and out
+    cfg = bench.model_config("lm", "tiny")
+    each = np.repeat([1 / (2 * cfg.mlp_width), 1 / cfg.width], 3 * len(bench.PRODUCT_ROWS))
+    np.testing.assert_allclose(values, each, rtol=1e-5)  # `in` times 1 / (in out)

@@ -57,26 +57,30 @@ def test_the_same_seed_gives_the_same_audio_and_another_seed_does_not(made):
 
 
 @pytest.mark.parametrize(
-    "told, least, dtype",
+    "told, large, lm_dtype, flow_dtype",
     [
-        ("flags : fma avx2", 0, "float32"),
-        ("flags : fma avx512_bf16", 0, "bfloat16"),
-        ("flags : fma avx512_bf16", 10**9, "float32"),
-        ("Features : fp asimd bf16", 0, "bfloat16"),
-        ("Features : fp asimd", 0, "float32"),
-        ("arm", 0, "bfloat16"),
+        ("flags : fma avx2", 0, "float32", "float32"),
+        ("flags : fma avx512_bf16", 0, "bfloat16", "bfloat16"),
+        ("flags : fma avx2", 10**9, "float32", "bfloat16"),
+        ("flags : fma avx512_bf16", 10**9, "float32", "bfloat16"),
+        ("Features : fp asimd bf16", 0, "bfloat16", "bfloat16"),
+        ("Features : fp asimd", 0, "float32", "float32"),
+        ("arm", 0, "bfloat16", "bfloat16"),
     ],
 )
-def test_a_cpu_decodes_in_the_faster_of_both_types(tmp_path, monkeypatch, told, least, dtype):
+def test_a_cpu_takes_the_products_of_a_part_in_the_faster_type(
+    tmp_path, monkeypatch, told, large, lm_dtype, flow_dtype
+):
     folder = shutil.copytree(tiny_model.shared(), tmp_path / "model")
     values = json.loads((folder / "config.json").read_text())
-    values["components"]["lm"]["config"]["dtype"] = "bfloat16"
+    for name in ("lm", "flow"):
+        values["components"][name]["config"]["dtype"] = "bfloat16"
     (folder / "config.json").write_text(json.dumps(values))
     monkeypatch.setattr(programs, "_instructions", lambda: told)
-    monkeypatch.setattr(synthesis, "BFLOAT16_FROM", least)
+    monkeypatch.setattr(synthesis, "LARGE", large)
     made = synthesis.load(folder)
-    assert made._parts["lm"].config.dtype == dtype
-    assert made._decode_weights.layers[0]["down"].dtype == dtype
+    assert [made._parts[name].config.dtype for name in ("lm", "flow")] == [lm_dtype, flow_dtype]
+    assert made._decode_weights.layers[0]["down"].dtype == lm_dtype
 
 
 def test_a_batch_gives_each_request_what_it_gets_alone(made):
