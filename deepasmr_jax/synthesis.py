@@ -42,7 +42,7 @@ COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
 LARGE = 100_000_000  # parameters of a part whose type of products follows the processor
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
-# shortest padded lengths; the others are these times powers of two
+# shortest padded lengths; the others are these times powers of two, of the flow also 1.5 times these
 TEXT_BASE, TOKEN_BASE, NEW_BASE = 32, 64, 128
 
 
@@ -800,7 +800,7 @@ class Synthesizer:
                 if (frames := self._num_frames(len(tokens_of((j, c))))) > (most := len(self.flow_noise)):
                     j.error = f"clip and speech have {frames} frames, the fixed noise of the flow {most}; shorten them"
             rows = [row for row in rows if not row[0].error]
-        for size, group in self._groups(rows, lambda row: _padded(len(tokens_of(row)), TOKEN_BASE)):
+        for size, group in self._groups(rows, lambda row: _padded_finely(len(tokens_of(row)), TOKEN_BASE)):
             with _clock_all([r[0].timings for r in group], "flow_s"):
                 num_frames = self._num_frames(size)
                 batch = _stack(
@@ -1090,6 +1090,12 @@ def _padded(size: int, base: int) -> int:
     while base < size:
         base *= 2
     return base
+
+
+def _padded_finely(size: int, base: int) -> int:
+    """The least base * 2^k or base * 1.5 * 2^k that is at least `size`: for the flow, most of a request's time."""
+    whole = _padded(size, base)
+    return whole if size > whole * 3 // 4 or whole == base else whole * 3 // 4
 
 
 def _pad(x: np.ndarray, size: int, value: float = 0) -> np.ndarray:

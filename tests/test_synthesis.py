@@ -356,6 +356,8 @@ def test_the_random_draws_depend_on_seed_and_chunk_and_stage_but_not_on_the_plac
 
 def test_padded_sizes_are_a_base_times_powers_of_two():
     assert [synthesis._padded(n, 64) for n in (1, 64, 65, 128, 129, 1000)] == [64, 64, 128, 128, 256, 1024]
+    sizes = {1: 64, 64: 64, 65: 96, 96: 96, 97: 128, 129: 192, 193: 256, 769: 1024, 768: 768}
+    assert {n: synthesis._padded_finely(n, 64) for n in sizes} == sizes
 
 
 @pytest.mark.parametrize(
