@@ -1,7 +1,6 @@
 """Speech tokens from the language model: its weights as decoding wants them, cache, sampling, and the loop over tokens.
 
-Three programs make a batch of rows: input vectors, one layer over them (run once for each layer), the loop over new
-tokens. The network and its sequence are those of `lm.py`; sampling and its defaults match the public CosyVoice2
+The network and its sequence are those of `lm.py`; sampling and its defaults match the public CosyVoice2
 release (CosyVoice 2, Du et al., 2024, section 2.3).
 
 Letters: B rows, N positions, S cache length, H query heads, K key/value heads, E head size, D width,
@@ -20,7 +19,7 @@ from jax.sharding import PartitionSpec
 from deepasmr_jax import lm, nn, programs, sharding
 from deepasmr_jax.sharding import spec
 
-FEW_ROWS = 32  # float32 rows up to which a CPU has the weights on the left: faster at 1 to 32, slower at 150
+FEW_ROWS = 32  # float32 rows up to which a CPU has the weights on the left: faster at 2 to 32, slower at 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +193,7 @@ def _product(x: jax.Array, kernel: jax.Array, cfg: lm.Config, out_sharding: Part
     """[B, N, in] times a `_stored` kernel: [B, N, out] float32.
 
     Rows and positions are one axis in between: with two, XLA turns the kernel back before the product. On a
-    CPU the kernel is the left operand of up to `FEW_ROWS` float32 rows: faster by up to 2.7 times (docs/speed.md).
+    CPU the kernel is the left operand of up to `FEW_ROWS` float32 rows: up to twice as fast (docs/speed.md).
     """
     rows, _, last = nn.axes_of(x)
     if x.shape[0] * x.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""Speech language model: the network over text ids and 25 Hz speech tokens, and its losses; `decoding.py` speaks.
+"""Speech language model: the network over text ids and 25 Hz speech tokens, and its losses; `decoding.py` draws tokens.
 
 A Qwen2.5-style decoder (RMS norm, grouped-query attention with q/k/v bias, rotary positions, SwiGLU) with the
 backbone's text table, a speech table and a speech head, in the sequence layout of CosyVoice2:

@@ -40,9 +40,10 @@ from deepasmr_jax.request import (
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
-LARGE = 100_000_000  # parameters of a part whose type of products follows the processor
+LARGE_PARAMS = 100_000_000  # parameters from which a part's types follow the processor
+TYPES = ("dtype", "attention_dtype", "activation_dtype")  # fields of a Config: float32 or bfloat16
 PAUSE_S = {"normal": 0.25, "asmr": 0.4}  # between the chunks of a long text
-# shortest padded lengths; the others are these times powers of two, of the flow also 1.5 times these
+# shortest padded lengths; the others are these times 2^k, of the flow also times 1.5 * 2^k
 TEXT_BASE, TOKEN_BASE, NEW_BASE = 32, 64, 128
 
 
@@ -243,10 +244,10 @@ class Synthesizer:
         self.folder, self.config, self.max_batch = folder, config, max_batch
         self.mel_config = audio.mel_profile(config["mel_profile"])
         self.sample_rate = self.mel_config.sample_rate
-        own_lm = _Part(folder, "lm", config)  # the largest first: for a moment it is there twice
-        self._decode_weights = decoding.unstack(own_lm.module, own_lm.config)
-        own_lm.module = None  # decoding has its own copy of the weights, unstacked
-        self._parts = {name: own_lm if name == "lm" else _Part(folder, name, config) for name in COMPONENTS}
+        lm_part = _Part(folder, "lm", config)  # the largest first: for a moment it is there twice
+        self._decode_weights = decoding.unstack(lm_part.module, lm_part.config)
+        lm_part.module = None  # decoding has its own copy of the weights, unstacked
+        self._parts = {name: lm_part if name == "lm" else _Part(folder, name, config) for name in COMPONENTS}
         made_for = getattr(self._parts["vocoder"].config, "mel_profile", self.mel_config.name)
         if made_for != self.mel_config.name:
             raise ValueError(
@@ -956,20 +957,22 @@ class _Part:
         self.file = checkpoint.model_file(entry["module"])
         self.module, self.config = checkpoint.load_component(folder, name)
         if _is_faster_in_float32(name, entry["num_params"]):
-            self.config = dataclasses.replace(self.config, dtype="float32")
+            types = {f.name: "float32" for f in dataclasses.fields(self.config) if f.name in TYPES}
+            self.config = dataclasses.replace(self.config, **types)
         if hasattr(self.file, "stacked"):
             self.module = self.file.stacked(self.module)
 
 
 def _is_faster_in_float32(name: str, num_params: int) -> bool:
-    """Whether the products of a part are taken in float32 here, whatever its Config says.
+    """Whether a part is computed in float32 here, whatever its Config says.
 
-    On a CPU that has none of bfloat16, a large part's are faster so, for more memory (docs/speed.md). A small language
-    model is faster so on any CPU; other small parts are left in the type in which the built-in model was measured.
+    On a CPU without products of bfloat16 a large part is faster so, and takes more memory once it is loaded
+    (docs/speed.md). A small language model is faster so on any CPU; other small parts are left in the types in which
+    the built-in model was measured.
     """
     if jax.default_backend() != "cpu":
         return False
-    return not programs.has_bfloat16_products() if num_params >= LARGE else name == "lm"
+    return not programs.has_bfloat16_products() if num_params >= LARGE_PARAMS else name == "lm"
 
 
 @programs.kept("settings", "mel_config")
@@ -1094,8 +1097,8 @@ def _padded(size: int, base: int) -> int:
 
 def _padded_finely(size: int, base: int) -> int:
     """The least base * 2^k or base * 1.5 * 2^k that is at least `size`: for the flow, most of a request's time."""
-    whole = _padded(size, base)
-    return whole if size > whole * 3 // 4 or whole == base else whole * 3 // 4
+    octave = _padded(size, base)
+    return octave if octave == base or size > octave * 3 // 4 else octave * 3 // 4
 
 
 def _pad(x: np.ndarray, size: int, value: float = 0) -> np.ndarray:

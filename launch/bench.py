@@ -180,7 +180,7 @@ class Bench:
 
 
 def median_seconds(function, *arrays, times: int = 7) -> float:
-    """Of a function under jit."""
+    """Median seconds of `times` calls of a function under jit, after `DROPPED` calls that do not count."""
     run, seconds = jax.jit(function), []
     for _ in range(DROPPED + times):
         began = time.perf_counter()
@@ -337,7 +337,7 @@ def measure_lm(bench: Bench, cfg: lm.Config) -> list[tuple]:
 def measure_products(bench: Bench) -> None:
     """Few rows times the large matrices of a layer of the language model, by side and layout of the weights."""
     cfg, whole = model_config("lm", bench.args.size), PartitionSpec(None, None)
-    columns = ("matrix", "side", "rows", "ms to read the weights", "weights right, [in, out]")
+    columns = ("matrix", "type", "rows", "ms to read the weights", "weights right, [in, out]")
     columns += ("weights right, [out, in]", "weights left, [out, in]")
     table, (_, bandwidth) = [], ceilings()
 
@@ -370,7 +370,7 @@ def measure_products(bench: Bench) -> None:
                     1e3 * median_seconds(functools.partial(chain, way), x, weights, times=40)
                     for way, weights in zip(kinds, (stored, turned, turned), strict=True)
                 ]
-                table.append((f"{size[0]} x {size[1]}", f"JAX {kind}", str(rows), least, *found))
+                table.append((f"{size[0]} x {size[1]}", kind, str(rows), least, *found))
     bench.table(f"{PRODUCTS} products in a row, ms, medians of 40", " | ".join(columns), table)
 
 

@@ -38,8 +38,8 @@ if not absl.flags.FLAGS.is_parsed():
 
 # files that take longest, first: two workers take whole files, and one that comes last keeps the other waiting
 SLOWEST = (
-    "train notebooks flow_cosyvoice2 lm flow two_processes kills speech_tokenizer synthesis convert nn recognizer "
-    "vocoder_istft speaker vocoder samples plan precision"
+    "train notebooks flow_cosyvoice2 lm decoding flow two_processes kills speech_tokenizer synthesis convert nn "
+    "recognizer vocoder_istft speaker vocoder samples plan precision"
 )
 
 

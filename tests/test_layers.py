@@ -17,7 +17,7 @@ LAYERS = [
     {"ode", "vocoder_parts"},
     {"speech_tokenizer", "lm", "flow", "flow_cosyvoice2", "vocoder", "vocoder_istft", "vocoder_hift"}
     | {"speaker", "speaker_campplus", "speaker_wavlm", "recognizer"},
-    {"input_pipeline", "checkpoint", "pool"},
+    {"input_pipeline", "checkpoint", "pool", "decoding"},
     {"judges", "samples", "public_files"},
     {"train", "synthesis", "evaluate"},
     {"batch", "demo", "convert", "doctor", "data_check", "plan"},

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -73,13 +74,14 @@ def test_a_cpu_takes_the_products_of_a_part_in_the_faster_type(
 ):
     folder = shutil.copytree(tiny_model.shared(), tmp_path / "model")
     values = json.loads((folder / "config.json").read_text())
-    for name in ("lm", "flow"):
-        values["components"][name]["config"]["dtype"] = "bfloat16"
+    for name, fields in (("lm", ("dtype",)), ("flow", synthesis.TYPES)):
+        values["components"][name]["config"] |= dict.fromkeys(fields, "bfloat16")
     (folder / "config.json").write_text(json.dumps(values))
     monkeypatch.setattr(programs, "_instructions", lambda: told)
-    monkeypatch.setattr(synthesis, "LARGE", large)
+    monkeypatch.setattr(synthesis, "LARGE_PARAMS", large)
     made = synthesis.load(folder)
-    assert [made._parts[name].config.dtype for name in ("lm", "flow")] == [lm_dtype, flow_dtype]
+    assert made._parts["lm"].config.dtype == lm_dtype
+    assert {getattr(made._parts["flow"].config, name) for name in synthesis.TYPES} == {flow_dtype}
     assert made._decode_weights.layers[0]["down"].dtype == lm_dtype
 
 
@@ -354,10 +356,25 @@ def test_the_random_draws_depend_on_seed_and_chunk_and_stage_but_not_on_the_plac
     assert len({k.tobytes() for k in keys}) == 8
 
 
-def test_padded_sizes_are_a_base_times_powers_of_two():
+def test_padded_sizes_are_a_base_times_powers_of_two_and_for_the_flow_half_octaves():
     assert [synthesis._padded(n, 64) for n in (1, 64, 65, 128, 129, 1000)] == [64, 64, 128, 128, 256, 1024]
     sizes = {1: 64, 64: 64, 65: 96, 96: 96, 97: 128, 129: 192, 193: 256, 769: 1024, 768: 768}
     assert {n: synthesis._padded_finely(n, 64) for n in sizes} == sizes
+
+
+@pytest.mark.parametrize("num_tokens, padded", [(60, 64), (70, 96), (100, 128), (150, 192)])
+def test_the_flow_is_given_rows_of_a_half_octave(made, monkeypatch, num_tokens, padded):
+    seen, sample = [], made._parts["flow"].file.sample
+
+    def watched(model, cfg, speech_tokens, *rest, **settings):
+        seen.append(speech_tokens.shape[1])
+        return sample(model, cfg, speech_tokens, *rest, **settings)
+
+    file = types.SimpleNamespace(**vars(made._parts["flow"].file) | {"sample": watched})
+    monkeypatch.setattr(made._parts["flow"], "file", file)
+    clip = made.read_clip(tiny_model.buzz(), tiny_model.RATE, voice_style="normal")
+    made.speak_tokens([ask()], [np.zeros(num_tokens - len(clip.tokens), np.int32)])
+    assert seen == [padded]
 
 
 @pytest.mark.parametrize(
