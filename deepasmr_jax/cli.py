@@ -392,7 +392,7 @@ def _pool_build(args) -> None:
             f"{len(args.asmr_text)} --asmr-text for {len(args.asmr_sample)} --asmr; give one for each, in order"
         )
     recordings = _recordings(args)
-    from deepasmr_jax import pool, synthesis
+    from deepasmr_jax import pool, pool_building, synthesis
 
     for i, name in enumerate(args.asmr_sample):
         sample = request.check_clip_file(name)
@@ -408,7 +408,8 @@ def _pool_build(args) -> None:
         language = text_lib.detect_language(text)
         recordings.append(pool.Recording(sample.stem, sample, text, "asmr", language, licence=args.licence))
     synthesizer = synthesis.load(args.model, with_pool=False)
-    made = synthesizer.build_pool(
+    made = pool_building.build(
+        synthesizer,
         recordings,
         synthesize_asmr=bool(args.asmr_sample),
         seed=seed,
@@ -422,10 +423,10 @@ def _pool_add(args) -> None:
     target = _pool_output(args.to)
     recordings = _recordings(args)
     _check_model(args)
-    from deepasmr_jax import synthesis
+    from deepasmr_jax import pool_building, synthesis
 
     synthesizer = synthesis.load(args.model, target)  # refuses a pool that another model made
-    new = synthesizer.pool.add(*(synthesizer.entry(r) for r in recordings))
+    new = synthesizer.pool.add(*(pool_building.entry(synthesizer, r) for r in recordings))
     _save_pool(synthesizer, new, target)
     print(f"{target}: {len(recordings)} added, {len(new)} entries in all")
 
@@ -441,8 +442,10 @@ def _pool_output(path) -> Path:
 
 def _save_pool(synthesizer, made, path: Path) -> None:
     """Writes a pool file; where it is the model's own, config.json learns of it."""
+    from deepasmr_jax import pool_building
+
     if path.resolve() == (synthesizer.folder / request.POOL_FILE).resolve():
-        synthesizer.keep_pool(made)
+        pool_building.keep(synthesizer, made)
     else:
         made.save(path)
 

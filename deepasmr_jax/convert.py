@@ -235,10 +235,10 @@ def _settle(folder: Path) -> None:
 
 
 def _adopt_pool(folder: Path) -> None:
-    from deepasmr_jax import synthesis
+    from deepasmr_jax import pool_building, synthesis
 
     built_in, model = synthesis.load(), synthesis.load(folder)
-    model.keep_pool(model.adopt_pool(built_in))
+    pool_building.keep(model, pool_building.adopt(model, built_in))
 
 
 def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:

@@ -3,7 +3,7 @@
 An entry holds what the language model and the flow need to use it as a prompt (transcript, tokens, mel) and
 the speaker embedding that retrieval compares. A pool is one safetensors file: arrays, and JSON in its
 metadata; no pickle. Two ways to fill it (DeepASMR, section 3.3): the paper's, 50 normal voices and 50 ASMR
-entries that our own model makes from one good ASMR sample and each normal voice (`synthesis.build_pool`); or
+entries that our own model makes from one good ASMR sample and each normal voice (`pool_building.build`); or
 recordings with transcripts, which `read_recordings` lists.
 
 Letters: N tokens, T frames, M mel bins, E embedding.

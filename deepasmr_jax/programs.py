@@ -37,6 +37,20 @@ _all: "weakref.WeakSet[Program]" = weakref.WeakSet()
 _folder: Path | None = None
 
 
+def use_cache() -> None:
+    """Keeps compiled programs on disk for a quick second start; DEEPASMR_CACHE moves them, "off" stops it."""
+    place = os.environ.get("DEEPASMR_CACHE", os.path.join("~", ".cache", "deepasmr", "xla"))
+    if place == "off" or jax.config.jax_compilation_cache_dir:
+        return
+    folder = Path(place).expanduser()
+    keep_in(folder / "programs")
+    with contextlib.suppress(OSError):  # a home that cannot be written is no reason to fail
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def keep_in(folder: str | os.PathLike | None) -> None:
     """From now on programs are read from `folder` and written to it; None: they are compiled in each process.
 
@@ -62,6 +76,42 @@ def forget() -> None:
     """Drops the programs in memory, not those on disk."""
     for program in list(_all):
         program.loaded.clear()
+
+
+@contextlib.contextmanager
+def clock(timings: dict[str, float], name: str):
+    """Adds the seconds spent inside to timings[name], those of compilation to timings["compile_s"]."""
+    spans: list[tuple[float, float]] = []
+
+    def on_event(event: str, seconds: float, **_):
+        # tracing, lowering, compiling, or reading it from disk
+        if event.startswith("/jax/core/compile/") or event == READ_EVENT:
+            now = time.perf_counter()
+            spans.append((now - seconds, now))
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_event)
+        spent, compile_s, reached = time.perf_counter() - start, 0.0, start
+        for first, last in sorted(spans):  # one may lie inside another
+            compile_s += max(last - max(first, reached), 0.0)
+            reached = max(reached, last)
+        timings[name] = timings.get(name, 0.0) + max(spent - compile_s, 0.0)
+        timings["compile_s"] = timings.get("compile_s", 0.0) + compile_s
+
+
+@contextlib.contextmanager
+def clock_all(each: list[dict[str, float]], name: str):
+    """`clock` for a group: every row gets its share."""
+    total: dict[str, float] = {}
+    with clock(total, name):
+        yield
+    for timings in each:
+        for key, seconds in total.items():
+            timings[key] = timings.get(key, 0.0) + seconds / len(each)
 
 
 def kept(*static: str) -> Callable[[Callable], "Program"]:

@@ -8,35 +8,24 @@ the whispered pool entry whose voice is nearest (DeepASMR, sections 3.2 and 3.3)
 Letters: B rows, N tokens, T frames, M mel bins, W samples.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
-import jax.monitoring
 import numpy as np
 
-from deepasmr_jax import audio, checkpoint, decoding, files, page, pool, programs, sharding, weight_files
+from deepasmr_jax import audio, checkpoint, decoding, pool, programs, sharding
 from deepasmr_jax import clip as clip_lib
 from deepasmr_jax import config as config_lib
 from deepasmr_jax import text as text_lib
-from deepasmr_jax.request import (
-    MAX_PASSES,
-    MAX_SEED,
-    POOL_FILE,
-    STYLES,
-    Request,
-    check_model,
-    check_output,
-    from_row,
-)
+from deepasmr_jax.request import MAX_PASSES, POOL_FILE, STYLES, Request, check_model, from_row
+from deepasmr_jax.results import Failure, Result, join_chunks
 
 COMPONENTS = ("speech_tokenizer", "speaker", "lm", "flow", "vocoder")
 MIN_CHUNK_TOKENS = 5  # 0.2 s: less than that is no speech
@@ -75,97 +64,6 @@ def _tokens(prompt: Clip | pool.Entry | None) -> np.ndarray:
     if prompt is None:
         return np.zeros(0, np.int32)
     return prompt.tokens if isinstance(prompt, Clip) else prompt.speech_tokens
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a request gave.
-
-    Attributes:
-        audio: [W] float32 in [-1, 1].
-        sample_rate: Hz.
-        tokens: [N] int32 speech tokens, 25 Hz, chunks joined.
-        mel: [T, M] float32 log-mel of the spoken part, chunks joined.
-        request: what was asked for; with its seed it reproduces the audio.
-        task: "N2A", "A2N", "N2N" or "A2A": style of the clip, style of the output.
-        language: "en" or "zh".
-        prompt: name of the pool entry that gave style and rhythm, "self" for the clip, "none" for nobody.
-        prompt_similarity: cosine of speaker embeddings of clip and prompt; nan if not compared.
-        notes: sentences about what was changed or guessed.
-        timings: seconds per stage (`clip_s`, `lm_s`, `flow_s`, `vocoder_s`), `compile_s` apart; in a batch
-            the request's share of its group.
-    """
-
-    audio: np.ndarray
-    sample_rate: int
-    tokens: np.ndarray
-    mel: np.ndarray
-    request: Request
-    task: str
-    language: str
-    prompt: str
-    prompt_similarity: float
-    notes: tuple[str, ...]
-    timings: dict[str, float]
-
-    @property
-    def duration_s(self) -> float:
-        """Seconds of audio."""
-        return len(self.audio) / self.sample_rate
-
-    @property
-    def seed(self) -> int:
-        """The seed of the request."""
-        return self.request.seed
-
-    def save(self, path: str | os.PathLike) -> Path:
-        """Writes 16-bit audio, whole or not at all; see `audio.save`.
-
-        Raises:
-            ValueError: if the name does not end in .wav or .flac, or nothing can be written there.
-        """
-        path = check_output(path, (".wav", ".flac"))
-        audio.save(path, self.audio, self.sample_rate)
-        return path
-
-    def picture(self) -> bytes:
-        """The spectrogram as a PNG file."""
-        return page.picture(self.audio, self.sample_rate)
-
-    def facts(self) -> dict:
-        """What is worth keeping beside the audio, ready for JSON."""
-        similarity = round(self.prompt_similarity, 4) if np.isfinite(self.prompt_similarity) else None
-        return {
-            "text": self.request.text,
-            "task": self.task,
-            "style": self.request.style,
-            "language": self.language,
-            "seed": self.seed,
-            "refine": self.request.refine,
-            "prompt": self.prompt,
-            "prompt_similarity": similarity,
-            "duration_s": round(self.duration_s, 3),
-            "timings": {k: round(v, 3) for k, v in self.timings.items()},
-            "notes": list(self.notes),
-        }
-
-    def __repr__(self) -> str:
-        return (
-            f"Result({self.task}, {self.duration_s:.2f} s at {self.sample_rate} Hz, {self.language!r}, "
-            f"prompt {self.prompt!r}, seed {self.seed}, text {self.request.text!r})"
-        )
-
-    def _repr_html_(self) -> str:
-        row = page.Row(self.task, "", self.request.text, self.audio, self.sample_rate)
-        return f'<div style="max-width: 40rem">{page.player(row)}</div>'
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A request of a batch that gave no audio; `error` says in one sentence why."""
-
-    request: Request | dict
-    error: str
 
 
 @dataclass
@@ -208,7 +106,7 @@ def load(
         ValueError: if the folder or one of its files is missing or damaged; the message names it.
     """
     folder = check_model(model)
-    _use_compilation_cache()
+    programs.use_cache()
     sharding.ensure_mesh()
     try:
         return Synthesizer(folder, pool_file, with_pool=with_pool)
@@ -357,7 +255,7 @@ class Synthesizer:
             if number:
                 for j in now:  # the output becomes the voice; the task prompt and the tokens stay
                     try:
-                        with _clock(j.timings, "clip_s"):
+                        with programs.clock(j.timings, "clip_s"):
                             j.clip = self.read_clip(j.wav, self.sample_rate, voice_style=j.request.style)
                     except ValueError as e:
                         j.error = (
@@ -365,7 +263,7 @@ class Synthesizer:
                         )
             self._sound([j for j in now if not j.error], number)
         for j in jobs:
-            results[j.place] = Failure(j.request, j.error) if j.error else self._result(j)
+            results[j.place] = self._result(j)
         return results
 
     def read_clip(
@@ -473,150 +371,25 @@ class Synthesizer:
             job.tokens = [tokens]
             jobs.append(job)
         self._sound(jobs, 0)
-        return [Failure(j.request, j.error) if j.error else self._result(j) for j in jobs]
+        return [self._result(j) for j in jobs]
 
-    def entry(self, recording: pool.Recording) -> pool.Entry:
-        """A pool entry of a recording; ValueError if it cannot be read or is longer than `clip.MAX_DURATION_S`."""
-        notes: list[str] = []
-        try:
-            clip = self.read_clip(
-                recording.audio,
-                voice_text=recording.transcript,
-                voice_language=recording.language,
-                voice_style=recording.style,
-                notes=notes,
-            )
-        except ValueError as e:
-            raise ValueError(f"recording {recording.name}: {e}") from None
-        if not clip.transcript:
-            raise ValueError(
-                f"recording {recording.name} is longer than {clip_lib.MAX_DURATION_S:g} s; cut it with its "
-                "transcript to 2 to 8 s"
-            )
-        provenance = {
-            "kind": recording.kind,
-            "source": recording.audio.name,
-            "sha256": weight_files.sha256(recording.audio),
-        }
-        return _entry(recording, clip, provenance | _licence(recording.licence))
-
-    def build_pool(
-        self,
-        recordings: Sequence[pool.Recording],
-        *,
-        synthesize_asmr: bool = True,
-        seed: int = 0,
-        progress: Callable[[str], None] | None = None,
-    ) -> pool.Pool:
-        """A pool from recordings; its ASMR half can be synthesised as in the paper.
+    def speak_prompted(
+        self, requests: Sequence[Request], voices: Sequence[Clip], prompts: Sequence[pool.Entry]
+    ) -> list[Result | Failure]:
+        """Speaks, in one pass, requests whose clips are analysed already and whose task prompts are given.
 
         Args:
-            recordings: normal ones and ASMR ones, of any number; the paper has 50 normal ones.
-            synthesize_asmr: True: the one ASMR recording of each language is the task prompt, each normal
-                recording the voice, and this model speaks the normal recording's sentence: one ASMR entry for
-                each normal one. The prompt itself is no entry. False: every recording becomes an entry.
-            seed: of the synthesis; entry i uses seed + i, going on with 0 after 2^32 - 1.
-            progress: called with a short sentence per stage.
-
-        Raises:
-            ValueError: if a recording cannot be used, or an ASMR sample is wanted and missing, or there are two
-                of one language.
-
-        Source: DeepASMR, section 3.3.
+            requests: text, style, seed and language; what they say of the voice and of the pool is not read.
+            voices: one for each.
+            prompts: one for each.
         """
-        say = progress or (lambda sentence: None)
-        say(f"reading {len(recordings)} recordings")
-        result = pool.Pool((), self.mel_config.name, self.config.get("name", self.folder.name))
-        if not synthesize_asmr:
-            return result.add(*(self.entry(r) for r in recordings))
-        normal = [r for r in recordings if r.style == "normal"]
-        samples: dict[str, pool.Recording] = {}
-        for r in recordings:
-            if r.style == "asmr" and (first := samples.setdefault(r.language, r)) is not r:
-                raise ValueError(
-                    f"the ASMR half is synthesised from one ASMR recording of a language; {first.name!r} and "
-                    f"{r.name!r} are both of {r.language!r}: leave one of them out"
-                )
-        if not samples or not normal:
-            raise ValueError(
-                "the ASMR half is synthesised from one ASMR recording and the normal ones; "
-                f"found {len(normal)} normal and {len(samples)} ASMR recordings: add what is missing"
-            )
-        entries = [self.entry(r) for r in normal]
-        prompts = {language: self.entry(r) for language, r in samples.items()}
-        prompt_of = lambda e: prompts.get(e.language) or next(iter(prompts.values()))
         jobs = []
-        for i, e in enumerate(entries):
-            prompt = prompt_of(e)
-            clip = Clip(e.speech_tokens, e.mel.astype(np.float32), e.speaker_embedding, "normal")
-            request = Request(
-                text=e.transcript,
-                voice=np.zeros(0),
-                voice_rate=self.sample_rate,
-                seed=(seed + i) % (MAX_SEED + 1),
-            )
-            jobs.append(self._job(i, request, e.language, clip, prompt.name, prompt, float("nan"), []))
-        say(f"speaking {len(jobs)} ASMR entries")
+        for place, (r, clip, prompt) in enumerate(zip(requests, voices, prompts, strict=True)):
+            language = r.language or text_lib.detect_language(r.text)
+            jobs.append(self._job(place, r, language, clip, prompt.name, prompt, float("nan"), []))
         self._speak(jobs)
         self._sound([j for j in jobs if not j.error], 0)
-        result = result.add(*entries)
-        for j, e in zip(jobs, entries, strict=True):
-            if j.error:
-                raise ValueError(f"pool entry {e.name}: {j.error}")
-            prompt = prompt_of(e)
-            clip = self.read_clip(j.wav, self.sample_rate, voice_style="asmr", notes=[])
-            name = f"{e.name}_asmr"
-            made = pool.Recording(name, Path(name), e.transcript, "asmr", e.language, dict(e.attributes))
-            provenance = {
-                "kind": "synthesis",
-                "model": self.config.get("name", self.folder.name),
-                "task_prompt": j.prompt_name,
-                "task_prompt_from": prompt.provenance,
-                "voice": e.name,
-                "seed": j.request.seed,
-            }
-            both = (e.licence, prompt.licence)
-            licence = checkpoint.strictest(both) if all(both) else ""
-            result = result.add(_entry(made, clip, provenance | _licence(licence)))
-        return result
-
-    def keep_pool(self, made: pool.Pool) -> None:
-        """Writes a pool as the model folder's own, and into config.json that it is there and under which licence."""
-        stated = [e.licence for e in made if e.licence]
-        facts = {"entries": len(made), "recordings": sum(e.is_real for e in made)}
-        if len(stated) < len(made):
-            facts["licence_not_stated"] = len(made) - len(stated)
-        facts |= _licence(checkpoint.strictest(stated) if stated else "")
-        values = checkpoint.read_config(self.folder)
-        values["provenance"] = values.get("provenance", {}) | {"pool": facts}
-        checkpoint.set_licence(values)
-        with files.atomic_path(self.folder / "config.json") as new:  # takes its name after the pool has
-            config_lib.write_json(new, values)
-            made.save(self.folder / POOL_FILE)
-        self.pool, self.config = made, values
-
-    def adopt_pool(self, other: "Synthesizer") -> pool.Pool:
-        """The pool of another model for this one: its sounds, copied by its vocoder, are heard by this model.
-
-        A pool holds what its own tokenizer, mel profile and speaker encoder made of a recording; another model
-        cannot use that. The copy has the bandwidth of the other model, and the licence of the original.
-        """
-        result = pool.Pool((), self.mel_config.name, self.config.get("name", self.folder.name))
-        entries = []
-        for e in other.pool:
-            wav = audio.resample(other.sound(e.mel), other.sample_rate, self.sample_rate)
-            clip = self.read_clip(
-                wav,
-                self.sample_rate,
-                voice_text=e.transcript,
-                voice_language=e.language,
-                voice_style=e.style,
-                notes=[],
-            )
-            made = pool.Recording(e.name, Path(e.name), e.transcript, e.style, e.language, dict(e.attributes))
-            heard = {"heard_from_pool_of": other.pool.speaker_model}
-            entries.append(_entry(made, clip, e.provenance | heard | _licence(e.licence)))
-        return result.add(*entries)
+        return [self._result(j) for j in jobs]
 
     def reading(self, request: Request) -> list[str]:
         """The chunks of a request's text as normalised, each followed by its symbols for the model."""
@@ -640,7 +413,7 @@ class Synthesizer:
         notes: list[str] = []
         language = request.language or text_lib.detect_language(request.text)
         timings: dict[str, float] = {}
-        with _clock(timings, "clip_s"):
+        with programs.clock(timings, "clip_s"):
             clip = self.read_clip(
                 request.voice,
                 request.voice_rate,
@@ -732,7 +505,7 @@ class Synthesizer:
         problems: dict[tuple, str] = {}
         for attempt in range(1 + self.redraw["attempts"]):
             for size, group in self._groups(rows, sizes):
-                with _clock_all([r[0].timings for r in group], "lm_s"):
+                with programs.clock_all([r[0].timings for r in group], "lm_s"):
                     drawn = self._draw(size, group, attempt)
                 for row, tokens in zip(group, drawn, strict=True):
                     j, c, _, _, most = row
@@ -802,7 +575,7 @@ class Synthesizer:
                     j.error = f"clip and speech have {frames} frames, the fixed noise of the flow {most}; shorten them"
             rows = [row for row in rows if not row[0].error]
         for size, group in self._groups(rows, lambda row: _padded_finely(len(tokens_of(row)), TOKEN_BASE)):
-            with _clock_all([r[0].timings for r in group], "flow_s"):
+            with programs.clock_all([r[0].timings for r in group], "flow_s"):
                 num_frames = self._num_frames(size)
                 batch = _stack(
                     {
@@ -842,7 +615,7 @@ class Synthesizer:
             return _padded(len(j.mels[c]), 2 * TOKEN_BASE), first  # styles of one config share a batch
 
         for (size, style), group in self._groups(rows, vocoder_sizes):
-            with _clock_all([r[0].timings for r in group], "vocoder_s"):
+            with programs.clock_all([r[0].timings for r in group], "vocoder_s"):
                 batch = _stack(
                     {"mel": _pad(j.mels[c], size), "lengths": np.int32(len(j.mels[c]))} for j, c in group
                 )
@@ -854,13 +627,15 @@ class Synthesizer:
             if not j.error:
                 style = j.request.style
                 gain = 10 ** (self.output_gain_db.get(style, 0.0) / 20) / j.clip.gain
-                whole = _join(wavs[id(j)], self.sample_rate, PAUSE_S[style]) * gain
+                whole = join_chunks(wavs[id(j)], self.sample_rate, PAUSE_S[style]) * gain
                 if not np.isfinite(whole).all():
                     j.error = "the vocoder gave samples that are not finite; try another seed"
                 j.wav = np.clip(whole, -1.0, 1.0).astype(np.float32)
 
-    def _result(self, job: _Job) -> Result:
+    def _result(self, job: _Job) -> Result | Failure:
         """Hop 6."""
+        if job.error:
+            return Failure(job.request, job.error)
         letters = {"normal": "N", "asmr": "A"}
         return Result(
             audio=job.wav,
@@ -1008,25 +783,6 @@ def _keys(seeds: jax.Array, chunks: jax.Array, stage: int) -> jax.Array:
     return jax.vmap(one)(seeds, chunks)
 
 
-def _entry(recording: pool.Recording, clip: Clip, provenance: dict) -> pool.Entry:
-    return pool.Entry(
-        name=recording.name,
-        style=recording.style,
-        language=recording.language,
-        transcript=recording.transcript,
-        speech_tokens=clip.tokens,
-        mel=clip.mel.astype(np.float16),
-        speaker_embedding=clip.embedding,
-        attributes=recording.attributes,
-        provenance=provenance,
-    )
-
-
-def _licence(licence: str) -> dict[str, str]:
-    """The entry of a provenance; none if it was not stated."""
-    return {"licence": licence} if licence else {}
-
-
 def _text_tokenizer(folder: Path, settings: dict):
     kind = settings.get("tokenizer", "mini")
     if kind == "mini":
@@ -1036,56 +792,6 @@ def _text_tokenizer(folder: Path, settings: dict):
     raise ValueError(
         f"the model in {folder} wants the text tokenizer {kind!r}; this version has mini and qwen"
     )
-
-
-def _use_compilation_cache() -> None:
-    """Keeps compiled programs on disk for a quick second start; DEEPASMR_CACHE moves them, "off" stops it."""
-    place = os.environ.get("DEEPASMR_CACHE", os.path.join("~", ".cache", "deepasmr", "xla"))
-    if place == "off" or jax.config.jax_compilation_cache_dir:
-        return
-    folder = Path(place).expanduser()
-    programs.keep_in(folder / "programs")
-    with contextlib.suppress(OSError):  # a home that cannot be written is no reason to fail
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-@contextlib.contextmanager
-def _clock(timings: dict[str, float], name: str):
-    """Adds the seconds spent inside to timings[name], those of compilation to timings["compile_s"]."""
-    spans: list[tuple[float, float]] = []
-
-    def on_event(event: str, seconds: float, **_):
-        # tracing, lowering, compiling, or reading it from disk
-        if event.startswith("/jax/core/compile/") or event == programs.READ_EVENT:
-            now = time.perf_counter()
-            spans.append((now - seconds, now))
-
-    jax.monitoring.register_event_duration_secs_listener(on_event)
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(on_event)
-        spent, compile_s, reached = time.perf_counter() - start, 0.0, start
-        for first, last in sorted(spans):  # one may lie inside another
-            compile_s += max(last - max(first, reached), 0.0)
-            reached = max(reached, last)
-        timings[name] = timings.get(name, 0.0) + max(spent - compile_s, 0.0)
-        timings["compile_s"] = timings.get("compile_s", 0.0) + compile_s
-
-
-@contextlib.contextmanager
-def _clock_all(each: list[dict[str, float]], name: str):
-    """`_clock` for a group: every row gets its share."""
-    total: dict[str, float] = {}
-    with _clock(total, name):
-        yield
-    for timings in each:
-        for key, seconds in total.items():
-            timings[key] = timings.get(key, 0.0) + seconds / len(each)
 
 
 def _padded(size: int, base: int) -> int:
@@ -1119,50 +825,3 @@ def _stack(rows: Iterable[dict]) -> dict[str, np.ndarray]:
     count = _padded(len(rows), _rows_of_mesh())
     rows += rows[-1:] * (count - len(rows))
     return {name: np.stack([r[name] for r in rows]) for name in rows[0]}
-
-
-def _join(wavs: list[np.ndarray], sample_rate: int, pause_s: float) -> np.ndarray:
-    """Chunks one after the other with a pause between; 10 ms fades at the inner edges avoid clicks.
-
-    The pause is not silent: between two whispers that would sound as if the microphone were switched off.
-    """
-    if len(wavs) == 1:
-        return wavs[0]
-    fade = np.linspace(0, 1, round(0.01 * sample_rate), dtype=np.float32)
-    parts, tone = [], _room_tone(np.concatenate(wavs)[: 60 * sample_rate], sample_rate)
-    for i, wav in enumerate(wavs):
-        wav = np.array(wav, np.float32)
-        if i:
-            parts.append(tone(round(pause_s * sample_rate), seed=i))
-            wav[: len(fade)] *= fade[: len(wav)]
-        if i < len(wavs) - 1:
-            wav[-len(fade) :] *= fade[::-1][-len(wav) :]
-        parts.append(wav)
-    return np.concatenate(parts)
-
-
-def _room_tone(wav: np.ndarray, sample_rate: int) -> Callable[..., np.ndarray]:
-    """`tone(length, seed)`: [length] float32 noise with the spectrum of the quietest tenth of `wav` [W].
-
-    It is at least 30 dB below the loud parts. The spectrum is taken once, the noise differs from seed to seed.
-    """
-    size = 2 * round(0.016 * sample_rate)
-    if len(wav) < size:
-        return lambda length, seed: np.zeros(length, np.float32)
-    hop, window = size // 2, np.sin(np.pi * (np.arange(size) + 0.5) / size)
-    frames = np.lib.stride_tricks.sliding_window_view(np.asarray(wav, np.float64), size)[::hop]
-    power = np.abs(np.fft.rfft(frames * window)) ** 2 / np.sum(window**2)
-    energy = power.sum(axis=1)
-    quiet = power[energy <= np.percentile(energy, 10)].mean(axis=0)
-    quiet *= min(1.0, 1e-3 * np.percentile(energy, 90) / max(quiet.sum(), 1e-30))
-
-    def tone(length: int, seed: int) -> np.ndarray:
-        rng, count = np.random.default_rng(seed), length // hop + 2
-        noise = rng.normal(size=(2, count, len(quiet)))
-        made = np.fft.irfft((noise[0] + 1j * noise[1]) * np.sqrt(size * quiet / 2), size) * window
-        whole = np.zeros((count + 1) * hop)
-        for half in (0, 1):  # windows overlap by a half, their squares add up to 1
-            whole[half * hop : (half + count) * hop] += made[:, half * hop : (half + 1) * hop].reshape(-1)
-        return whole[hop : hop + length].astype(np.float32)
-
-    return tone

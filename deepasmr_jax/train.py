@@ -585,7 +585,10 @@ def _say(line: str) -> None:
 
 
 class _Stop:
-    """Why the run should end, set by SIGTERM, Ctrl-C or the clock; the second signal ends it at once."""
+    """Why the run should end, set by SIGTERM, Ctrl-C or the clock; a Ctrl-C after that ends it at once.
+
+    A second SIGTERM changes nothing: where a machine is taken away it may come from the system and from a launcher.
+    """
 
     def __init__(self, max_seconds: float | None):
         self.reason: str | None = None
@@ -607,9 +610,9 @@ class _Stop:
             signal.signal(number, handler)
 
     def _handle(self, number, _frame):
-        if self._signal is not None:
+        if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name
+        self._signal = self._signal or signal.Signals(number).name
 
     def due(self, step: int, is_old: bool = False) -> bool:
         """Whether to end before step `step + 1`; `saves` is set where the checkpoint is too old on some host.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command and keeps what it prints in a folder too, a file for each attempt: FOLDER/HOST-TIME.log. gke.sh uses it, as
-# pods of before a restart are gone, and their logs with them. A mounted bucket takes whole files: the log is copied each
+# Runs a command and keeps what it prints in a folder too, a file for each attempt: FOLDER/HOST-TIME.log. gke.sh and tpu_vm.sh
+# use it: pods of before a restart and machines that were taken away are gone, and their logs with them. A mounted bucket takes whole files: the log is copied each
 # minute (KEEP_SECONDS) and at the end. SIGTERM is handed on to the command, whose exit code is this script's.
 #
 #   bash launch/keep_log.sh FOLDER COMMAND ...
@@ -35,6 +35,6 @@ for _ in $(seq 50); do # what the command has left running may hold the log open
   kill -0 "$tee" 2>/dev/null || break
   sleep 0.1
 done
-kill "$copies" && wait "$copies" # a copy that is under way ends first, so that the last is the whole log
+kill "$copies" 2>/dev/null && wait "$copies" # a copy that is under way ends first, so that the last is the whole log
 keep || echo "the log could not be kept in $folder" >&2
 exit "$code"

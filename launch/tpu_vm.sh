@@ -6,7 +6,8 @@
 #   bash launch/tpu_vm.sh [--dry-run] install NAME          copies this checkout's HEAD and installs it on every worker
 #   bash launch/tpu_vm.sh [--dry-run] mount NAME            mounts the bucket BUCKET at /mnt/bucket on every worker
 #   bash launch/tpu_vm.sh [--dry-run] run NAME ARGUMENTS    python -m deepasmr_jax.train ARGUMENTS on every worker; again
-#                                                           after a failure, unless it would come again (exit code 2)
+#                                                           after a failure, unless it would come again (exit code 2).
+#                                                           With BUCKET (mounted) each attempt's log is kept in its logs/NAME
 #   bash launch/tpu_vm.sh [--dry-run] logs NAME             follows the first worker, which alone prints steps
 #   bash launch/tpu_vm.sh [--dry-run] collect NAME FOLDER   every worker's log, of all runs on this machine, as files; before
 #                                                           it is deleted
@@ -27,7 +28,7 @@ if [ "${1:-}" = "--dry-run" ]; then
   shift
 fi
 if [ $# -lt 2 ]; then
-  sed -n '2,19p' "$0" >&2
+  sed -n '2,20p' "$0" >&2
   exit 2
 fi
 what="$1" name="$2"
@@ -72,8 +73,9 @@ case "$what" in
     # where one worker fails the others end too, after JAX's heartbeat, and all join again. `stop` ends the loop
     loop='for try in $(seq 100); do echo "attempt $try of this run began $(date -u +%FT%TZ)"; "$@" && exit; [ $? = 2 ] && exit 2; sleep 30; done'
     # the address makes the program join the workers (sharding.start_hosts); JAX asks the VM for the rest
+    kept="${BUCKET:+bash launch/keep_log.sh /mnt/bucket/logs/$name}"
     on_all "cd deepasmr && JAX_COORDINATOR_ADDRESS=$first:8476 JAX_COMPILATION_CACHE_DIR=\$HOME/xla \
-nohup bash -c '$loop' train .venv/bin/python -m deepasmr_jax.train $arguments >>train.log 2>&1 </dev/null &"
+nohup bash -c '$loop' train $kept .venv/bin/python -m deepasmr_jax.train $arguments >>train.log 2>&1 </dev/null &"
     ;;
   logs) tpu ssh "$name" --worker=0 --command="tail -n 50 -f deepasmr/train.log" ;;
   collect)
@@ -88,7 +90,7 @@ nohup bash -c '$loop' train .venv/bin/python -m deepasmr_jax.train $arguments >>
       tpu scp "$name:deepasmr/train.log" "$folder/worker-$worker.log" "--worker=$worker"
     done
     ;;
-  stop) on_all "pkill -TERM -f '[d]eepasmr_jax.train'" ;;
+  stop) on_all "pkill -TERM -f '^(bash -c for try.*|[.]venv/bin/python -m )deepasmr_jax[.]train'" ;; # loop and training
   delete) tpu delete "$name" ;;
   *)
     echo "unknown command $what: create, install, mount, run, logs, collect, stop or delete" >&2

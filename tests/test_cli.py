@@ -22,8 +22,8 @@ from deepasmr_jax import (
     demo,
     evaluate,
     pool,
+    pool_building,
     recognizer,
-    synthesis,
     text,
     weight_files,
 )
@@ -403,7 +403,7 @@ def test_a_pool_is_built_extended_and_listed(tmp_path, capsys, monkeypatch):
 
         patch.setattr(Path, "write_bytes", fail)
         with pytest.raises(OSError, match="No space left"):
-            synthesis.Synthesizer.keep_pool(types.SimpleNamespace(folder=model), made)
+            pool_building.keep(types.SimpleNamespace(folder=model), made)
     assert before == {p: p.read_bytes() for p in model.iterdir() if p.is_file()}
     assert run(*add) == 0
     capsys.readouterr()

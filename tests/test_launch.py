@@ -1,9 +1,13 @@
 """The launch scripts' dry runs: what they would run, with arguments kept whole, and no tool of a platform needed."""
 
+import contextlib
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,6 +184,46 @@ def test_the_log_of_each_attempt_is_kept_while_it_runs_and_after_a_signal(tmp_pa
             done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
             assert done.returncode == code and ("could not be kept" in done.stderr) == (place != folder)
     assert (folder / "first.log").read_text() == began + said + rest
+
+
+@pytest.mark.skipif(not shutil.which("pkill"), reason="needs pkill (procps)")
+def test_a_tpu_vm_is_stopped_by_one_signal_and_its_log_is_in_the_bucket(tmp_path):
+    """With stand-ins for gcloud and the training; pkill sees the processes of this test alone."""
+    place = tmp_path / "deepasmr"
+    for folder in (tmp_path / "bin", place / ".venv" / "bin", place / "launch", place / "deepasmr_jax"):
+        folder.mkdir(parents=True)
+    (place / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    shutil.copy(LAUNCH / "keep_log.sh", place / "launch")
+    (place / "deepasmr_jax" / "train.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('told to stop', flush=True))\n"
+        "print(sys.argv[1:], flush=True)\nsignal.pause()\ntime.sleep(1)\nsys.exit(75)\n"
+    )
+    programs = {
+        "gcloud": """for x in "$@"; do case "$x" in --command=*)
+            x="${x#--command=}"$'\\n'wait; cd "$HOME" && bash -c "${x//\\/mnt\\/bucket/$HOME/bucket}";; esac; done""",
+        "pkill": f'exec {shutil.which("pkill")} "$1" --session 0 "${{@:2}}"',
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    own = ENVIRONMENT | {"PATH": f"{tmp_path / 'bin'}:{ENVIRONMENT['PATH']}", "HOME": str(tmp_path)}
+    own |= {"ZONE": "z", "BUCKET": "b", "script": str(LAUNCH / "tpu_vm.sh")}
+    both = """bash "$script" run n "$@" & until grep -qs two "$HOME/deepasmr/train.log"; do sleep 0.1; done
+        bash "$script" stop n; wait
+        until grep -qs told "$HOME"/bucket/logs/n/*; do sleep 0.1; done  # the last copy comes after the loop's end"""
+    command = ["bash", "-c", both, "both", *ARGUMENTS]
+    session = subprocess.Popen(command, env=own, cwd=tmp_path, start_new_session=True)
+    try:
+        assert session.wait(timeout=60) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(session.pid, signal.SIGKILL)
+    lines = (place / "train.log").read_text().splitlines()
+    assert lines[0].startswith("attempt 1 of this run") and lines[1].startswith("attempt on ")
+    assert lines[2:] == [str(ARGUMENTS), "told to stop"]  # one attempt, one signal
+    [log] = (tmp_path / "bucket" / "logs" / "n").glob("*.log")
+    assert log.read_text().splitlines() == lines[1:]
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch")))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, clip, pool, programs, sharding, synthesis
+from deepasmr_jax import audio, clip, pool, pool_building, programs, sharding, synthesis
 from deepasmr_jax.request import Request
 
 TEXT = "Close your eyes, and listen to the rain."
@@ -230,31 +230,6 @@ def test_another_attempt_draws_other_tokens_and_the_first_is_the_one_without_red
     assert not np.array_equal(made.batch([ask(seed=1)])[0].tokens, plain.tokens)
 
 
-def test_joined_chunks_fade_to_the_pause_and_keep_their_outer_edges():
-    joined = synthesis._join([np.ones(1000, np.float32)] * 3, 16000, 0.1)
-    assert len(joined) == 3000 + 2 * 1600 and joined[0] == 1 and joined[-1] == 1
-    assert joined[999] == 0 and joined[1000 + 1600] == 0 and np.abs(np.diff(joined)).max() < 0.1
-
-
-def test_a_pause_has_the_level_and_colour_of_the_quietest_part_of_the_speech_before_it():
-    rng = np.random.default_rng(0)
-    noise = np.convolve(rng.normal(size=64000), 0.9 ** np.arange(60), "same")  # more at low frequencies
-    weak = np.arange(64000) % 16000 < 4000  # a quarter is 40 dB down
-    wav = (noise * np.where(weak, 1e-3, 1e-1)).astype(np.float32)
-    tone = synthesis._room_tone(wav, 16000)(64000, seed=1)
-    colour = lambda x: np.corrcoef(x[1:], x[:-1])[0, 1]
-    assert tone.dtype == np.float32 and tone.shape == (64000,)
-    assert 0.7 < np.std(tone) / (1e-3 * np.std(noise)) < 1.1
-    assert colour(tone) == pytest.approx(colour(noise), abs=0.05)
-    parts = np.std(tone.reshape(-1, 1600), axis=1)
-    assert 0.6 < parts.min() / parts.max()
-    # without a pause in it: 30 dB below
-    steady = synthesis._room_tone(noise.astype(np.float32), 16000)(16000, seed=1)
-    assert np.std(steady) == pytest.approx(10**-1.5 * np.std(noise), rel=0.2)
-    assert not synthesis._room_tone(np.zeros(100, np.float32), 16000)(500, seed=1).any()
-    assert not synthesis._room_tone(np.zeros(2000, np.float32), 16000)(500, seed=1).any()
-
-
 def test_the_style_that_is_given_wins_over_the_detected_one(made):
     assert made.read_clip(tiny_model.hiss(), tiny_model.RATE).style == "asmr"
     assert made.read_clip(tiny_model.hiss(), tiny_model.RATE, voice_style="normal").style == "normal"
@@ -263,7 +238,7 @@ def test_the_style_that_is_given_wins_over_the_detected_one(made):
 
 def test_a_transcript_of_digits_is_of_the_language_that_is_given(made, tmp_path):
     audio.save(tmp_path / "one.wav", tiny_model.buzz(), tiny_model.RATE)
-    entry = made.entry(pool.Recording("one", tmp_path / "one.wav", "1 2 3", "normal", "zh"))
+    entry = pool_building.entry(made, pool.Recording("one", tmp_path / "one.wav", "1 2 3", "normal", "zh"))
     assert (entry.transcript, entry.language) == ("1 2 3", "zh")
     job = made._prepare(0, ask(voice_text="1 2 3", style="normal", voice_style="normal", language="en"))
     assert (job.prompt_name, job.clip.language) == ("self", "en")
@@ -318,33 +293,6 @@ def test_the_output_gain_of_a_style_changes_its_level_and_nothing_else(made, mon
     softer = made.batch([ask(seed=1), ask(seed=1, style="normal")])
     np.testing.assert_allclose(softer[0].audio, 10**-0.3 * as_is[0].audio, atol=1e-6)
     np.testing.assert_array_equal(softer[1].audio, as_is[1].audio)
-
-
-def test_the_pool_can_be_built_by_our_own_synthesis(made, tmp_path):
-    recordings = []
-    for name, wav, style in (
-        ("low", tiny_model.buzz(f0_hz=90.0), "normal"),
-        ("high", tiny_model.buzz(f0_hz=230.0), "normal"),
-        ("whisper", tiny_model.hiss(), "asmr"),
-    ):
-        audio.save(tmp_path / f"{name}.wav", wav, tiny_model.RATE)
-        recordings.append(pool.Recording(name, tmp_path / f"{name}.wav", "Good night.", style, "en"))
-    built = made.build_pool(recordings, seed=5)
-    assert [(e.name, e.style, e.is_real) for e in built] == [
-        ("low", "normal", True),
-        ("high", "normal", True),
-        ("low_asmr", "asmr", False),
-        ("high_asmr", "asmr", False),
-    ]
-    assert all(len(e.mel) == 2 * len(e.speech_tokens) and e.mel.dtype == np.float16 for e in built)
-    assert tiny_model.plain(built) == tiny_model.plain(made.build_pool(recordings, seed=5))
-    real = made.build_pool(recordings, synthesize_asmr=False)
-    assert [e.name for e in real] == ["low", "high", "whisper"] and all(e.is_real for e in real)
-    with pytest.raises(ValueError, match="found 0 normal"):
-        made.build_pool(recordings[2:])
-    second = dataclasses.replace(recordings[2], name="second")
-    with pytest.raises(ValueError, match="'whisper' and 'second' are both of 'en': leave one of them out"):
-        made.build_pool([*recordings, second])
 
 
 def test_the_random_draws_depend_on_seed_and_chunk_and_stage_but_not_on_the_place():

@@ -359,6 +359,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint_that_the_next_run_continues(folder
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # of the system, and of a launcher
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "(SIGTERM)" in out
     [step] = checkpoint.steps(tmp_path / "checkpoints")
@@ -768,6 +769,9 @@ def test_several_hosts_save_once_where_the_checkpoint_of_one_is_too_old(monkeypa
             stop.saved()
     assert saves == [6]
     stop._handle(signal.SIGTERM, None)
+    stop._handle(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGINT, None)
     assert [stop.due(step) for step in (12, 13)] == [False, True] and stop.is_signal
     monkeypatch.setattr(sharding, "greatest", lambda wish: 2)  # of a host whose time is over: all evaluate
     stop = train._Stop(None)
