@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deepasmr_jax import evaluate, files, request, synthesis
+from deepasmr_jax import evaluate, files, request, results, synthesis
 
 
 def to_folder(
@@ -64,7 +64,7 @@ def to_folder(
                 line = row | {"row": i, "asked": row}
                 if isinstance(row.get("voice"), str | os.PathLike):  # relative to where this was called
                     line["clip"] = str(Path(row["voice"]).absolute())
-                if isinstance(result, synthesis.Failure):
+                if isinstance(result, results.Failure):
                     failed.write(_json_line(line | {"error": result.error}))
                     counts[1] += 1
                     continue
@@ -110,10 +110,10 @@ def fingerprint(synthesizer: synthesis.Synthesizer) -> str:
     for e in synthesizer.pool:
         for part in (e.name.encode(), e.transcript.encode(), e.speech_tokens, e.mel, e.speaker_embedding):
             content = zlib.crc32(part, content)
-    return f"{synthesizer.config.get('name', synthesizer.folder.name)} {content:08x}"
+    return f"{synthesizer.name} {content:08x}"
 
 
-def _asked(number: int, row: dict, owners: dict[str, int]) -> request.Request | synthesis.Failure:
+def _asked(number: int, row: dict, owners: dict[str, int]) -> request.Request | results.Failure:
     """The request of a row of a list, checked before any work."""
     try:
         file = request.check_file_name(row.get("file", "unnamed.wav"))
@@ -121,7 +121,7 @@ def _asked(number: int, row: dict, owners: dict[str, int]) -> request.Request | 
             raise ValueError(f"the file name {file!r} is that of row {owners[file]} too; give another")
         return request.from_row(row, extras=True)
     except (ValueError, TypeError) as e:
-        return synthesis.Failure(row, str(e))
+        return results.Failure(row, str(e))
 
 
 def _json_line(line: dict) -> str:

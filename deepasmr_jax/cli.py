@@ -272,14 +272,14 @@ def _say(args) -> None:
     if out.resolve() == Path(args.voice).resolve():
         raise ValueError(f"the output {out} is the voice clip itself; choose another name")
     _check_model(args)
-    from deepasmr_jax import synthesis
+    from deepasmr_jax import results, synthesis
 
     synthesizer = synthesis.load(args.model, args.pool)
     if args.show_text:
         for line in synthesizer.reading(asked):
             print(line)
     result = synthesizer.batch([asked])[0]
-    if isinstance(result, synthesis.Failure):
+    if isinstance(result, results.Failure):
         raise ValueError(result.error)
     result.save(out)
     if picture:
@@ -426,7 +426,7 @@ def _pool_add(args) -> None:
     from deepasmr_jax import pool_building, synthesis
 
     synthesizer = synthesis.load(args.model, target)  # refuses a pool that another model made
-    new = synthesizer.pool.add(*(pool_building.entry(synthesizer, r) for r in recordings))
+    new = synthesizer.pool.add(*(pool_building.hear(synthesizer, r) for r in recordings))
     _save_pool(synthesizer, new, target)
     print(f"{target}: {len(recordings)} added, {len(new)} entries in all")
 
@@ -445,7 +445,7 @@ def _save_pool(synthesizer, made, path: Path) -> None:
     from deepasmr_jax import pool_building
 
     if path.resolve() == (synthesizer.folder / request.POOL_FILE).resolve():
-        pool_building.keep(synthesizer, made)
+        pool_building.keep(synthesizer.folder, made)
     else:
         made.save(path)
 

@@ -238,7 +238,7 @@ def _adopt_pool(folder: Path) -> None:
     from deepasmr_jax import pool_building, synthesis
 
     built_in, model = synthesis.load(), synthesis.load(folder)
-    pool_building.keep(model, pool_building.adopt(model, built_in))
+    pool_building.keep(folder, pool_building.adopt(model, built_in))
 
 
 def export_qwen2(model: str | os.PathLike, out: str | os.PathLike) -> Path:

@@ -15,7 +15,8 @@ import numpy as np
 
 from deepasmr_jax import audio
 from deepasmr_jax.request import Request
-from deepasmr_jax.synthesis import Failure, Synthesizer
+from deepasmr_jax.results import Failure
+from deepasmr_jax.synthesis import Synthesizer
 
 _WORDS = {"normal": "normal", "asmr": "whispered"}
 _LABELS = {"normal": "normal clip", "asmr": "ASMR clip"}

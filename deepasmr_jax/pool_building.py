@@ -15,8 +15,8 @@ from deepasmr_jax.results import Failure
 from deepasmr_jax.synthesis import Clip, Synthesizer
 
 
-def entry(synthesizer: Synthesizer, recording: pool.Recording) -> pool.Entry:
-    """A pool entry of a recording.
+def hear(synthesizer: Synthesizer, recording: pool.Recording) -> pool.Entry:
+    """The pool entry of a recording: what the model's tokenizer, mel profile and speaker encoder make of it.
 
     Raises:
         ValueError: if the recording cannot be read or is longer than `clip.MAX_DURATION_S`.
@@ -40,7 +40,7 @@ def entry(synthesizer: Synthesizer, recording: pool.Recording) -> pool.Entry:
         "source": recording.audio.name,
         "sha256": weight_files.sha256(recording.audio),
     }
-    return _entry(recording, clip, provenance, recording.licence)
+    return _to_entry(recording, clip, provenance, recording.licence)
 
 
 def build(
@@ -71,7 +71,7 @@ def build(
     say = progress or (lambda sentence: None)
     say(f"reading {len(recordings)} recordings")
     if not synthesize_asmr:
-        return _empty(synthesizer).add(*(entry(synthesizer, r) for r in recordings))
+        return _empty_pool(synthesizer).add(*(hear(synthesizer, r) for r in recordings))
     normal = [r for r in recordings if r.style == "normal"]
     samples: dict[str, pool.Recording] = {}
     for r in recordings:
@@ -85,8 +85,8 @@ def build(
             "the ASMR half is synthesised from one ASMR recording and the normal ones; "
             f"found {len(normal)} normal and {len(samples)} ASMR recordings: add what is missing"
         )
-    entries = [entry(synthesizer, r) for r in normal]
-    samples_heard = {language: entry(synthesizer, r) for language, r in samples.items()}
+    entries = [hear(synthesizer, r) for r in normal]
+    samples_heard = {language: hear(synthesizer, r) for language, r in samples.items()}
     prompts = [samples_heard.get(e.language) or next(iter(samples_heard.values())) for e in entries]
     voices = [Clip(e.speech_tokens, e.mel.astype(np.float32), e.speaker_embedding, "normal") for e in entries]
     requests = [
@@ -101,7 +101,7 @@ def build(
     ]
     say(f"speaking {len(entries)} ASMR entries")
     spoken = synthesizer.speak_prompted(requests, voices, prompts)
-    result = _empty(synthesizer).add(*entries)
+    result = _empty_pool(synthesizer).add(*entries)
     for e, prompt, made in zip(entries, prompts, spoken, strict=True):
         if isinstance(made, Failure):
             raise ValueError(f"pool entry {e.name}: {made.error}")
@@ -110,7 +110,7 @@ def build(
         source = pool.Recording(name, Path(name), e.transcript, "asmr", e.language, dict(e.attributes))
         provenance = {
             "kind": "synthesis",
-            "model": result.speaker_model,
+            "model": synthesizer.name,
             "task_prompt": prompt.name,
             "task_prompt_from": prompt.provenance,
             "voice": e.name,
@@ -118,7 +118,7 @@ def build(
         }
         both = (e.licence, prompt.licence)
         licence = checkpoint.strictest(both) if all(both) else ""
-        result = result.add(_entry(source, clip, provenance, licence))
+        result = result.add(_to_entry(source, clip, provenance, licence))
     return result
 
 
@@ -127,6 +127,13 @@ def adopt(synthesizer: Synthesizer, other: Synthesizer) -> pool.Pool:
 
     A pool holds what its own tokenizer, mel profile and speaker encoder made of a recording; another model
     cannot use that. The copy has the bandwidth of the other model, and the licence of the original.
+
+    Args:
+        synthesizer: the model that the pool is for.
+        other: the model whose pool it is.
+
+    Raises:
+        ValueError: if one of the sounds cannot be used, such as one that is too short for this model.
     """
     entries = []
     for e in other.pool:
@@ -140,33 +147,35 @@ def adopt(synthesizer: Synthesizer, other: Synthesizer) -> pool.Pool:
         )
         source = pool.Recording(e.name, Path(e.name), e.transcript, e.style, e.language, dict(e.attributes))
         heard = {"heard_from_pool_of": other.pool.speaker_model}
-        entries.append(_entry(source, clip, e.provenance | heard, e.licence))
-    return _empty(synthesizer).add(*entries)
+        entries.append(_to_entry(source, clip, e.provenance | heard, e.licence))
+    return _empty_pool(synthesizer).add(*entries)
 
 
-def keep(synthesizer: Synthesizer, made: pool.Pool) -> None:
-    """Writes a pool as the model folder's own, and into config.json that it is there and under which licence."""
+def keep(folder: Path, made: pool.Pool) -> None:
+    """Writes a pool as a model folder's own, and into its config.json that it is there and under which licence.
+
+    Raises:
+        OSError: if `pool.safetensors` or `config.json` cannot be written; both are then as they were.
+    """
     stated = [e.licence for e in made if e.licence]
     facts = {"entries": len(made), "recordings": sum(e.is_real for e in made)}
     if len(stated) < len(made):
         facts["licence_not_stated"] = len(made) - len(stated)
     facts |= _licence(checkpoint.strictest(stated) if stated else "")
-    values = checkpoint.read_config(synthesizer.folder)
+    values = checkpoint.read_config(folder)
     values["provenance"] = values.get("provenance", {}) | {"pool": facts}
     checkpoint.set_licence(values)
-    with files.atomic_path(synthesizer.folder / "config.json") as new:  # takes its name after the pool has
+    with files.atomic_path(folder / "config.json") as new:  # takes its name after the pool has
         config.write_json(new, values)
-        made.save(synthesizer.folder / POOL_FILE)
-    synthesizer.pool, synthesizer.config = made, values
+        made.save(folder / POOL_FILE)
 
 
-def _empty(synthesizer: Synthesizer) -> pool.Pool:
+def _empty_pool(synthesizer: Synthesizer) -> pool.Pool:
     """A pool of this model without entries."""
-    name = synthesizer.config.get("name", synthesizer.folder.name)
-    return pool.Pool((), synthesizer.mel_config.name, name)
+    return pool.Pool((), synthesizer.mel_config.name, synthesizer.name)
 
 
-def _entry(recording: pool.Recording, clip: Clip, provenance: dict, licence: str) -> pool.Entry:
+def _to_entry(recording: pool.Recording, clip: Clip, provenance: dict, licence: str) -> pool.Entry:
     return pool.Entry(
         name=recording.name,
         style=recording.style,

@@ -5,6 +5,8 @@ most of a start (docs/speed.md, "Programs of a request"). Here the key is what d
 code of this package, versions, machine, JAX's settings, the function, its static arguments, and the structure, types
 and shardings of the others. A file holds machine code, and JAX's form of it is a pickle
 (`jax.experimental.serialize_executable`): only files are read that are the user's and that nobody else may write to.
+
+`use_cache` is the whole setting of a user's machine, and `clock` tells a program's time from that of its making.
 """
 
 import contextlib
@@ -76,42 +78,6 @@ def forget() -> None:
     """Drops the programs in memory, not those on disk."""
     for program in list(_all):
         program.loaded.clear()
-
-
-@contextlib.contextmanager
-def clock(timings: dict[str, float], name: str):
-    """Adds the seconds spent inside to timings[name], those of compilation to timings["compile_s"]."""
-    spans: list[tuple[float, float]] = []
-
-    def on_event(event: str, seconds: float, **_):
-        # tracing, lowering, compiling, or reading it from disk
-        if event.startswith("/jax/core/compile/") or event == READ_EVENT:
-            now = time.perf_counter()
-            spans.append((now - seconds, now))
-
-    jax.monitoring.register_event_duration_secs_listener(on_event)
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(on_event)
-        spent, compile_s, reached = time.perf_counter() - start, 0.0, start
-        for first, last in sorted(spans):  # one may lie inside another
-            compile_s += max(last - max(first, reached), 0.0)
-            reached = max(reached, last)
-        timings[name] = timings.get(name, 0.0) + max(spent - compile_s, 0.0)
-        timings["compile_s"] = timings.get("compile_s", 0.0) + compile_s
-
-
-@contextlib.contextmanager
-def clock_all(each: list[dict[str, float]], name: str):
-    """`clock` for a group: every row gets its share."""
-    total: dict[str, float] = {}
-    with clock(total, name):
-        yield
-    for timings in each:
-        for key, seconds in total.items():
-            timings[key] = timings.get(key, 0.0) + seconds / len(each)
 
 
 def kept(*static: str) -> Callable[[Callable], "Program"]:
@@ -313,3 +279,39 @@ def _instructions() -> str:
     except OSError:
         return platform.processor()
     return "\n".join(sorted({x for x in lines if x.startswith(("model", "flags", "Features", "CPU "))}))
+
+
+@contextlib.contextmanager
+def clock(timings: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds spent inside to timings[name], those of compilation to timings["compile_s"]."""
+    spans: list[tuple[float, float]] = []
+
+    def on_event(event: str, seconds: float, **_):
+        # tracing, lowering, compiling, or reading it from disk
+        if event.startswith("/jax/core/compile/") or event == READ_EVENT:
+            now = time.perf_counter()
+            spans.append((now - seconds, now))
+
+    jax.monitoring.register_event_duration_secs_listener(on_event)
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_event)
+        spent, compile_s, reached = time.perf_counter() - start, 0.0, start
+        for first, last in sorted(spans):  # one may lie inside another
+            compile_s += max(last - max(first, reached), 0.0)
+            reached = max(reached, last)
+        timings[name] = timings.get(name, 0.0) + max(spent - compile_s, 0.0)
+        timings["compile_s"] = timings.get("compile_s", 0.0) + compile_s
+
+
+@contextlib.contextmanager
+def clock_all(each: list[dict[str, float]], name: str) -> Iterator[None]:
+    """`clock` for a group: every row gets its share."""
+    total: dict[str, float] = {}
+    with clock(total, name):
+        yield
+    for timings in each:
+        for key, seconds in total.items():
+            timings[key] = timings.get(key, 0.0) + seconds / len(each)

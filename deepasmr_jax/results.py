@@ -109,6 +109,14 @@ def join_chunks(wavs: list[np.ndarray], sample_rate: int, pause_s: float) -> np.
     """Chunks one after the other with a pause between; 10 ms fades at the inner edges avoid clicks.
 
     The pause is not silent: between two whispers that would sound as if the microphone were switched off.
+
+    Args:
+        wavs: [W] each, at least one.
+        sample_rate: Hz.
+        pause_s: seconds between two chunks.
+
+    Returns:
+        [sum of W + pauses] float32; a single chunk as it came.
     """
     if len(wavs) == 1:
         return wavs[0]

@@ -199,9 +199,14 @@ class Synthesizer:
         elif with_pool and own.exists():
             self.pool = pool.load(own)
         else:  # a model without a pool still clones within a style, and can build its pool
-            self.pool = pool.Pool((), self.mel_config.name, config.get("name", folder.name))
+            self.pool = pool.Pool((), self.mel_config.name, self.name)
         self.pool.check_fits(self.mel_config.name, self._parts["speaker"].config.embedding_size)
         self._vocode = functools.partial(_vocode, self._parts["vocoder"].file)
+
+    @property
+    def name(self) -> str:
+        """The model's, by its config.json, or that of its folder."""
+        return self.config.get("name", self.folder.name)
 
     def __call__(self, text: str, voice, style: str = "asmr", **options) -> Result:
         """Speaks a text in the voice of a clip.
@@ -379,9 +384,13 @@ class Synthesizer:
         """Speaks, in one pass, requests whose clips are analysed already and whose task prompts are given.
 
         Args:
-            requests: text, style, seed and language; what they say of the voice and of the pool is not read.
-            voices: one for each.
+            requests: text, style, seed and language; what they say of the voice, of passes and of the pool is not read.
+            voices: one for each; `mel` in float32.
             prompts: one for each.
+
+        Returns:
+            One for each, in order; a `Failure` where the model gave no speech. The request of a `Result` does not say
+            all of it: asked for alone it would give another sound.
         """
         jobs = []
         for place, (r, clip, prompt) in enumerate(zip(requests, voices, prompts, strict=True)):

@@ -585,7 +585,7 @@ def _say(line: str) -> None:
 
 
 class _Stop:
-    """Why the run should end, set by SIGTERM, Ctrl-C or the clock; a Ctrl-C after that ends it at once.
+    """Why the run should end, set by SIGTERM, Ctrl-C or the clock; a Ctrl-C after a signal ends it at once.
 
     A second SIGTERM changes nothing: where a machine is taken away it may come from the system and from a launcher.
     """

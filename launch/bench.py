@@ -494,7 +494,7 @@ def measure_say(bench: Bench) -> None:
     Raises:
         RuntimeError: if the model does not speak.
     """
-    from deepasmr_jax import request, synthesis
+    from deepasmr_jax import request, results, synthesis
 
     folder, (clip, sentence) = bench.args.model or str(request.BUILT_IN), built_in_clip()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -522,7 +522,7 @@ def measure_say(bench: Bench) -> None:
         kept: list = []
         requests = [dict(text=sentence, voice=clip, voice_style="normal", seed=i) for i in range(count)]
         [seconds] = bench.time({"": lambda r=requests, kept=kept: kept.append(synthesizer.batch(r))}).values()
-        if failed := [r.error for r in kept[0] if isinstance(r, synthesis.Failure)]:
+        if failed := [r.error for r in kept[0] if isinstance(r, results.Failure)]:
             raise RuntimeError(failed[0])
         sums = [[sum(r.timings[k] for r in made) for k in STAGES] for made in kept[DROPPED:]]
         stages, speech_s = np.median(sums, axis=0), sum(r.duration_s for r in kept[0])

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs a command and keeps what it prints in a folder too, a file for each attempt: FOLDER/HOST-TIME.log. gke.sh and tpu_vm.sh
-# use it: pods of before a restart and machines that were taken away are gone, and their logs with them. A mounted bucket takes whole files: the log is copied each
-# minute (KEEP_SECONDS) and at the end. SIGTERM is handed on to the command, whose exit code is this script's.
+# Runs a command and keeps what it prints in a folder too, a file for each attempt: FOLDER/HOST-TIME.log. gke.sh and
+# tpu_vm.sh use it: a pod's log is gone once it has started again, a machine's once it was taken away. A mounted bucket
+# takes whole files: the log is copied each minute (KEEP_SECONDS) and at the end. SIGTERM is handed on to the command, whose
+# exit code is this script's.
 #
 #   bash launch/keep_log.sh FOLDER COMMAND ...
 set -uo pipefail
@@ -36,5 +37,5 @@ for _ in $(seq 50); do # what the command has left running may hold the log open
   sleep 0.1
 done
 kill "$copies" 2>/dev/null && wait "$copies" # a copy that is under way ends first, so that the last is the whole log
-keep || echo "the log could not be kept in $folder" >&2
+if keep; then rm -f "$log"; else echo "the log could not be kept in $folder; it is in $log" >&2; fi
 exit "$code"

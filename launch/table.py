@@ -26,7 +26,19 @@ import numpy as np
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from deepasmr_jax import __version__, audio, batch, evaluate, files, input_pipeline, judges, shards, synthesis  # noqa: E402
+from deepasmr_jax import (  # noqa: E402
+    __version__,
+    audio,
+    batch,
+    evaluate,
+    files,
+    input_pipeline,
+    judges,
+    request,
+    results,
+    shards,
+    synthesis,
+)
 
 STYLES = {"N": "normal", "A": "asmr"}
 TASKS = ("N2A", "A2A", "N2N", "A2N")
@@ -178,11 +190,11 @@ class Rows:
         """Tokens of each recording in the voice of another speaker: whose voice is heard?"""
         return self.from_tokens(items, task, voices_of_others(items))
 
-    def _request(self, item: Item, task: str, **options) -> synthesis.Request:
+    def _request(self, item: Item, task: str, **options) -> request.Request:
         source, target = STYLES[task[0]], STYLES[task[2]]
         if source == target:
             options = {"voice_text": item.clip_text} | options
-        return synthesis.Request(
+        return request.Request(
             text=item.text, voice=item.clip[source], voice_rate=self.synthesizer.sample_rate, style=target,
             voice_style=source, language=item.language, **options,
         )  # fmt: skip
@@ -197,8 +209,8 @@ class Rows:
         return made
 
 
-def _wav(result: synthesis.Result | synthesis.Failure) -> np.ndarray | None:
-    return None if isinstance(result, synthesis.Failure) else result.audio
+def _wav(result: results.Result | results.Failure) -> np.ndarray | None:
+    return None if isinstance(result, results.Failure) else result.audio
 
 
 def row_table() -> dict[str, tuple]:

@@ -10,8 +10,9 @@
 #                                                           With BUCKET (mounted) each attempt's log is kept in its logs/NAME
 #   bash launch/tpu_vm.sh [--dry-run] logs NAME             follows the first worker, which alone prints steps
 #   bash launch/tpu_vm.sh [--dry-run] collect NAME FOLDER   every worker's log, of all runs on this machine, as files; before
-#                                                           it is deleted
-#   bash launch/tpu_vm.sh [--dry-run] stop NAME             SIGTERM: all workers save and end
+#                                                           it is deleted. With BUCKET also what the bucket kept,
+#                                                           of machines that are gone too
+#   bash launch/tpu_vm.sh [--dry-run] stop NAME             SIGTERM: all workers save and end (what hangs: ssh, pkill -KILL)
 #   bash launch/tpu_vm.sh [--dry-run] delete NAME
 #
 # ZONE, TYPE (such as v5litepod-16) and VERSION (the image, such as v2-alpha-tpuv5-lite) have to be set; PROJECT, BUCKET
@@ -28,7 +29,7 @@ if [ "${1:-}" = "--dry-run" ]; then
   shift
 fi
 if [ $# -lt 2 ]; then
-  sed -n '2,20p' "$0" >&2
+  sed -n '2,21p' "$0" >&2
   exit 2
 fi
 what="$1" name="$2"
@@ -73,14 +74,22 @@ case "$what" in
     # where one worker fails the others end too, after JAX's heartbeat, and all join again. `stop` ends the loop
     loop='for try in $(seq 100); do echo "attempt $try of this run began $(date -u +%FT%TZ)"; "$@" && exit; [ $? = 2 ] && exit 2; sleep 30; done'
     # the address makes the program join the workers (sharding.start_hosts); JAX asks the VM for the rest
-    kept="${BUCKET:+bash launch/keep_log.sh /mnt/bucket/logs/$name}"
-    on_all "cd deepasmr && JAX_COORDINATOR_ADDRESS=$first:8476 JAX_COMPILATION_CACHE_DIR=\$HOME/xla \
+    kept="" mounted=""
+    if [ -n "${BUCKET:-}" ]; then
+      kept="bash launch/keep_log.sh /mnt/bucket/logs/$name"
+      mounted="mountpoint -q /mnt/bucket || { echo 'first: tpu_vm.sh mount $name, as BUCKET is set' >&2; exit 2; }; "
+    fi
+    on_all "${mounted}cd deepasmr && JAX_COORDINATOR_ADDRESS=$first:8476 JAX_COMPILATION_CACHE_DIR=\$HOME/xla \
 nohup bash -c '$loop' train $kept .venv/bin/python -m deepasmr_jax.train $arguments >>train.log 2>&1 </dev/null &"
     ;;
   logs) tpu ssh "$name" --worker=0 --command="tail -n 50 -f deepasmr/train.log" ;;
   collect)
     folder="${1:?name a folder for the logs}"
-    do_it mkdir -p "$folder"
+    do_it mkdir -p "$folder${BUCKET:+/attempts}"
+    if [ -n "${BUCKET:-}" ]; then
+      do_it gcloud storage rsync --recursive "gs://$BUCKET/logs/$name" "$folder/attempts" ||
+        echo "no logs of attempts were found in gs://$BUCKET/logs/$name" >&2
+    fi
     workers="0"
     if [ -z "$dry" ]; then
       count="$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(networkEndpoints.len())')"

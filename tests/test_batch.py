@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import audio, batch, pool, synthesis
+from deepasmr_jax import audio, batch, pool, results, synthesis
 
 TEXT = "Close your eyes."
 
@@ -21,7 +21,7 @@ def maker(monkeypatch):
         self.asked += requests
         facts = {"task": "N2A", "language": "en", "prompt": "p", "prompt_similarity": 1.0, "notes": ()}
         wav, none = np.full(1600, 0.5, np.float32), np.zeros(0)
-        return [synthesis.Result(wav, 16000, none, none, request=r, timings={}, **facts) for r in requests]
+        return [results.Result(wav, 16000, none, none, request=r, timings={}, **facts) for r in requests]
 
     monkeypatch.setattr(synthesis.Synthesizer, "batch", speak)
     made = object.__new__(synthesis.Synthesizer)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -403,7 +402,7 @@ def test_a_pool_is_built_extended_and_listed(tmp_path, capsys, monkeypatch):
 
         patch.setattr(Path, "write_bytes", fail)
         with pytest.raises(OSError, match="No space left"):
-            pool_building.keep(types.SimpleNamespace(folder=model), made)
+            pool_building.keep(model, made)
     assert before == {p: p.read_bytes() for p in model.iterdir() if p.is_file()}
     assert run(*add) == 0
     capsys.readouterr()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_model
 
-from deepasmr_jax import demo, synthesis
+from deepasmr_jax import demo, results, synthesis
 
 
 @pytest.fixture
@@ -19,8 +19,7 @@ def maker(monkeypatch):
         facts = {"task": "N2A", "language": "en", "prompt": "p", "prompt_similarity": 1.0, "notes": ()}
         wav, none = tiny_model.hiss(0.6), np.zeros(0)
         return [
-            synthesis.Result(wav, tiny_model.RATE, none, none, request=r, timings={}, **facts)
-            for r in requests
+            results.Result(wav, tiny_model.RATE, none, none, request=r, timings={}, **facts) for r in requests
         ]
 
     def hear(self, voice, voice_rate=None, **_):
@@ -48,9 +47,9 @@ def test_the_notes_of_a_request_stay_with_its_sound(maker, monkeypatch):
     speak = synthesis.Synthesizer.batch
 
     def note_second(self, requests, progress=None):
-        results = speak(self, requests)
-        results[1] = dataclasses.replace(results[1], notes=("the clip was cut",))
-        return results
+        spoken = speak(self, requests)
+        spoken[1] = dataclasses.replace(spoken[1], notes=("the clip was cut",))
+        return spoken
 
     monkeypatch.setattr(synthesis.Synthesizer, "batch", note_second)
     assert {s.name: s.notes for s in demo.make(maker) if s.notes} == {"en1_a2n_1": ("the clip was cut",)}
@@ -66,9 +65,9 @@ def test_a_request_that_fails_and_a_sound_that_cannot_be_compared_are_named(make
     speak = synthesis.Synthesizer.batch
 
     def fail_third(self, requests, progress=None):
-        results = speak(self, requests)
-        results[2] = synthesis.Failure(requests[2], "the language model gave no speech; try another seed")
-        return results
+        spoken = speak(self, requests)
+        spoken[2] = results.Failure(requests[2], "the language model gave no speech; try another seed")
+        return spoken
 
     def too_short(self, voice, voice_rate=None, **_):
         raise ValueError("the clip lasts 0.2 s")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from deepasmr_jax import flow, nn, request, sharding, synthesis
+from deepasmr_jax import flow, nn, request, results, sharding, synthesis
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +55,7 @@ def check_speech(folder) -> None:
     clip = str(folder / "demo" / voice["clips"]["normal"]["file"])
     requests = [dict(text=t, voice=clip, seed=i) for i, t in enumerate(("Good night.", "The rain is soft."))]
     [alone] = made.batch(requests[:1])
-    assert not isinstance(alone, synthesis.Failure), alone
+    assert not isinstance(alone, results.Failure), alone
     assert len(alone.audio) and np.isfinite(alone.audio).all() and np.abs(alone.audio).max() > 1e-3
     together = made.batch(requests)
     np.testing.assert_array_equal(together[0].tokens, alone.tokens)

@@ -1,4 +1,4 @@
-"""The launch scripts' dry runs: what they would run, with arguments kept whole, and no tool of a platform needed."""
+"""The launch scripts: their dry runs, arguments kept whole, and runs with stand-ins for the tools of a platform."""
 
 import contextlib
 import os
@@ -94,7 +94,14 @@ def test_the_other_gke_commands_are_printed(arguments, words):
         (["install", "n"], ["git archive", "--worker=all", "[tpu"]),
         (["mount", "n"], ["gcsfuse --implicit-dirs", "negative-ttl-secs=0 bucket /mnt/bucket"]),
         (["logs", "n"], ["--worker=0", "train.log"]),
-        (["collect", "n", "folder"], ["folder/worker-0.log"]),
+        (
+            ["collect", "n", "folder"],
+            ["folder/worker-0.log", "rsync --recursive gs://bucket/logs/n folder/attempts"],
+        ),
+        (
+            ["run", "n"],
+            ["mountpoint -q /mnt/bucket ||", "keep_log.sh /mnt/bucket/logs/n .venv/bin/python -m"],
+        ),
         (["stop", "n"], ["--worker=all", "TERM"]),
         (["delete", "n"], ["tpu-vm delete n --zone=z"]),
     ],
@@ -108,7 +115,7 @@ def test_tpu_vm_commands_are_printed(arguments, words):
 def test_arguments_with_spaces_and_quotes_reach_the_program_whole_on_a_tpu_vm_and_under_slurm():
     code, out, _ = dry("tpu_vm.sh", "run", "n", *ARGUMENTS, ZONE="z")
     remote = next(x for x in shlex.split(out) if x.startswith("--command=")).removeprefix("--command=")
-    assert code == 0 and ARGUMENTS[1] in shlex.split(remote)
+    assert code == 0 and ARGUMENTS[1] in shlex.split(remote) and "bucket" not in remote
     assert "JAX_COMPILATION_CACHE_DIR" in remote and "JAX_COORDINATOR_ADDRESS" in remote
     code, out, _ = dry("slurm.sbatch", *ARGUMENTS)
     assert code == 0 and shlex.split(out)[-2:] == ARGUMENTS and "srun" in out
@@ -202,7 +209,9 @@ def test_a_tpu_vm_is_stopped_by_one_signal_and_its_log_is_in_the_bucket(tmp_path
     programs = {
         "gcloud": """for x in "$@"; do case "$x" in --command=*)
             x="${x#--command=}"$'\\n'wait; cd "$HOME" && bash -c "${x//\\/mnt\\/bucket/$HOME/bucket}";; esac; done""",
-        "pkill": f'exec {shutil.which("pkill")} "$1" --session 0 "${{@:2}}"',
+        "pkill": f'{shutil.which("pgrep")} --list-full --session 0 "${{@:2}}" >"$HOME/told"\n'
+        f'exec {shutil.which("pkill")} "$1" --session 0 "${{@:2}}"',
+        "mountpoint": '[ "$2" = "$HOME/bucket" ]',
     }
     for name, text in programs.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -221,7 +230,12 @@ def test_a_tpu_vm_is_stopped_by_one_signal_and_its_log_is_in_the_bucket(tmp_path
             os.killpg(session.pid, signal.SIGKILL)
     lines = (place / "train.log").read_text().splitlines()
     assert lines[0].startswith("attempt 1 of this run") and lines[1].startswith("attempt on ")
-    assert lines[2:] == [str(ARGUMENTS), "told to stop"]  # one attempt, one signal
+    assert lines[2:] == [str(ARGUMENTS), "told to stop"]  # one attempt
+    told = [line.split(" ", 1)[1] for line in (tmp_path / "told").read_text().splitlines()]
+    begins = ("bash -c for try in", ".venv/bin/python -m deepasmr_jax.train")
+    assert len(told) == 2 and all(
+        map(str.startswith, told, begins)
+    )  # neither keep_log.sh, nor the remote shell
     [log] = (tmp_path / "bucket" / "logs" / "n").glob("*.log")
     assert log.read_text().splitlines() == lines[1:]
 

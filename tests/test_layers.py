@@ -17,9 +17,10 @@ LAYERS = [
     {"ode", "vocoder_parts"},
     {"speech_tokenizer", "lm", "flow", "flow_cosyvoice2", "vocoder", "vocoder_istft", "vocoder_hift"}
     | {"speaker", "speaker_campplus", "speaker_wavlm", "recognizer"},
-    {"input_pipeline", "checkpoint", "pool", "decoding"},
+    {"input_pipeline", "checkpoint", "pool", "decoding", "results"},
     {"judges", "samples", "public_files"},
     {"train", "synthesis", "evaluate"},
+    {"pool_building"},
     {"batch", "demo", "convert", "doctor", "data_check", "plan"},
     {"cli"},
 ]

@@ -359,7 +359,6 @@ def test_sigterm_ends_a_run_with_a_checkpoint_that_the_next_run_continues(folder
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # of the system, and of a launcher
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "(SIGTERM)" in out
     [step] = checkpoint.steps(tmp_path / "checkpoints")
@@ -367,6 +366,17 @@ def test_sigterm_ends_a_run_with_a_checkpoint_that_the_next_run_continues(folder
     assert f"stopped at step {step} " in out
     # a checkpoint is all that there may be time for
     assert "held out" not in out and not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_sigterm_leaves_time_for_the_checkpoint_and_a_second_ctrl_c_does_not(first):
+    stop = train._Stop(max_seconds=-1.0)
+    assert stop.due(0) and not stop.is_signal  # the clock
+    for number in (first, signal.SIGTERM):  # of the system, and of a launcher
+        stop._handle(number, None)
+    assert stop.due(1) and stop.is_signal
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGINT, None)
 
 
 def test_a_checkpoint_is_saved_after_so_many_minutes(folder, tmp_path):
@@ -769,9 +779,6 @@ def test_several_hosts_save_once_where_the_checkpoint_of_one_is_too_old(monkeypa
             stop.saved()
     assert saves == [6]
     stop._handle(signal.SIGTERM, None)
-    stop._handle(signal.SIGTERM, None)
-    with pytest.raises(KeyboardInterrupt):
-        stop._handle(signal.SIGINT, None)
     assert [stop.due(step) for step in (12, 13)] == [False, True] and stop.is_signal
     monkeypatch.setattr(sharding, "greatest", lambda wish: 2)  # of a host whose time is over: all evaluate
     stop = train._Stop(None)
