@@ -13,9 +13,8 @@
 # FEATURES of CORPUS are made with MODEL where none are given. Every step goes on where it was stopped; a finished one is
 # skipped. The joined table is printed and ends in OUT/table.md. Needs: pip install -e ".[zh,eval]"; for Mandarin the
 # judge of launch/mini.sh, EXTRA_TABLE="--languages zh --judge WORK/judge". A CPU without bfloat16 products is faster with
-# EXTRA_SET="--set=model.dtype=float32". Cost: about 3 CPU hours of an AMD EPYC without such products for the training steps
-# (flow 2,500 + 2 x 800 at about 1.4 CPU seconds, language model 1,000 + 2 x 300 at about 3.5); compilation, evaluations
-# and the tables come on top.
+# EXTRA_SET="--set=model.dtype=float32". Cost: 2.7 CPU hours of an AMD EPYC without such products in all, the tables of 48
+# utterances a row included (docs/training.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
