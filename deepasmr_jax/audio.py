@@ -12,6 +12,7 @@ import dataclasses
 import fractions
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -458,6 +459,35 @@ def frame(x: jax.Array, size: int, hop: int) -> jax.Array:
     return jnp.concatenate([x[:, i : i + num_frames] for i in range(pieces)], axis=-1)[..., :size]
 
 
+def rfft(x: jax.Array, size: int | None = None) -> jax.Array:
+    """`jnp.fft.rfft` of the last axis, [..., size // 2 + 1] complex64 of [..., N]; see `_in_tiles`."""
+    size = x.shape[-1] if size is None else size
+    return _in_tiles(lambda rows: jnp.fft.rfft(rows, size), x, size)
+
+
+def irfft(spectrum: jax.Array, size: int) -> jax.Array:
+    """`jnp.fft.irfft` of the last axis, [..., size] float32; see `_in_tiles`."""
+    return _in_tiles(lambda rows: jnp.fft.irfft(rows, size), spectrum, size)
+
+
+def _in_tiles(transform: Callable, x: jax.Array, size: int) -> jax.Array:
+    """A transform of rows [..., N], on one CPU device of jax 0.11 and later some rows at a time.
+
+    There XLA shares a transform of many rows among the threads of the pool that it runs in, and waits for them: with as
+    many transforms at once as threads, such as the three of a clip on two cores, all wait for ever (openxla/xla#46347).
+    So few rows are not shared. Before 0.11 a transform in a pool ran on one thread; on several devices of a CPU, which
+    only tests have, it is left as it is.
+    """
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or jax.__version_info__ < (0, 11):
+        return transform(x)
+    tile = 4 if size >= 1000 else 16  # shared from 2 and 8 times the floats of a vector register on
+    rows = x.reshape(-1, x.shape[-1])
+    num = len(rows)
+    rows = jnp.pad(rows, ((0, -num % tile), (0, 0))).reshape(-1, tile, x.shape[-1])
+    out = jax.lax.map(transform, rows)
+    return out.reshape(-1, out.shape[-1])[:num].reshape(*x.shape[:-1], out.shape[-1])
+
+
 def power_spectrogram(
     x: jax.Array, n_fft: int, hop_samples: int, win_samples: int | None = None
 ) -> jax.Array:
@@ -474,7 +504,7 @@ def power_spectrogram(
     win_samples = n_fft if win_samples is None else win_samples
     left = (n_fft - win_samples) // 2
     window = np.pad(hann(win_samples), (left, n_fft - win_samples - left))
-    spectrum = jnp.fft.rfft(frame(x, n_fft, hop_samples) * window, axis=-1)
+    spectrum = rfft(frame(x, n_fft, hop_samples) * window)
     return spectrum.real**2 + spectrum.imag**2
 
 
@@ -611,7 +641,7 @@ def fbank(
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     previous = jnp.concatenate([x[..., :1], x[..., :-1]], axis=-1)
     x = (x - 0.97 * previous) * taper.astype(np.float32)
-    spectrum = jnp.fft.rfft(jnp.pad(x, ((0, 0), (0, 0), (0, 112))), axis=-1)
+    spectrum = rfft(jnp.pad(x, ((0, 0), (0, 0), (0, 112))))
     power = spectrum.real**2 + spectrum.imag**2
     mel = jnp.einsum("btf,fm->btm", power, kaldi_filters(), precision=jax.lax.Precision.HIGHEST)
     mel = jnp.log(jnp.maximum(mel, 1.1920929e-7))

@@ -5,6 +5,7 @@ behind. What can be checked without a model is checked before anything heavy is 
 """
 
 import argparse
+import contextlib
 import errno
 import gc
 import json
@@ -66,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"deepasmr: {_sentence(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("deepasmr: stopped", file=sys.stderr)
+        print("deepasmr: stopped", file=sys.stderr, flush=True)
+        if argv is None:  # a program: a thread may still be compiling, which Python's end crashes into
+            sys.stdout.flush()
+            os._exit(130)
         return 130
 
 
@@ -131,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         commands, "batch", _batch, "speak a list of requests into a folder; exit code 1 if one failed"
     )
     batch.add_argument(
-        "list", help="JSON lines with text and voice, and any other option of `say` by its name"
+        "list",
+        help="JSON lines with text and voice (a path from the folder where this is called), and any other option of "
+        "`say` by its name",
     )
     batch.add_argument("--out", required=True, help="folder for the wavs and results.jsonl")
     add_model(batch)
@@ -241,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--accumulation", type=int, default=1, metavar="N",
-        help="parts of a batch, in place of the config's (default 1)",
+        help="parts of a batch; the config's is not looked at (default 1)",
     )  # fmt: skip
     plan.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="change one field")
     plan.add_argument(
@@ -369,6 +375,11 @@ def _evaluate(args) -> None:
         args.folder, matrix=matrix, mandarin=mandarin, similarity=similarity, workers=args.workers
     )
     print(json.dumps(report, indent=1, ensure_ascii=False))
+    if matrix is not None and not any("matrix_wer" in group for group in report["groups"].values()):
+        print(
+            "note: no English error rate, as no text is a matrix sentence (docs/evaluation.md)",
+            file=sys.stderr,
+        )
     if report["failed"]:
         one = report["failed"] == 1
         were = "request of the folder failed and is" if one else "requests of the folder failed and are"
@@ -415,6 +426,15 @@ def _pool_build(args) -> None:
         seed=seed,
         progress=_progress,
     )
+    if out.is_file():
+        with contextlib.suppress(ValueError):  # a pool of another model, or none at all
+            print(f"note: {out} is replaced; it had {len(pool.load(out))} entries", file=sys.stderr)
+    for style in request.STYLES:
+        if not made.select(style):
+            print(
+                f"note: the pool has no {style} entry: with it {style} speech needs a clip that is {style} itself",
+                file=sys.stderr,
+            )
     _save_pool(synthesizer, made, out)
     print(f"{out}: {len(made.select('normal'))} normal and {len(made.select('asmr'))} ASMR entries")
 

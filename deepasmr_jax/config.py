@@ -35,7 +35,9 @@ def load(path: str):
     """
     file, _, stage = path.partition(":")
     if not os.path.isfile(file):
-        raise ValueError(f"no config file {file!r}; give --config=configs/NAME.py or configs/NAME.py:STAGE")
+        raise ValueError(
+            f"no config file {file!r}; give one such as configs/NAME.py or configs/NAME.py:STAGE"
+        )
     name = f"deepasmr_config_{Path(file).stem}"
     module_spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(module_spec)

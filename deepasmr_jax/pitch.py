@@ -47,8 +47,8 @@ def track(wav: jax.Array, recipe: audio.MelConfig, limits: Range = Range()) -> t
     window = audio.hann(size)
     frames = audio.frame(jnp.pad(wav, ((0, 0), (recipe.pad_samples,) * 2)), size, recipe.hop_samples)
     frames = (frames - jnp.mean(frames, axis=-1, keepdims=True)) * window
-    power = jnp.abs(jnp.fft.rfft(frames, 2 * size)) ** 2
-    correlation = jnp.fft.irfft(power, 2 * size)[..., : last + 1]
+    power = jnp.abs(audio.rfft(frames, 2 * size)) ** 2
+    correlation = audio.irfft(power, 2 * size)[..., : last + 1]
     energy = correlation[..., :1]
     of_window = np.fft.irfft(np.abs(np.fft.rfft(window, 2 * size)) ** 2)[: last + 1]
     normal = correlation / jnp.maximum(energy, 1e-10) / jnp.asarray(of_window / of_window[0], jnp.float32)

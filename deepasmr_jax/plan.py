@@ -390,7 +390,8 @@ def _key(lowered, where: Target) -> str:
     """
     text = lowered.as_text()
     told = [where.name, where.kind, where.shape, where.slices and SLICES[where.slices].options]
-    told += [jax.config.jax_exec_time_optimization_effort]
+    effort = "jax_exec_time_optimization_effort"  # of 0.10; later versions have jax_optimization_level
+    told += [getattr(jax.config, effort if hasattr(jax.config, effort) else "jax_optimization_level")]
     told += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     for package in ("jax", "jaxlib", "libtpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -99,6 +99,7 @@ class Records:
             raise ValueError("no data: give the dataset with --set data.data_dirs=FOLDER")
         for folder in cfg.data_dirs:
             absent = sorted(set(fields or ()) - set(builder(folder).info.features))
+            names = ", ".join(absent)
             if absent == ["phones"] and cfg.align:
                 raise ValueError(
                     f"records of {folder} have no phone labels `phones`; train without them: "
@@ -106,7 +107,7 @@ class Records:
                 )
             if absent and (made := made_with(folder)).get("for", "all") != "all":
                 raise ValueError(
-                    f"records of {folder} were made for the stage {made['for']} alone and have no {absent}; give the "
+                    f"records of {folder} were made for the stage {made['for']} alone and have no {names}; give the "
                     f"stage {cfg.stage} "
                     + (
                         f"a folder that data/add_features.py made --for {cfg.stage}"
@@ -116,11 +117,12 @@ class Records:
                 )
             if absent:
                 raise ValueError(
-                    f"records of {folder} have no {absent}; "
+                    f"records of {folder} have no {names}; "
                     + (
                         "run data/add_features.py on the corpus first"
                         if FEATURES.issuperset(absent)
-                        else "build the corpus with them, see data/README.md"
+                        else "only the built-in corpus has them (data/README.md); which stages need none, and what "
+                        "`data.labels` does, is in docs/training.md"
                     )
                 )
         self._dirs, self._split, self._fields = cfg.data_dirs, cfg.split, fields

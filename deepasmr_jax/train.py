@@ -10,6 +10,7 @@ players brings `init_opt` and `train_step` too. Sums and counts are divided here
 
 import argparse
 import atexit
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -871,19 +872,32 @@ def main(arguments: list[str] | None = None) -> None:
 
     Raises:
         SystemExit: after one sentence, with HOPELESS_EXIT on a ValueError or a loss that is not finite, with 1 on an
-            OSError; with `--stopped-exit` after a run that was stopped.
+            OSError; with `--stopped-exit` after a run that was stopped, without it 130 if that was before the first
+            step, or by a second Ctrl-C.
     """
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
+    options, before = None, None
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop has its own
     try:
         sharding.start_hosts()
         cfg, options = parse(arguments)
         state = train(cfg, options.workdir, options.export)
+    except KeyboardInterrupt:
+        print(
+            "stopped at once: nothing was saved; the same command goes on from the checkpoint before",
+            flush=True,
+        )
+        raise SystemExit((options and options.stopped_exit) or 130) from None
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1 if isinstance(error, OSError) else HOPELESS_EXIT) from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     if int(state.step) < cfg.steps and options.stopped_exit:
         raise SystemExit(options.stopped_exit)
 

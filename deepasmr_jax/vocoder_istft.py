@@ -236,7 +236,7 @@ def inverse_stft(spectrum: jax.Array, cfg: audio.MelConfig, valid: jax.Array | N
     """
     left = (cfg.n_fft - cfg.win_samples) // 2
     window = np.pad(audio.hann(cfg.win_samples), (left, cfg.n_fft - cfg.win_samples - left))
-    frames = jnp.fft.irfft(spectrum, n=cfg.n_fft, axis=-1) * window
+    frames = audio.irfft(spectrum, cfg.n_fft) * window
     num_rows, num_frames, _ = frames.shape
     weights = jnp.broadcast_to(jnp.square(window), (1, num_frames, cfg.n_fft))
     if valid is not None:
@@ -334,7 +334,7 @@ def _synthesize(
         """[B, T * hop] of unit power to [B, T * subframes, bins] of about unit power."""
         source = jnp.pad(jax.lax.stop_gradient(source), ((0, 0), (frames.pad_samples,) * 2))
         pieces = audio.frame(source, size, frames.hop_samples) * window
-        return jnp.fft.rfft(pieces, axis=-1) / float(np.sqrt(np.sum(window**2)))
+        return audio.rfft(pieces) / float(np.sqrt(np.sum(window**2)))
 
     hop, rate = cfg.mel.hop_samples, cfg.mel.sample_rate
     logits = model.pitch_head(x, cfg.dtype)

@@ -7,7 +7,7 @@
 #   bash launch/keep_log.sh FOLDER COMMAND ...
 set -uo pipefail
 if [ $# -lt 2 ]; then
-  sed -n '2,6p' "$0" >&2
+  sed -n '2,7p' "$0" >&2
   exit 2
 fi
 folder="$1"

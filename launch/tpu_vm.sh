@@ -34,7 +34,10 @@ if [ $# -lt 2 ]; then
 fi
 what="$1" name="$2"
 shift 2
-: "${ZONE:?set ZONE, such as us-central2-b}"
+if [ -z "${ZONE:-}" ]; then
+  echo "set ZONE, such as us-central2-b" >&2
+  exit 2
+fi
 place=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
 
 tpu() { do_it gcloud compute tpus tpu-vm "$@" "${place[@]}"; }
@@ -65,6 +68,10 @@ case "$what" in
       ~/.local/bin/uv venv --python 3.12 .venv && ~/.local/bin/uv pip install --python .venv/bin/python -e '.[tpu,tensorboard]'"
     ;;
   run)
+    if [ $# = 0 ]; then
+      echo "give the arguments of the training: run $name --config=... --workdir=... --set=data.data_dirs=..." >&2
+      exit 2
+    fi
     if [ -n "$dry" ]; then
       first="ADDRESS_OF_WORKER_0"
     else
@@ -84,20 +91,31 @@ nohup bash -c '$loop' train $kept .venv/bin/python -m deepasmr_jax.train $argume
     ;;
   logs) tpu ssh "$name" --worker=0 --command="tail -n 50 -f deepasmr/train.log" ;;
   collect)
-    folder="${1:?name a folder for the logs}"
+    if [ -z "${1:-}" ]; then
+      echo "name a folder for the logs: collect $name FOLDER" >&2
+      exit 2
+    fi
+    folder="$1" missing=0
     do_it mkdir -p "$folder${BUCKET:+/attempts}"
     if [ -n "${BUCKET:-}" ]; then
       do_it gcloud storage rsync --recursive "gs://$BUCKET/logs/$name" "$folder/attempts" ||
         echo "no logs of attempts were found in gs://$BUCKET/logs/$name" >&2
     fi
-    workers="0"
+    workers="N"
     if [ -z "$dry" ]; then
-      count="$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(networkEndpoints.len())')"
+      count="$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(networkEndpoints.len())')" || {
+        echo "there is no machine $name to ask; what the bucket kept is in $folder/attempts where BUCKET is set" >&2
+        exit 1
+      }
       workers="$(seq 0 $((count - 1)))"
     fi
     for worker in $workers; do
-      tpu scp "$name:deepasmr/train.log" "$folder/worker-$worker.log" "--worker=$worker"
+      tpu scp "$name:deepasmr/train.log" "$folder/worker-$worker.log" "--worker=$worker" || {
+        echo "worker $worker gave no log" >&2
+        missing=1
+      }
     done
+    exit "$missing"
     ;;
   stop) on_all "pkill -TERM -f '^(bash -c for try.*|[.]venv/bin/python -m )deepasmr_jax[.]train'" ;; # loop and training
   delete) tpu delete "$name" ;;

@@ -109,6 +109,23 @@ FRONT_ENDS = {
 }
 
 
+@pytest.mark.parametrize(
+    "size, shape", [(1024, (2, 7, 1024)), (400, (1, 33, 400)), (2048, (3, 5, 1024)), (512, (9, 512))]
+)
+def test_a_transform_in_tiles_is_the_transform_and_so_is_its_gradient(monkeypatch, size, shape):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    back = lambda a, forth: jnp.sum(jnp.abs(forth(a, size)) ** 1.5)
+    plain, there = jnp.fft.rfft(x, size), jnp.fft.irfft(jnp.fft.rfft(x, size), size)
+    slope = jax.grad(back)(x, lambda a, n: jnp.fft.rfft(a, n))
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert "scan" in str(jax.make_jaxpr(lambda a: audio.rfft(a, size))(x))
+    tiled = jax.jit(audio.rfft, static_argnums=1)(x, size)
+    np.testing.assert_allclose(tiled, plain, atol=1e-5)
+    np.testing.assert_allclose(audio.irfft(tiled, size), there, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(back)(x, audio.rfft), slope, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", FRONT_ENDS)
 def test_a_row_of_a_padded_batch_equals_the_row_alone_and_ends_in_zeros(name):
     front_end = FRONT_ENDS[name]

@@ -338,7 +338,7 @@ def test_the_loss_of_a_mel_in_float16_computes_in_float32():
     loss = jax.jit(flow.loss, static_argnums=1)
     each = (batch | {"mel": mel} for mel in (half, half.astype(np.float32)))
     sums = [float(loss(model, TRAINED, sharding.put(x), jax.random.key(0))[0]) for x in each]
-    assert sums[0] == sums[1]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)  # two programs
 
 
 def test_a_prompted_row_is_given_its_prompt_and_pays_for_the_rest():

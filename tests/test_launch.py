@@ -96,10 +96,10 @@ def test_the_other_gke_commands_are_printed(arguments, words):
         (["logs", "n"], ["--worker=0", "train.log"]),
         (
             ["collect", "n", "folder"],
-            ["folder/worker-0.log", "rsync --recursive gs://bucket/logs/n folder/attempts"],
+            ["folder/worker-N.log", "rsync --recursive gs://bucket/logs/n folder/attempts"],
         ),
         (
-            ["run", "n"],
+            ["run", "n", "--config=c"],
             ["mountpoint -q /mnt/bucket ||", "keep_log.sh /mnt/bucket/logs/n .venv/bin/python -m"],
         ),
         (["stop", "n"], ["--worker=all", "TERM"]),

@@ -379,6 +379,20 @@ def test_a_second_sigterm_leaves_time_for_the_checkpoint_and_a_second_ctrl_c_doe
         stop._handle(signal.SIGINT, None)
 
 
+@pytest.mark.parametrize(
+    "number, more, code", [(signal.SIGTERM, ["--stopped-exit=75"], 75), (signal.SIGINT, [], 130)]
+)
+def test_a_signal_before_the_first_step_ends_the_run_in_a_sentence(
+    folder, tmp_path, monkeypatch, capsys, number, more, code
+):
+    monkeypatch.setattr(train, "start", lambda *_: os.kill(os.getpid(), number))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as e:
+        train.main([f"--config={TINY}:lm", f"--workdir={tmp_path}", f"--set=data.data_dirs={folder}", *more])
+    assert e.value.code == code and signal.getsignal(signal.SIGTERM) is before
+    assert "stopped at once: nothing was saved" in capsys.readouterr().out
+
+
 def test_a_checkpoint_is_saved_after_so_many_minutes(folder, tmp_path):
     cfg = fake(folder, steps=3, save_every=100, save_minutes=0.0, keep=9)
     train.train(cfg, tmp_path)
