@@ -409,6 +409,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
     if left_out:
         print(f"records left out: {left_out}, see {Path(o.out) / data_check.BUILD_REPORT}")
     return 1 if left_out else 0

@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from deepasmr_jax import files
 
@@ -481,11 +482,15 @@ def _in_tiles(transform: Callable, x: jax.Array, size: int) -> jax.Array:
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or jax.__version_info__ < (0, 11):
         return transform(x)
     tile = 4 if size >= 1000 else 16  # shared from 2 and 8 times the floats of a vector register on
+    lead, spec = x.shape[:-1], jax.typeof(x).sharding.spec
+    if any(spec):  # over one device: a loop over its rows wants them whole all the same
+        x = jax.sharding.reshard(x, PartitionSpec(*(None,) * x.ndim))
     rows = x.reshape(-1, x.shape[-1])
     num = len(rows)
     rows = jnp.pad(rows, ((0, -num % tile), (0, 0))).reshape(-1, tile, x.shape[-1])
     out = jax.lax.map(transform, rows)
-    return out.reshape(-1, out.shape[-1])[:num].reshape(*x.shape[:-1], out.shape[-1])
+    out = out.reshape(-1, out.shape[-1])[:num].reshape(*lead, out.shape[-1])
+    return jax.sharding.reshard(out, spec) if any(spec) else out
 
 
 def power_spectrogram(

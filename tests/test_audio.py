@@ -126,6 +126,17 @@ def test_a_transform_in_tiles_is_the_transform_and_so_is_its_gradient(monkeypatc
     np.testing.assert_allclose(jax.grad(back)(x, audio.rfft), slope, rtol=1e-4, atol=1e-4)
 
 
+def test_a_transform_in_tiles_leaves_rows_where_they_are(monkeypatch):
+    sharding.make_mesh()
+    x = sharding.put({"x": np.random.default_rng(0).normal(size=(8, 5, 400)).astype(np.float32)})["x"]
+    plain = jnp.fft.rfft(x)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for tiled in (audio.rfft(x), jax.jit(audio.rfft)(x)):
+        assert any(jax.typeof(x).sharding.spec) and jax.typeof(tiled).sharding == jax.typeof(plain).sharding
+        np.testing.assert_allclose(tiled, plain, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", FRONT_ENDS)
 def test_a_row_of_a_padded_batch_equals_the_row_alone_and_ends_in_zeros(name):
     front_end = FRONT_ENDS[name]

@@ -387,8 +387,10 @@ def test_a_signal_before_the_first_step_ends_the_run_in_a_sentence(
 ):
     monkeypatch.setattr(train, "start", lambda *_: os.kill(os.getpid(), number))
     before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
     with pytest.raises(SystemExit) as e:
         train.main([f"--config={TINY}:lm", f"--workdir={tmp_path}", f"--set=data.data_dirs={folder}", *more])
+    signal.signal(signal.SIGINT, interrupt)
     assert e.value.code == code and signal.getsignal(signal.SIGTERM) is before
     assert "stopped at once: nothing was saved" in capsys.readouterr().out
 
