@@ -250,7 +250,7 @@ def test_a_folder_for_one_stage_gives_the_rows_of_a_full_one_and_is_refused_by_t
             "for the stage lm alone and have no mel; give the stage flow a folder .* --for flow",
         ),
         ("lm", "flow", "for the stage flow alone and have no .*text_ids; .* --for lm"),
-        ("vocoder", "lm", f"no .'audio'.; give the stage vocoder the records they were made of, {corpus}"),
+        ("vocoder", "lm", f"no audio; give the stage vocoder the records they were made of, {corpus}"),
     ):
         with pytest.raises(ValueError, match=words):
             input_pipeline.make(input_pipeline.Config(stage, 4, (str(out[name]),)))
