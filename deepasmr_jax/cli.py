@@ -67,9 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"deepasmr: {_sentence(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("deepasmr: stopped", file=sys.stderr, flush=True)
-        if argv is None:  # a program: a thread may still be compiling, which Python's end crashes into
+        with contextlib.suppress(OSError):  # Ctrl-C has ended a program that reads the lines, too
+            print("deepasmr: stopped", file=sys.stderr, flush=True)
             sys.stdout.flush()
+        if argv is None:  # a program: a thread may still be compiling, which Python's end crashes into
             os._exit(130)
         return 130
 

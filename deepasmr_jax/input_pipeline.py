@@ -229,14 +229,15 @@ class Mixture:
         for style, weight, pool in zip(cfg.styles, cfg.style_weights, pools, strict=True):
             if weight > 0 and len(pool) == 0:
                 found = ", ".join(sorted(set(index.styles.tolist())))
-                if (there := (index.styles == style)[index.voice]).any():
+                if (there := (index.styles == style)[index.voice] & _wanted(cfg, index)).any():
                     raise ValueError(
                         f"none of the {there.sum()} records of style {style!r} in split {cfg.split!r} can be used, for "
                         "the reasons in the lines above; too long ones want longer rows (data.num_tokens, num_samples)"
                     )
+                spoken = f" and languages {', '.join(cfg.languages)}" if cfg.languages else ""
                 raise ValueError(
-                    f"no usable record of style {style!r} in split {cfg.split!r}; styles there: {found}; give style "
-                    f"{style!r} the share 0 in data.style_weights (now {cfg.style_weights}), or add such records"
+                    f"no usable record of style {style!r} in split {cfg.split!r}{spoken}; styles there: {found}; "
+                    f"give style {style!r} the share 0 in data.style_weights (now {cfg.style_weights}), or add some"
                 )
         total = sum(len(p) for p, w in zip(pools, cfg.style_weights, strict=True) if w > 0)
         # a share of the hours is one of the utterances where these are equally long

@@ -155,7 +155,7 @@ def keep(folder: Path, made: pool.Pool) -> None:
     """Writes a pool as a model folder's own, and into its config.json that it is there and under which licence.
 
     Raises:
-        OSError: if `pool.safetensors` or `config.json` cannot be written; both are then as they were.
+        OSError: if `pool.safetensors` or `config.json` cannot be written; config.json is then as it was.
     """
     stated = [e.licence for e in made if e.licence]
     facts = {"entries": len(made), "recordings": sum(e.is_real for e in made)}

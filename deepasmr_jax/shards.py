@@ -123,6 +123,8 @@ class Records:
                         if FEATURES.issuperset(absent)
                         else "only the built-in corpus has them (data/README.md); which stages need none, and what "
                         "`data.labels` does, is in docs/training.md"
+                        if {"f0_class", "phones"}.issuperset(absent)
+                        else "build the corpus with them, see data/README.md"
                     )
                 )
         self._dirs, self._split, self._fields = cfg.data_dirs, cfg.split, fields

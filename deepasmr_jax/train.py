@@ -2,8 +2,9 @@
 
 `python -m deepasmr_jax.train --config=configs/tiny.py:lm --workdir=RUN --set=data.data_dirs=FOLDER`
 A run starts from, first match wins: the newest checkpoint in the working directory, `init_from`, random
-weights. It ends at `steps`, after `max_seconds`, at SIGTERM or Ctrl-C, always with a checkpoint; the same
-command goes on from there, bit for bit on as many hosts and chips. After a signal only the checkpoint is written.
+weights. It ends at `steps`, after `max_seconds`, at SIGTERM or Ctrl-C, from the first step on with a
+checkpoint; the same command goes on from there, bit for bit on as many hosts and chips. After a signal only the
+checkpoint is written.
 A model file brings `Config`, `init(cfg, key)` and `loss(model, cfg, batch, key) -> (sum, count, aux)`; one with two
 players brings `init_opt` and `train_step` too. Sums and counts are divided here, once.
 """
@@ -879,27 +880,34 @@ def main(arguments: list[str] | None = None) -> None:
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
-    options, before = None, None
-    with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the loop has its own
+    options, before = None, signal.getsignal(signal.SIGTERM)
     try:
-        sharding.start_hosts()
         cfg, options = parse(arguments)
+        _end_at_sigterm()
+        sharding.start_hosts()
+        _end_at_sigterm()  # where hosts were joined, JAX has a handler that only notes it
         state = train(cfg, options.workdir, options.export)
     except KeyboardInterrupt:
-        print(
-            "stopped at once: nothing was saved; the same command goes on from the checkpoint before",
-            flush=True,
-        )
+        with contextlib.suppress(OSError):  # Ctrl-C has ended a program that reads the lines, too
+            print(
+                "stopped at once; the same command goes on from the newest checkpoint, if there is one",
+                flush=True,
+            )
         raise SystemExit((options and options.stopped_exit) or 130) from None
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1 if isinstance(error, OSError) else HOPELESS_EXIT) from error
     finally:
-        if before is not None:
+        with contextlib.suppress(ValueError):
             signal.signal(signal.SIGTERM, before)
     if int(state.step) < cfg.steps and options.stopped_exit:
         raise SystemExit(options.stopped_exit)
+
+
+def _end_at_sigterm() -> None:
+    """Until the loop has its own handler, SIGTERM is a Ctrl-C: there is nothing to save."""
+    with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 if __name__ == "__main__":

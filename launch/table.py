@@ -473,4 +473,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except ValueError as error:
-        sys.exit(f"table.py: {error}")
+        print(f"table.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU VM: create, install on all workers, mount a bucket, run, logs, stop, delete.
-# NOT RUN YET on a TPU VM; --dry-run has been, it prints the commands and needs neither gcloud nor an account.
+# NOT RUN YET on a TPU VM; run and stop have been with stand-ins. --dry-run prints the commands, without gcloud or account.
 #
 #   bash launch/tpu_vm.sh [--dry-run] create NAME
 #   bash launch/tpu_vm.sh [--dry-run] install NAME          copies this checkout's HEAD and installs it on every worker
@@ -12,7 +12,7 @@
 #   bash launch/tpu_vm.sh [--dry-run] collect NAME FOLDER   every worker's log, of all runs on this machine, as files; before
 #                                                           it is deleted. With BUCKET also what the bucket kept,
 #                                                           of machines that are gone too
-#   bash launch/tpu_vm.sh [--dry-run] stop NAME             SIGTERM: all workers save and end (what hangs: ssh, pkill -KILL)
+#   bash launch/tpu_vm.sh [--dry-run] stop NAME             SIGTERM, and waits: all workers save and end (what hangs: ssh, pkill -KILL)
 #   bash launch/tpu_vm.sh [--dry-run] delete NAME
 #
 # ZONE, TYPE (such as v5litepod-16) and VERSION (the image, such as v2-alpha-tpuv5-lite) have to be set; PROJECT, BUCKET
@@ -46,11 +46,17 @@ on_all() { tpu ssh "$name" --worker=all "--command=$1"; }
 
 case "$what" in
   create)
-    : "${TYPE:?set TYPE, such as v5litepod-16}" "${VERSION:?set VERSION, such as v2-alpha-tpuv5-lite}"
+    if [ -z "${TYPE:-}" ] || [ -z "${VERSION:-}" ]; then
+      echo "set TYPE, such as v5litepod-16, and VERSION, such as v2-alpha-tpuv5-lite" >&2
+      exit 2
+    fi
     tpu create "$name" "--accelerator-type=$TYPE" "--version=$VERSION" ${SPOT:+--spot}
     ;;
   mount)
-    : "${BUCKET:?set BUCKET, the name without gs://}"
+    if [ -z "${BUCKET:-}" ]; then
+      echo "set BUCKET, the name without gs://" >&2
+      exit 2
+    fi
     keys=/usr/share/keyrings/cloud.google.asc source=https://packages.cloud.google.com/apt
     on_all "command -v gcsfuse >/dev/null || {
         curl -fsSL $source/doc/apt-key.gpg | sudo tee $keys >/dev/null &&
@@ -98,15 +104,18 @@ nohup bash -c '$loop' train $kept .venv/bin/python -m deepasmr_jax.train $argume
     folder="$1" missing=0
     do_it mkdir -p "$folder${BUCKET:+/attempts}"
     if [ -n "${BUCKET:-}" ]; then
-      do_it gcloud storage rsync --recursive "gs://$BUCKET/logs/$name" "$folder/attempts" ||
-        echo "no logs of attempts were found in gs://$BUCKET/logs/$name" >&2
+      do_it gcloud storage rsync --recursive "gs://$BUCKET/logs/$name" "$folder/attempts" || {
+        echo "nothing could be fetched from gs://$BUCKET/logs/$name" >&2
+        missing=1
+      }
     fi
     workers="N"
     if [ -z "$dry" ]; then
-      count="$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(networkEndpoints.len())')" || {
-        echo "there is no machine $name to ask; what the bucket kept is in $folder/attempts where BUCKET is set" >&2
+      count="$(gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(networkEndpoints.len())')" || count=0
+      if [ "${count:-0}" = 0 ]; then
+        echo "no worker of $name could be asked; what the bucket kept is in $folder/attempts where BUCKET is set" >&2
         exit 1
-      }
+      fi
       workers="$(seq 0 $((count - 1)))"
     fi
     for worker in $workers; do
@@ -117,7 +126,10 @@ nohup bash -c '$loop' train $kept .venv/bin/python -m deepasmr_jax.train $argume
     done
     exit "$missing"
     ;;
-  stop) on_all "pkill -TERM -f '^(bash -c for try.*|[.]venv/bin/python -m )deepasmr_jax[.]train'" ;; # loop and training
+  stop) # loop and training, and waits until they and the last copy of the log are done
+    ours='[.]venv/bin/python -m deepasmr_jax[.]train'
+    on_all "pkill -TERM -f '^(bash -c for try.*|)$ours'; while pgrep -f '^(bash (-c for try|launch/keep_log).*|)$ours' >/dev/null; do sleep 1; done"
+    ;;
   delete) tpu delete "$name" ;;
   *)
     echo "unknown command $what: create, install, mount, run, logs, collect, stop or delete" >&2

@@ -132,6 +132,7 @@ def test_a_transform_in_tiles_leaves_rows_where_they_are(monkeypatch):
     plain = jnp.fft.rfft(x)
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert "scan" in str(jax.make_jaxpr(audio.rfft)(x))
     for tiled in (audio.rfft(x), jax.jit(audio.rfft)(x)):
         assert any(jax.typeof(x).sharding.spec) and jax.typeof(tiled).sharding == jax.typeof(plain).sharding
         np.testing.assert_allclose(tiled, plain, atol=1e-5)

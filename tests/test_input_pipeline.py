@@ -568,6 +568,14 @@ def test_an_index_that_cannot_be_kept_is_held_in_memory(tmp_path, monkeypatch, c
     "changes, words",
     [
         (dict(styles=("normal", "sung")), "no usable record of style 'sung'"),
+        (
+            dict(languages=("sv",)),
+            "no usable record of style 'normal' in split 'train' and languages sv; styles",
+        ),
+        (
+            dict(num_tokens=4),
+            "none of the .* records of style 'normal' in split 'train' can be used, for the reasons",
+        ),
         (dict(split="trian"), "no split 'trian'; it has train, valid"),
         (dict(data_dirs=()), "data.data_dirs=FOLDER"),
         (dict(batch_size=3), "does not divide over 2 hosts; use a multiple"),
