@@ -572,10 +572,6 @@ def test_an_index_that_cannot_be_kept_is_held_in_memory(tmp_path, monkeypatch, c
             dict(languages=("sv",)),
             "no usable record of style 'normal' in split 'train' and languages sv; styles",
         ),
-        (
-            dict(num_tokens=4),
-            "none of the .* records of style 'normal' in split 'train' can be used, for the reasons",
-        ),
         (dict(split="trian"), "no split 'trian'; it has train, valid"),
         (dict(data_dirs=()), "data.data_dirs=FOLDER"),
         (dict(batch_size=3), "does not divide over 2 hosts; use a multiple"),
@@ -584,6 +580,13 @@ def test_an_index_that_cannot_be_kept_is_held_in_memory(tmp_path, monkeypatch, c
 def test_data_that_does_not_fit_is_refused_with_the_way_out(folder, changes, words):
     with pytest.raises(ValueError, match=words):
         input_pipeline.make(dataclasses.replace(make_config(folder, "flow"), **changes), 0, 2)
+
+
+def test_records_that_are_all_too_long_are_not_called_missing(folder):
+    with pytest.raises(
+        ValueError, match="none of the .* records of style 'normal' .* can be used, for the reasons in"
+    ):
+        input_pipeline.make(make_config(folder, "lm", num_tokens=12))
 
 
 def test_a_corpus_without_features_is_sent_to_add_features(tmp_path):
