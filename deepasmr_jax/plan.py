@@ -390,7 +390,7 @@ def _key(lowered, where: Target) -> str:
     """
     text = lowered.as_text()
     told = [where.name, where.kind, where.shape, where.slices and SLICES[where.slices].options]
-    effort = "jax_exec_time_optimization_effort"  # of 0.10; later versions have jax_optimization_level
+    effort = "jax_exec_time_optimization_effort"  # gone in 0.11, where jax_optimization_level is what is left
     told += [getattr(jax.config, effort if hasattr(jax.config, effort) else "jax_optimization_level")]
     told += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     for package in ("jax", "jaxlib", "libtpu"):

@@ -174,7 +174,7 @@ def greatest(number: int) -> jax.Array:
 
 
 def start_hosts() -> None:
-    """Joins the hosts of a multi-host job; does nothing on a single host. Call first thing in main.
+    """Joins the hosts of a multi-host job; does nothing on a single host. Call before any device is used.
 
     Cloud TPU, Slurm and Kubernetes jobs are known to JAX. Elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first
     process), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set for each process.

@@ -898,7 +898,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1 if isinstance(error, OSError) else HOPELESS_EXIT) from error
     finally:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(
+            ValueError, TypeError
+        ):  # not in the main thread; a handler that is not Python's
             signal.signal(signal.SIGTERM, before)
     if int(state.step) < cfg.steps and options.stopped_exit:
         raise SystemExit(options.stopped_exit)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import cosyvoice2_folder
+import jax
 import numpy as np
 import pytest
 import tiny_model
@@ -158,6 +159,8 @@ def torch_zip(tree, **options):
 
 
 CODE = b"cposix\nsystem\n(Vtouch ran\ntR."
+# jax 0.10 makes no network without channels; 0.11 does, and the shapes are compared
+EMPTY = "no network has the shapes" if jax.__version_info__ < (0, 11) else "reshaped (seg_1.weight"
 FILES = {  # name of the case -> (file, how it is made, words of the sentence, what doctor finds)
     "cut off": ("llm.pt", cut, ["damaged", "again"], "damaged"),
     "a flipped bit": ("llm.pt", cut_in_the_data, ["checksum", "again"], "damaged"),
@@ -194,7 +197,7 @@ FILES = {  # name of the case -> (file, how it is made, words of the sentence, w
                       ["no graph that is known", "another file"], "unknown"),
     "a layer far away": ("x.pt", far_layer, ["layer4.99999999999999999.conv1.weight", "fetch it again"], "damaged"),
     "a scalar for a matrix": ("x.pt", no_axes, ["WeSpeaker", "fetch it again"], "damaged"),
-    "no channels": ("x.pt", no_channels, ["x.pt"], "damaged"),  # jax 0.10 refuses the network, we its shapes under 0.11
+    "no channels": ("x.pt", no_channels, [EMPTY, "fetch it again"], "damaged"),
     "no markers": ("llm.pt", no_markers, ["llm_decoder.bias", "CosyVoice2", "fetch it again"], "damaged"),
     "a head of its own": ("llm.pt", untied, ["llm.pt", "tied"], "damaged"),
 }  # fmt: skip

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 import test_recognizer
 import test_vocoder
 import test_vocoder_istft
@@ -388,11 +389,41 @@ def test_a_signal_before_the_first_step_ends_the_run_in_a_sentence(
     monkeypatch.setattr(train, "start", lambda *_: os.kill(os.getpid(), number))
     before = signal.getsignal(signal.SIGTERM)
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
-    with pytest.raises(SystemExit) as e:
-        train.main([f"--config={TINY}:lm", f"--workdir={tmp_path}", f"--set=data.data_dirs={folder}", *more])
-    signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(SystemExit) as e:
+            train.main(
+                [f"--config={TINY}:lm", f"--workdir={tmp_path}", f"--set=data.data_dirs={folder}", *more]
+            )
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert e.value.code == code and signal.getsignal(signal.SIGTERM) is before
     assert "stopped at once; the same command goes on" in capsys.readouterr().out
+
+
+def test_sigterm_ends_a_start_where_hosts_were_joined(folder, tmp_path):
+    """JAX then has a handler of its own, which only notes the signal."""
+    program = (
+        "import os, signal, sys, time; from deepasmr_jax import train\n"
+        "train.start = lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))\n"
+        "train.main(sys.argv[1:])"
+    )
+    arguments = [
+        f"--config={TINY}:lm",
+        f"--workdir={tmp_path}",
+        f"--set=data.data_dirs={folder}",
+        "--stopped-exit=75",
+    ]
+    joined = {"JAX_COORDINATOR_ADDRESS": runs.free_address(), "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | joined
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 75 and "stopped at once" in done.stdout, done.stderr
 
 
 def test_a_checkpoint_is_saved_after_so_many_minutes(folder, tmp_path):
